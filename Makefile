@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lab nbs readme results bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
+	$(BIN)/kdnb compress --recipe vbgs-kd --data digits --out runs/demo --force
+
+test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds the tests on real MNIST
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## open JupyterLab on nbs/
+	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py
+
+nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAGS="slow gpu"]
+	$(BIN)/nbdev-export
+	$(BIN)/python .ci/nbs.py $(NB) --flags "$(FLAGS)"
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	$(BIN)/python .ci/nbs.py --readme
+
+results: $(READY)  ## train for the numbers in results/
+	$(BIN)/python results/vbgs_kd.py
+
+bench: $(READY)  ## what a step costs
+	$(BIN)/python bench/step_cost.py
+
+clean:  ## remove what can be made again, but not .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache _proc _docs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(READY): settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv, once: about 6 GB, a few minutes"
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@

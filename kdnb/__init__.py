@@ -1,0 +1,4 @@
+"Knowledge distillation, variational group sparsification and pruning for fastai"
+from importlib.metadata import PackageNotFoundError, version
+try: __version__ = version('kdnb')
+except PackageNotFoundError: __version__ = '0+unknown'

@@ -1,0 +1,18 @@
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use('Agg')
+torch.set_num_threads(1)
+
+@pytest.fixture
+def data_dir():
+    if folder := os.environ.get('KDNB_DATA'): return Path(folder)
+    pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
+
+def pytest_collection_modifyitems(items):
+    for o in items:
+        if o.get_closest_marker('mnist'): o.fixturenames.insert(0, 'data_dir')
