@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_params', 'noise_splitter', 'ramp', 'VariationalSparsifier', 'plot_log_alpha', 'plot_weights']
 
-# %% ../../nbs/21_variational.callback.ipynb #e8619ecc
+# %% ../../nbs/21_variational.callback.ipynb #1887d1ed
 import math
 from functools import partial
 import matplotlib.pyplot as plt, numpy as np, torch
@@ -14,7 +14,7 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from ..channels import shrink
 from ..terms import LossTerm,check_weight
-from .layers import variational_layers,kept,threshold,to_deterministic
+from .layers import kl,threshold,to_deterministic,variational_layers
 
 # %% ../../nbs/21_variational.callback.ipynb #45e0790a
 def noise_params(model): return [p for m in variational_layers(model).values() for n,p in m.named_parameters(recurse=False) if n.startswith('gamma') or n.endswith('logvar')]
@@ -29,7 +29,7 @@ def noise_splitter(model, splitter):
 
 def ramp(end, warmup, pct): return end*min(1., pct/warmup) if warmup else end
 
-# %% ../../nbs/21_variational.callback.ipynb #f681fce0
+# %% ../../nbs/21_variational.callback.ipynb #839203a7
 class VariationalSparsifier(LossTerm):
     "Add the KL of a network's variational layers, divided by the training set's size, to the loss"
     _lrs = None
@@ -46,8 +46,8 @@ class VariationalSparsifier(LossTerm):
 
     @staticmethod
     def _kl(self):
-        kls = [m.kl() for m in self._layers.values()]
-        return (self.gamma_weight*sum(g for g,_ in kls) + sum(t for _,t in kls))/self._N
+        groups,theta = kl(self._layers.values())
+        return (self.gamma_weight*groups + theta)/self._N
 
     def attach(self): self.learn.splitter = partial(noise_splitter, splitter=self.splitter)
     def detach(self): self.learn.splitter = self.learn.splitter.keywords['splitter']

@@ -1,0 +1,178 @@
+"Both callbacks in every kind of fit: with fastai's other callbacks, after errors, and not at all when their weight is 0."
+import random
+
+import pytest
+from fastai.callback.schedule import *
+from kdnb.all import *
+
+DLS = {k: image_dls('digits', bs=64, device='cpu', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
+
+def net(hidden=(16,)): set_seed(1); return create('lenet300', DLS['plain'], hidden=hidden)
+TEACHER = net((32,))
+
+def learner(model, dls='plain', **kwargs):
+    set_seed(0)
+    DLS[dls].train.rng = random.Random(0)
+    return Learner(DLS[dls], model, metrics=accuracy, **kwargs)
+
+def quiet(learn, *args, fit='fit', **kwargs):
+    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
+    return learn
+
+def flat(model): return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+def kd_learner(**kwargs): return learner(net(), cbs=[KnowledgeDistillation(TEACHER, KD(T=2)*.5, task=.5), *kwargs.pop('cbs', [])], **kwargs)
+def vb_learner(**kwargs): return learner(to_variational(net()), cbs=[VariationalSparsifier(), *kwargs.pop('cbs', [])], **kwargs)
+def both_learner(**kwargs): return learner(to_variational(net()), cbs=[KnowledgeDistillation(TEACHER), VariationalSparsifier(), *kwargs.pop('cbs', [])], **kwargs)
+every = pytest.mark.parametrize('make', [kd_learner, vb_learner, both_learner])
+
+@every
+@pytest.mark.parametrize('fit,args', [('fit',(2,1e-3)), ('fit_one_cycle',(2,1e-3)), ('fit_flat_cos',(2,1e-3)), ('fit_sgdr',(1,1,1e-3)), ('fine_tune',(1,))])
+def test_every_fit_method(make, fit, args):
+    learn = make()
+    before = flat(learn.model)
+    if fit=='fine_tune' and make is not kd_learner: pytest.skip('fine_tune freezes all groups but the last, which is the noise')
+    if fit=='fine_tune': learn.splitter = lambda m: [list(m.fc1.parameters()), list(m.fc2.parameters())]
+    quiet(learn, *args, fit=fit)
+    assert not torch.equal(before, flat(learn.model)) and flat(learn.model).isfinite().all()
+    assert learn.metrics.attrgot('name')==['accuracy']
+
+@every
+@pytest.mark.parametrize('cb', [lambda: MixUp(), lambda: GradientAccumulation(128), lambda: GradientClip(.1), lambda: CutMix(), lambda: MixedPrecision(AMPMode.BF16)])
+def test_with_other_callbacks(make, cb):
+    learn = quiet(make(cbs=[cb()]), 2, 1e-3)
+    assert flat(learn.model).isfinite().all() and learn.recorder.values[-1][0]>0
+
+@every
+def test_around_training(make, tmp_path):
+    learn = make(path=tmp_path)
+    quiet(learn, 1, 1e-3, cbs=SaveModelCallback(fname='best'))
+    with learn.no_bar():
+        learn.lr_find(num_it=10, show_plot=False)
+        res = learn.validate()
+        x = DLS['plain'].valid.dataset[0][0]
+        label,i,probs = learn.predict(x)
+    preds,y = learn.get_preds()
+    assert len(res)==2 and abs(res[0]-F.nll_loss(preds.log(), y).item())<1e-4      # the task loss alone
+    assert len(probs)==10 and str(label)==str(int(i))
+    learn.load('best')
+    learn.export('model.pkl')
+    assert not any(torch.equal(p, q) for p in TEACHER.parameters() for q in _tensors(tmp_path/'model.pkl') if p.shape==q.shape)
+    again = load_learner(tmp_path/'model.pkl')
+    with again.no_bar(): assert torch.allclose(again.predict(x)[2], learn.predict(x)[2])
+
+def _tensors(path):
+    "All tensors in a pickled learner"
+    learn,seen,found = load_learner(path),set(),[]
+    def walk(o):
+        if id(o) in seen or isinstance(o, (str,int,float,type(None))): return
+        seen.add(id(o))
+        if isinstance(o, torch.Tensor): found.append(o)
+        elif isinstance(o, dict): [walk(v) for v in o.values()]
+        elif isinstance(o, (list,tuple,set,L)): [walk(v) for v in o]
+        elif isinstance(o, (Callback,nn.Module,Learner)): walk(vars(o))
+    walk(learn)
+    return found
+
+def test_weight_0_is_plain_training():
+    plain = flat(quiet(learner(net()), 2, 1e-3).model)
+    for cbs in (KnowledgeDistillation(TEACHER, KD()*0), LossTerm(lambda cb: 1/torch.zeros(()), weight=0)):
+        assert torch.equal(flat(quiet(learner(net()), 2, 1e-3, cbs=cbs).model), plain)
+    noisy = lambda cbs: flat(quiet(learner(to_variational(net())), 2, 1e-3, wd=0, cbs=cbs).model)
+    assert torch.equal(noisy(VariationalSparsifier(weight=0, gamma_lr=1)), noisy(None))
+
+def test_a_schedule_of_zero_then_one():
+    late = KD()*(lambda pct: float(pct>=.5))
+    learn = quiet(learner(net()), 2, 1e-3, cbs=KnowledgeDistillation(TEACHER, late))
+    assert learn.recorder.values[0][-1]==0 and learn.recorder.values[1][-1]>0
+
+@pytest.mark.parametrize('make', [lambda t: LossTerm(lambda cb: sum(p.pow(2).sum() for p in cb.model.parameters()), .01), lambda t: KnowledgeDistillation(t)])
+def test_accumulated_gradient_is_the_big_batch_s(make):
+    "Two half batches accumulated, one SGD step: the same as one batch"
+    def one_step(dls, cbs):
+        learn = learner(net(), dls, opt_func=SGD, wd=0)
+        learn.dls.train.shuffle = False
+        class Stop(Callback):
+            def after_batch(self):
+                if self.training and (self.iter+1)*self.dls.train.bs==64: raise CancelFitException
+        try: quiet(learn, 1, .1, cbs=[make(TEACHER), Stop(), *cbs])
+        finally: learn.dls.train.shuffle = True
+        return flat(learn.model)
+    assert torch.allclose(one_step('plain', []), one_step('half', [GradientAccumulation(64)]), atol=1e-6)
+
+class StopAt(Callback):
+    "Raise `error` in the fourth training batch"
+    order = 70
+    def __init__(self, error): self.error = error
+    def after_batch(self):
+        if self.training and self.iter==3: raise self.error
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), CancelFitException(), CancelTrainException(), CancelBatchException()])
+def test_clean_after_an_end(error):
+    teacher = net((32,)).train()
+    teacher.fc1.eval()
+    learn = learner(to_variational(net()), cbs=VariationalSparsifier())
+    splitter,lr = learn.splitter,None
+    try: quiet(learn, 1, 1e-3, cbs=[KnowledgeDistillation(teacher), StopAt(error)])
+    except (KeyboardInterrupt,RuntimeError): pass
+    learn.remove_cb(learn.variational_sparsifier)
+    assert learn.metrics.attrgot('name')==['accuracy']
+    assert [m.training for m in teacher.modules()]==[True,True,False]+[True]*(len(list(teacher.modules()))-3)
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert {h['lr'] for h in learn.opt.hypers}=={1e-3}
+    assert learn.splitter is trainable_params
+
+def test_two_fits_do_not_stack():
+    learn = kd_learner()
+    for _ in range(2): quiet(learn, 1, 1e-3)
+    assert learn.recorder.metric_names.count('kd')==1
+
+def test_teacher_is_left_alone():
+    bn = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10)).train()
+    before,calls = deepcopy(bn.state_dict()),[]
+    bn.register_forward_hook(lambda *a: calls.append(torch.is_grad_enabled() or bn.training))
+    learn = learner(net())
+    quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(bn))
+    assert all(torch.equal(v, before[k]) for k,v in bn.state_dict().items()) and bn.training
+    assert len(calls)==2*len(learn.dls.train) and not any(calls)           # once a batch, never in validation
+    assert not set(map(id, bn.parameters())) & {id(p) for g in learn.opt.param_lists for p in g}
+
+def test_teacher_sees_what_the_student_sees():
+    seen = []
+    class See(nn.Module):
+        def __init__(self): super().__init__(); self.net,self.out = net(),None
+        def forward(self, x): seen.append(x.clone()); return self.net(x)
+    student,teacher = See(),See()
+    quiet(learner(student), 1, 1e-3, cbs=[KnowledgeDistillation(teacher), MixUp()])
+    pairs = [seen[i:i+2] for i in range(0, 2*len(DLS['plain'].train), 2)]
+    assert all(torch.equal(a, b) for a,b in pairs)
+
+def test_cached_teacher_gives_the_same_weights():
+    run = lambda cache: flat(quiet(learner(net(), 'index', cbs=SampleIndex()), 3, 1e-3, cbs=KnowledgeDistillation(TEACHER, cache=cache)).model)
+    assert torch.allclose(run(True), run(False), atol=1e-5)
+
+def test_gamma_has_its_own_rate_and_no_decay():
+    lrs = []
+    class Look(Callback):
+        order = 1
+        def before_step(self): lrs.append([h['lr'] for h in self.opt.hypers])
+    learn = quiet(learner(to_variational(net()), cbs=[VariationalSparsifier(gamma_lr=7), Look()]), 1, 1e-3, fit='fit_one_cycle')
+    assert all(abs(b/a-7)<1e-9 for a,b in lrs)
+    assert learn.opt.hypers[-1]['wd']==0 and len(learn.opt.param_lists)==2
+    assert sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
+
+def test_fused_torch_optimizer():
+    learn = learner(to_variational(net()), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=VariationalSparsifier())
+    assert flat(quiet(learn, 1, 1e-3).model).isfinite().all() and learn.opt.hypers[-1]['wd']==0
+
+def test_other_fastai_data():
+    "Plain fastai DataLoaders, per-item, with a two-input model"
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(2,3)
+        def forward(self, a, b): return self.l(torch.cat([a,b], 1))
+    items = [(torch.randn(1),torch.randn(1),torch.tensor(i%3)) for i in range(50)]
+    dls = DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16), device='cpu')
+    dls.n_inp = 2
+    learn = Learner(dls, to_variational(Two()), loss_func=CrossEntropyLossFlat(), cbs=VariationalSparsifier())
+    quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(Two()))
+    assert type(learn.compress()) is Two

@@ -1,0 +1,91 @@
+"Image sets: what is read is what is there, splits are fixed, and missing or corrupt files are named."
+import gzip, shutil
+
+import pytest
+from fastai.vision.all import *
+from kdnb.data import *
+
+def test_the_split_is_fixed_and_stratified():
+    a,b = image_dls('digits', device='cpu'),image_dls('digits', device='cpu', bs=7)
+    for i in range(3): assert torch.equal(a[i].dataset.x, b[i].dataset.x)
+    whole = torch.cat([a[i].dataset.x.flatten(1) for i in range(3)])
+    assert len(whole)==1797 and len(whole.unique(dim=0))==1797        # every image once
+    assert torch.bincount(a.valid.dataset.y).min()>=13
+
+def test_shuffling_follows_the_rng():
+    dls = image_dls('digits', device='cpu', index=True)
+    def order():
+        dls.train.rng = random.Random(3)
+        return torch.cat([b[2] for b in dls.train])
+    assert torch.equal(order(), order())
+    assert not torch.equal(order(), torch.cat([b[2] for b in dls.train]))
+
+def test_items_and_batches_agree():
+    dls = image_dls('digits', device='cpu', bs=32, index=True)
+    for x,y,i in dls.train:
+        assert torch.equal(y, dls.train.dataset.y[i])
+        one = dls.train.after_batch((dls.train.dataset[int(i[0])][0][None],))[0]
+        assert torch.allclose(one[0], x[0])
+
+def test_drop_last_and_len():
+    dls = image_dls('digits', device='cpu', bs=100, drop_last=True)
+    assert [len(b[1]) for b in dls.train]==[100]*12 and len(dls.train)==12
+    assert sum(len(b[1]) for b in dls.valid)==143
+
+def test_crop_flip_is_training_only_and_keeps_pixels():
+    dls = image_dls('digits', device='cpu', pad=2, flip=True)
+    assert dls.train.augments and not dls.valid.augments
+    x = dls.valid.one_batch()[0]
+    assert torch.equal(x, dls.valid.one_batch()[0])
+    img = TensorImage(torch.arange(1,26, dtype=torch.uint8).reshape(1,1,5,5).repeat(500,1,1,1))
+    out = CropFlip(pad=0, flip=True)(img, split_idx=0)
+    kinds = out.flatten(1).unique(dim=0)
+    assert len(kinds)==2 and torch.equal(torch.Tensor(kinds.sort(1).values[0].float()), torch.arange(1,26).float())
+
+def test_float_images_and_own_stats():
+    x,y = torch.rand(40,3,6,6),torch.arange(40)%4
+    dls = from_arrays(x, y, stats=([.5]*3,[.25]*3), device='cpu', vocab=list('abcd'))
+    xb,yb = dls.valid.one_batch()
+    assert torch.allclose(xb*.25+.5, dls.valid.dataset.x[:len(xb)], atol=1e-6) and list(dls.vocab)==list('abcd')
+
+@pytest.mark.mnist
+def test_mnist(data_dir):
+    dls = image_dls('mnist', device='cpu', bs=256)
+    assert [len(o.dataset) for o in dls.loaders]==[54001,5999,10000] and dls.in_shape==(1,28,28)
+    assert torch.bincount(dls.test.dataset.y).tolist()==[980,1135,1032,1010,982,892,958,1028,974,1009]
+    assert list(image_dls('fashion_mnist', device='cpu').vocab)[9]=='Boot'
+
+@pytest.mark.mnist
+def test_a_corrupt_file_is_named(data_dir, tmp_path):
+    shutil.copytree(data_dir/'MNIST', tmp_path/'MNIST')
+    f = tmp_path/'MNIST'/'raw'/'t10k-labels-idx1-ubyte.gz'
+    f.chmod(0o644)
+    f.write_bytes(f.read_bytes()[:-1]+b'x')
+    with pytest.raises(ValueError, match='t10k-labels-idx1-ubyte.gz is corrupt'): image_dls('mnist', path=tmp_path)
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='Set KDNB_DATA'): image_dls('cifar10_jpeg', path=tmp_path)
+
+@pytest.mark.mnist
+def test_cifar10_jpeg(data_dir, tmp_path, monkeypatch):
+    "The order of the original set, decoded from a few files of the archive"
+    import io, tarfile
+    from kdnb import data
+    labels = np.load(data_dir/'cifar10-labels-original-order.npz')
+    with tarfile.open(data_dir/'cifar10-jpeg.tar.xz') as t: first = next(m for m in t if m.name.endswith('.jpg')); img = t.extractfile(first).read()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    names = sorted(data._cifar_names)
+    with tarfile.open(tmp_path/'cifar10-jpeg.tar.xz', 'w:xz') as t:
+        for split,y in (('train', [3,1,1,3]), ('test', [1,3])):
+            for c in (1,3):
+                for k in range(sum(o==c for o in y)):
+                    info = tarfile.TarInfo(f'cifar10-jpeg/{split}/{names[c]}/{k:04}.jpg'); info.size = len(img)
+                    t.addfile(info, io.BytesIO(img))
+    np.savez(tmp_path/'cifar10-labels-original-order.npz', train=np.array([1,0,0,1], dtype=np.uint8), test=np.array([0,1], dtype=np.uint8))
+    md5 = hashlib.md5((tmp_path/'cifar10-jpeg.tar.xz').read_bytes()).hexdigest()
+    (tmp_path/'MD5SUMS').write_text(f'{md5}  ./cifar10-jpeg.tar.xz\n')
+    for _ in range(2):                                            # the second time from the cache
+        x,y,xt,yt = data._cifar10_jpeg(tmp_path)
+        assert x.shape==(4,3,32,32) and y.tolist()==[1,0,0,1] and xt.shape==(2,3,32,32)
+    assert labels['train'].shape==(50000,)
+import hashlib

@@ -1,0 +1,83 @@
+"The recipe and the command line, end to end on digits."
+import json, subprocess, sys
+
+import pytest
+from kdnb.all import *
+from kdnb.cli import main
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp('demo')/'run'
+    assert main(['compress','--data','digits','--epochs','8,8,120','--out',str(out),'--quiet'])==0
+    return out
+
+def test_what_is_written(demo):
+    s = json.loads((demo/'summary.json').read_text())
+    assert list(s)==['recipe','data','seed','versions','stages'] and s['recipe']=='vbgs-kd' and s['data']=='digits'
+    assert [o['name'] for o in s['stages']]==['teacher','student','sparse','small']
+    assert all(set(o)=={'name','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'} for o in s['stages'])
+    student,sparse,small = s['stages'][1:]
+    assert small['weights_kept']<.25 and small['test_accuracy']>student['test_accuracy']-.03
+    assert small['weights']==small['macs'] and small['weights_kept']==small['weights']/student['weights']
+    assert {'report.html','model.safetensors','summary.json','run.json','log_alpha.npz','checkpoints'}<={o.name for o in demo.iterdir()}
+
+def test_the_saved_network_is_the_measured_one(demo):
+    s,dls = json.loads((demo/'summary.json').read_text()),image_dls('digits', device='cpu')
+    m = load_model(demo/'model.safetensors')
+    assert accuracy_on(m, dls.test)==s['stages'][-1]['test_accuracy'] and n_weights(m)==s['stages'][-1]['weights']
+    assert not any(type(o).__module__.startswith('kdnb') for o in m.modules())
+
+def test_an_existing_folder_is_not_overwritten(demo, capsys, tmp_path):
+    before = (demo/'summary.json').read_bytes()
+    assert main(['compress','--out',str(demo),'--quiet'])==1
+    assert 'exists already' in capsys.readouterr().err and (demo/'summary.json').read_bytes()==before
+    (tmp_path/'thesis.txt').touch()
+    assert main(['compress','--out',str(tmp_path),'--force','--quiet'])==1
+    assert 'not the folder of a run' in capsys.readouterr().err and (tmp_path/'thesis.txt').exists()
+
+def test_the_same_seed_gives_the_same_network(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seed=s, show=False).models['sparse'] for i,s in enumerate((0,0,1)))
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.fc1.weight, c.fc1.weight)
+
+def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    teacher = Learner(dls, create('lenet300', dls), metrics=accuracy)
+    with teacher.no_bar(),teacher.no_logging(): teacher.fit_one_cycle(5, 3e-3)
+    before = deepcopy(teacher.model.state_dict())
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
+    student.arch = dict(name='mine', kwargs={})
+    run = vbgs_kd(dls, teacher, student, tmp_path/'run', epochs=(1,3,60), show=False)
+    assert all(torch.equal(v, before[k]) for k,v in teacher.model.state_dict().items())
+    assert max_difference(run.models['small'], run.models['sparse'], dls)<=1e-5
+    build = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
+    assert accuracy_on(load_model(run.path/'model.safetensors', build), dls.test)==run.stages[-1]['test_accuracy']
+
+def test_a_student_without_linear_layers(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    conv = nn.Sequential(nn.Conv2d(1,10,8), nn.Flatten())
+    with pytest.raises(ValueError, match='no nn.Linear layer'): vbgs_kd(dls, 'lenet300', conv, tmp_path/'run', epochs=(1,1,1), show=False)
+    assert not (tmp_path/'run').exists()          # said before anything is trained
+
+def test_a_nan_stops_the_run_and_the_last_good_weights_stay(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch \d+, batch \d+ of stage 'teacher'"):
+        vbgs_kd(dls, path=tmp_path/'run', epochs=(3,1,1), teacher_lr=1e30, show=False)
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['stages']==[]
+
+def test_help_is_quick_and_mistakes_are_sentences(capsys):
+    for argv,says in [(['compress','--epochs','a,b'], 'whole numbers'), (['compress','--recipe','magic'], 'invalid choice'), ([], 'COMMAND')]:
+        with pytest.raises(SystemExit): main(argv)
+        assert says in capsys.readouterr().err
+    code = "import sys; from kdnb.cli import main\ntry: main(['compress','--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
+@pytest.mark.mnist
+def test_mnist_is_within_reach(data_dir, tmp_path):
+    "A minute of the real thing: a few epochs on 6,000 MNIST images already remove most of the student"
+    dls = image_dls('mnist', bs=128, n_per_class=600, device='cpu')
+    run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,4,20), gamma_weight=10, lr=2e-3, show=False)
+    stages = {o['name']: o for o in run.stages}
+    assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
+    assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
