@@ -156,6 +156,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.recipes.core.StageBar.before_fit': ( 'recipes.core.html#stagebar.before_fit',
                                                                               'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._claim': ('recipes.core.html#_claim', 'kdnb/recipes/core.py'),
+                                   'kdnb.recipes.core.fused_adam': ('recipes.core.html#fused_adam', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.machine': ('recipes.core.html#machine', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.versions': ('recipes.core.html#versions', 'kdnb/recipes/core.py')},
             'kdnb.recipes.vbgs_kd': { 'kdnb.recipes.vbgs_kd._network': ('recipes.vbgs_kd.html#_network', 'kdnb/recipes/vbgs_kd.py'),

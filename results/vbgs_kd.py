@@ -11,9 +11,9 @@ from kdnb.all import *
 
 HERE = Path(__file__).parent
 SEEDS = 0,1,2
-EPOCHS = 20,20,80      # teacher, student, sparse; plain training and KD alone get as many as student and sparse together
+EPOCHS = 12,15,65     # teacher, student, sparse; plain training and KD alone get as many as student and sparse together
 SETTINGS = dict()      # changes to the recipe's defaults
-PENALTY = {'KD + L1': 1e-5, 'KD + group L1': 2e-4}
+PENALTY = {'KD + L1': 3e-5, 'KD + group L1': 3e-5}
 BUDGET = .002          # the pruned baselines may lose so much VALIDATION accuracy; VBGS-KD has no such choice
 
 def data():
@@ -29,6 +29,7 @@ def vbgs(seed, folder):
     shown = np.linspace(0, len(run.log_alphas)-1, 4).round().astype(int)
     figures = {f'log_alpha/{e+1}/{n}': o.half().numpy() for e in shown for n,o in run.log_alphas[e].items()}
     figures |= {f'weight/{n}': m.weight.detach().half().numpy() for n,m in run.models['sparse'].named_children() if isinstance(m, nn.Linear)}
+    if seed==SEEDS[0]: plot_weights(run.models['sparse'])[0].figure.savefig(HERE.parent/'nbs'/'images'/'mnist_weights.png', dpi=110, metadata=dict(Software=None))
     layers = {k: cost(run.models[k], dls, latency=False).reset_index().to_dict('records') for k in ('student','small')}
     return dict(seed=seed, stages=run.stages, layers=layers, threshold=run.threshold, settings=run.settings,
                 valid_accuracy={k: accuracy_on(m, dls.valid) for k,m in run.models.items()}), figures
@@ -48,7 +49,7 @@ def baseline(name, seed, folder):
     cbs = {'plain': [], 'KD': [soft]}.get(name) if name not in PENALTY else [soft, penalty]
     set_seed(seed)
     dls.train.rng = random.Random(seed)
-    learn = Learner(dls, model, metrics=accuracy, wd=0., cbs=SampleIndex())
+    learn = Learner(dls, model, metrics=accuracy, wd=0., opt_func=fused_adam, cbs=SampleIndex())
     with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(n_epoch, defaults['lr'], pct_start=defaults['pct_start'], cbs=cbs)
     rows = [row(name, seed, model, dls, start)] if name not in PENALTY else []
     if name=='KD': rows.append(row('KD + magnitude', seed, prune_within_budget(model, dls, torch.abs), dls, start))
@@ -75,7 +76,7 @@ def row(name, seed, model, dls, start):
                 macs=macs(model, dls)[''], seconds=time.perf_counter()-start)
 
 def main():
-    data_path()
+    (HERE.parent/'nbs'/'images').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(min(2, os.cpu_count()), get_context('spawn')) as pool:
         runs = []
         for job in [pool.submit(vbgs, seed, folder) for seed in SEEDS]: runs.append(job.result()); print(f'{len(runs)} runs done', flush=True)

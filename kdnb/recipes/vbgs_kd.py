@@ -21,11 +21,11 @@ from .core import Run
 from ..variational.callback import VariationalSparsifier
 from ..variational.layers import kept,threshold,to_deterministic,to_variational,variational_layers
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #59fe2cb7
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #55ec3cd1
 defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
-    gamma_weight=None, # Weight of the groups' KL beside the weights'; the paper has 1. N/80 if None: the pull of a group on the mean loss is then the same for every N
+    gamma_weight=None, # Weight of the groups' KL beside the weights'; the paper has 1. N/70 if None: the pull of a group on the mean loss is then the same for every N
     noise='group', # Random γ and deterministic θ; the paper has 'full' noise
     warmup=.2, # Part of the sparse stage over which the KL rises
     gamma_lr=10., # Learning rate of γ, in multiples of `lr`
@@ -40,7 +40,7 @@ def epochs_for(dls, epochs=None): # `(teacher, student, sparse)`; by default sma
         raise ValueError(f'epochs is {epochs}, expected three whole numbers: for the teacher, the student and the sparse stage.')
     return tuple(epochs)
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #95f878f4
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #95cabc5f
 def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher='lenet5', # Name of a network, a module to train, or a trained `Learner`
     student='lenet300', # Name of a network, or a module with linear layers
@@ -55,7 +55,7 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     "Distil, sparsify variationally, shrink (paper 000); returns the finished `Run`"
     if odd := settings.keys()-defaults.keys(): raise ValueError(f'vbgs_kd has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
     s,(n_teacher,n_student,n_sparse) = {**defaults, **settings},epochs_for(dls, epochs)
-    if s['gamma_weight'] is None: s['gamma_weight'] = len(dls.train.dataset)/80
+    if s['gamma_weight'] is None: s['gamma_weight'] = len(dls.train.dataset)/70
     if not isinstance(teacher, Learner): teacher = _network(teacher, dls, seed)
     student = _network(student, dls, seed)
     to_variational(student, s['noise'])    # refuses what cannot be sparsified before anything is trained
