@@ -29,7 +29,7 @@ def noise_splitter(model, splitter):
 
 def ramp(end, warmup, pct): return end*min(1., pct/warmup) if warmup else end
 
-# %% ../../nbs/21_variational.callback.ipynb #839203a7
+# %% ../../nbs/21_variational.callback.ipynb #ae17faf8
 class VariationalSparsifier(LossTerm):
     "Add the KL of a network's variational layers, divided by the training set's size, to the loss"
     _lrs = None
@@ -46,7 +46,7 @@ class VariationalSparsifier(LossTerm):
 
     @staticmethod
     def _kl(self):
-        groups,theta = kl(self._layers.values())
+        groups,theta = kl(list(self._layers.values()))
         return (self.gamma_weight*groups + theta)/self._N
 
     def attach(self): self.learn.splitter = partial(noise_splitter, splitter=self.splitter)
