@@ -21,7 +21,7 @@ from .core import Run
 from ..variational.callback import VariationalSparsifier
 from ..variational.layers import kept,threshold,to_deterministic,to_variational,variational_layers
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #55ec3cd1
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #6797f808
 defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
@@ -33,9 +33,9 @@ defaults = dict(
     lr=1e-3, # Adam; the paper has SGD at .003 with momentum .5
     teacher_lr=3e-3) # Adam, one cycle
 
-def epochs_for(dls, epochs=None): # `(teacher, student, sparse)`; by default small sets get more epochs, so that γ has 6,000 steps to move
+def epochs_for(dls, epochs=None): # `(teacher, student, sparse)`; by default small sets get more epochs, so that γ has 4,500 steps to move
     "Epochs of the three trainings"
-    if epochs is None: return 20,20,max(60, math.ceil(6000/len(dls.train)))
+    if epochs is None: return 20,20,max(60, math.ceil(4500/len(dls.train)))
     if len(tuple(epochs))!=3 or any(not isinstance(o, int) or o<1 for o in epochs):
         raise ValueError(f'epochs is {epochs}, expected three whole numbers: for the teacher, the student and the sparse stage.')
     return tuple(epochs)
