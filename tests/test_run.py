@@ -77,7 +77,7 @@ def test_help_is_quick_and_mistakes_are_sentences(capsys):
 def test_mnist_is_within_reach(data_dir, tmp_path):
     "A minute of the real thing: a few epochs on 6,000 MNIST images already remove most of the student"
     dls = image_dls('mnist', bs=128, n_per_class=600, device='cpu')
-    run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,4,20), gamma_weight=10, lr=2e-3, show=False)
+    run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,4,20), lr=2e-3, show=False)
     stages = {o['name']: o for o in run.stages}
     assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']

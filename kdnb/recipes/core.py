@@ -21,7 +21,7 @@ from ..data import SampleIndex,TensorDL
 from ..export import atomic_write,save_model
 from ..measure import accuracy_on,latency,macs,n_bytes,n_params,n_weights
 
-# %% ../../nbs/50_recipes.core.ipynb #5f42ff21
+# %% ../../nbs/50_recipes.core.ipynb #4d44d724
 class KeepLastGood(Callback):
     "Write the model's weights to `path` after each epoch, if they are finite; stop with an error when the loss is not"
     order = 90   # after everything that may change weights
@@ -31,7 +31,7 @@ class KeepLastGood(Callback):
     def after_loss(self):
         if self.training and not torch.isfinite(self.learn.loss).all():
             kept = f'The weights of epoch {self.epoch-1} are in {self.weights_path}. ' if self.weights_path.exists() else ''
-            raise FloatingPointError(f'loss is {float(self.learn.loss)} in epoch {self.epoch}, batch {self.iter} of stage {self.stage!r} '
+            raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of stage {self.stage!r} '
                                      f'(both count from 0). {kept}Try a smaller learning rate.')
     def after_epoch(self):
         state = {k: v.detach().cpu().contiguous().clone() for k,v in self.learn.model.state_dict().items()}

@@ -106,7 +106,7 @@ def compress(self:Learner,
     "The plain, physically smaller network that this learner's variational network has become"
     return shrink(to_deterministic(self.model, T), self.dls).eval()
 
-# %% ../../nbs/21_variational.callback.ipynb #669fd53c
+# %% ../../nbs/21_variational.callback.ipynb #3c771504
 def plot_log_alpha(log_alphas, # `VariationalSparsifier.log_alphas`
     T=None, # Threshold; the valley after the last epoch if None
     n=4, # Number of epochs shown
@@ -130,10 +130,10 @@ def plot_weights(model, # Masked network (`to_deterministic`)
     layers = [(n,m) for n,m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     axs = plt.subplots(1, len(layers), figsize=figsize, squeeze=False, layout='constrained')[1][0]
     for i,(ax,(name,m)) in enumerate(zip(axs, layers)):
-        w = m.weight.detach().cpu().clone()
-        if i+1<len(layers) and layers[i+1][1].in_features==len(w): w[layers[i+1][1].weight.detach().cpu().eq(0).all(0)] = 0
-        top = w.abs().quantile(.99) if w.numel()<1e7 else w.abs().max()
+        w = m.weight.detach().cpu().numpy().copy()
+        if i+1<len(layers) and layers[i+1][1].in_features==len(w): w[layers[i+1][1].weight.detach().cpu().eq(0).all(0).numpy()] = 0
+        top = np.quantile(np.abs(w), .99)
         cmap = plt.get_cmap('RdBu_r').with_extremes(bad='white')
         ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=-top, vmax=top, aspect='auto', interpolation='nearest')
-        ax.set(title=f'{name}: {int(w.ne(0).any(1).sum())} × {int(w.ne(0).any(0).sum())} kept', xlabel='inputs', ylabel='outputs')
+        ax.set(title=f'{name}: {(w!=0).any(1).sum()} × {(w!=0).any(0).sum()} kept', xlabel='inputs', ylabel='outputs')
     return axs
