@@ -41,7 +41,7 @@ def keep_inputs(linear, # Layer whose inputs are cut
     new.in_features = len(index)
     return nn.Sequential(index_layer(index.to(linear.weight.device)), new)
 
-# %% ../nbs/04_channels.ipynb #ba34b9e0
+# %% ../nbs/04_channels.ipynb #3bebcb44
 def _zero_channels(m, idxs, reads):
     "Which of the channels `idxs` module `m` reads (or makes) with zeros only"
     w = m.weight.detach()
@@ -60,7 +60,8 @@ def _dead(group, makers):
         if reads and getattr(m, 'groups', 1)>1: continue   # a depthwise layer makes what it reads
         zero = torch.ones(n, dtype=torch.bool, device=m.weight.device)
         root = torch.as_tensor(item.root_idxs, device=zero.device)
-        zero.scatter_reduce_(0, root, _zero_channels(m, torch.as_tensor(list(item.idxs), device=zero.device), reads), 'amin')
+        zero.scatter_reduce_(0, root, _zero_channels(m, torch.as_tensor(list(item.idxs), device=zero.device), reads),
+                             'amin')
         (readers if reads else made).append(zero)
     if not readers: return []      # the network's output
     dead = torch.stack(readers).all(0)
@@ -90,11 +91,11 @@ def _remove_dead_inputs(model):
         if not alive.any(): alive[0] = True      # a layer is never emptied
         if not alive.all(): set_layer(model, path, keep_inputs(m, alive.nonzero().flatten()))
 
-# %% ../nbs/04_channels.ipynb #90abf1d8
+# %% ../nbs/04_channels.ipynb #18c7ffe9
 def shrink(model, # A network with zeros (masks already multiplied in)
     data, # `DataLoaders` or a batch to trace with and to compare on
     tol=1e-5): # Largest difference allowed, relative to outputs of size 1 and more
-    "A smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or a `ValueError`"
+    "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
     xb = inputs(data, model)
     for makers in (True, False):
         small = deepcopy(model)
@@ -104,12 +105,12 @@ def shrink(model, # A network with zeros (masks already multiplied in)
         _remove_dead_inputs(small)
         for n,m in small.named_modules(): m.training = modes.get(n, model.training)
         if (diff := max_difference(small, model, xb)) <= tol: return small
-    raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}). Please report the '
-                     'architecture; the masked network itself is unchanged and can be used.')
+    raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}). '
+                     'Please report the architecture; the masked network itself is unchanged and can be used.')
 
 @torch.no_grad()
 def max_difference(a, b, data):
-    "Largest difference between the outputs of `a` and `b` on one batch, relative to the largest output if that is over 1"
+    "Largest difference between outputs of `a` and `b` on one batch, relative to the largest output if that is over 1"
     xb = inputs(data, a)
     with evaluating(a), evaluating(b): ya,yb = a(*xb),b(*xb)
     return ((ya-yb).abs().max()/yb.abs().max().clamp(min=1)).item()

@@ -8,22 +8,26 @@ __all__ = ['parser', 'main', 'compress', 'text_table']
 # %% ../nbs/70_cli.ipynb #0669500e
 import argparse,sys,warnings
 
-# %% ../nbs/70_cli.ipynb #7ae4f97f
+# %% ../nbs/70_cli.ipynb #8603bce9
 def _epochs(s):
     try: return tuple(int(o) for o in s.split(','))
-    except ValueError: raise argparse.ArgumentTypeError(f'{s!r} is not a list of whole numbers such as 20,20,80') from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{s!r} is not a list of whole numbers such as 20,20,80') from None
 
 def parser():
-    p = argparse.ArgumentParser(prog='kdnb', description='Make neural networks small: distil, sparsify, prune, shrink, measure.')
+    p = argparse.ArgumentParser(prog='kdnb',
+                                description='Make neural networks small: distil, sparsify, prune, shrink, measure.')
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     c = commands.add_parser('compress', help='run a recipe and write the small network and a report',
                             description='Run a recipe and write the small network and a report into a folder.',
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     c.add_argument('--recipe', default='vbgs-kd', choices=['vbgs-kd'], help='how to compress')
-    c.add_argument('--data', default='digits', help='image set: digits, mnist, fashion_mnist, cifar10, cifar10_jpeg (looked for in the folder KDNB_DATA)')
+    c.add_argument('--data', default='digits', help='image set: digits, mnist, fashion_mnist, cifar10, cifar10_jpeg '
+                                                    '(looked for in the folder KDNB_DATA)')
     c.add_argument('--teacher', default='lenet5', help='network that teaches')
     c.add_argument('--student', default='lenet300', help='network that is compressed')
-    c.add_argument('--epochs', type=_epochs, help='of teacher, student and sparse stage, e.g. 20,20,80; chosen by the size of the data if not given')
+    c.add_argument('--epochs', type=_epochs, help='of teacher, student and sparse stage, e.g. 20,20,80; '
+                                                  'chosen by the size of the data if not given')
     c.add_argument('--bs', type=int, help='batch size; 64 for digits, else 256')
     c.add_argument('--seed', type=int, default=0, help='seed of every stage')
     c.add_argument('--gamma-weight', type=float, help='weight of the groups’ KL: more makes the network smaller')
@@ -41,10 +45,11 @@ def main(argv=None):
         print(f'kdnb: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print('kdnb: stopped; the last good weights of each stage are in the checkpoints of the output folder.', file=sys.stderr)
+        print('kdnb: stopped; the last good weights of each stage are in the checkpoints of the output folder.',
+              file=sys.stderr)
         return 130
 
-# %% ../nbs/70_cli.ipynb #69ca3be7
+# %% ../nbs/70_cli.ipynb #63920edd
 def compress(args):
     from fastai.torch_core import set_seed
     from kdnb.data import image_dls
@@ -52,9 +57,11 @@ def compress(args):
     from kdnb.report import load_lines,stage_rows,verdict
     dls = image_dls(args.data, bs=args.bs or (64 if args.data=='digits' else 256))
     settings = {} if args.gamma_weight is None else dict(gamma_weight=args.gamma_weight)
-    run = vbgs_kd(dls, args.teacher, args.student, args.out, args.epochs, args.seed, args.data, force=args.force, show=not args.quiet, **settings)
+    run = vbgs_kd(dls, args.teacher, args.student, args.out, args.epochs, args.seed, args.data,
+                  force=args.force, show=not args.quiet, **settings)
     run.report()
-    print('\n'.join(['', *text_table(stage_rows(run.stages)), '', verdict(run.stages), '', f'Report: {run.path/"report.html"}', 'To load the small network:', '']))
+    print('\n'.join(['', *text_table(stage_rows(run.stages)), '', verdict(run.stages), '',
+                     f'Report: {run.path/"report.html"}', 'To load the small network:', '']))
     print(load_lines.format(path=run.path/'model.safetensors', shape=', '.join(map(str, dls.in_shape))))
     return 0
 

@@ -14,7 +14,7 @@ from torch import nn
 import torch.nn.functional as F
 from fastai.vision.all import *
 
-# %% ../nbs/00_data.ipynb #6a3dc4c0
+# %% ../nbs/00_data.ipynb #28ef8c04
 class ArrayDataset:
     "Images `x` (N, C, H, W) and labels `y` (N,), indexed by a number or by a tensor of numbers"
     n_inp,loss_func = 1,CrossEntropyLossFlat()
@@ -29,7 +29,8 @@ class ArrayDataset:
             self.x,self.y = to_device((self.x,self.y), device)
         return self
     def decode(self, o, full=True): return (o[0], *(Category(self.vocab[int(y)]) for y in o[1:2]))
-    def new_empty(self): return ArrayDataset(self.x[:0], None if self.y is None else self.y[:0], self.vocab, self.split_idx)
+    def new_empty(self):
+        return ArrayDataset(self.x[:0], None if self.y is None else self.y[:0], self.vocab, self.split_idx)
 
 # %% ../nbs/00_data.ipynb #0461155e
 class TensorDL(TfmdDL):
@@ -88,7 +89,7 @@ class CropFlip(RandTransform):
         x = x[torch.arange(b, device=dev)[:,None,None], :, rows[:,:,None], (cols+dx)[:,None,:]]
         return TensorImage(x.permute(0,3,1,2).contiguous())
 
-# %% ../nbs/00_data.ipynb #31e38261
+# %% ../nbs/00_data.ipynb #1345a76d
 class ArrayDataLoaders(DataLoaders):
     "`DataLoaders` with a `test` loader that no training loop touches, `in_shape` and `c`"
     @property
@@ -140,7 +141,8 @@ def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, 
     x,y = _images(x, y, 'training')
     test = test and _images(*test, 'test')
     if test and test[0].shape[1:]!=x.shape[1:]:
-        raise ValueError(f'test images are {tuple(test[0].shape[1:])}, training images {tuple(x.shape[1:])}: resize one of them.')
+        raise ValueError(f'test images are {tuple(test[0].shape[1:])}, training images {tuple(x.shape[1:])}: '
+                         'resize one of them.')
     if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
     vocab = CategoryMap(list(range(int(y.max())+1)) if vocab is None else vocab, sort=False)
     rng,yn = np.random.default_rng(seed),y.numpy()

@@ -28,7 +28,7 @@ def atomic_write(path, data):
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/40_export.ipynb #c5d7fb22
+# %% ../nbs/40_export.ipynb #a5cbf4f1
 FORMAT = 'kdnb-1'
 
 def save_model(model, # Plain network, shrunken or not
@@ -38,8 +38,8 @@ def save_model(model, # Plain network, shrunken or not
     "Save weights and what is needed to build the network again: no pickle, no code"
     arch = arch or getattr(model, 'arch', None)
     if not arch:
-        raise ValueError(f'{type(model).__name__} does not say how to build it. Pass arch=dict(name=..., kwargs=...), and the function '
-                         'that builds it to load_model(path, build=...).')
+        raise ValueError(f'{type(model).__name__} does not say how to build it. Pass arch=dict(name=..., kwargs=...), '
+                         'and the function that builds it to load_model(path, build=...).')
     tensors = {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
     if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
@@ -55,12 +55,13 @@ def _stats(dls):
     norm = [t for t in getattr(getattr(dls, 'valid', None), 'after_batch', []) if type(t).__name__=='Normalize']
     return [[round(v, 8) for v in o.flatten().tolist()] for o in (norm[0].mean, norm[0].std)] if norm else []
 
-# %% ../nbs/40_export.ipynb #4196069f
+# %% ../nbs/40_export.ipynb #4d75912b
 def read_header(path):
     "The checked header of a saved model, and the shape of each tensor, without reading the tensors"
     with safe_open(path, 'pt') as f:
         try: header = json.loads((f.metadata() or {})['kdnb'])
-        except (KeyError,ValueError,RecursionError): raise ValueError(f'{path} is no kdnb model: it has no readable header.') from None
+        except (KeyError,ValueError,RecursionError):
+            raise ValueError(f'{path} is no kdnb model: it has no readable header.') from None
         if not isinstance(header, dict) or header.get('format')!=FORMAT:
             raise ValueError(f'{path} is not of format {FORMAT}. Load it with the kdnb version that wrote it.')
         a = header.get('arch')
@@ -78,13 +79,14 @@ def load_model(path, # File from `save_model`
     except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k).clone() for k in shapes}
-    if _sha256(tensors)!=header.get('sha256'): raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
+    if _sha256(tensors)!=header.get('sha256'):
+        raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
     _cut(model, tensors, path)
     model.load_state_dict(tensors, assign=True)
     _check_fit(model.eval(), header, path)
     return model
 
-# %% ../nbs/40_export.ipynb #f0b0ebf2
+# %% ../nbs/40_export.ipynb #6f6e8d7c
 def _index_owner(model, key):
     "Path of the linear layer before which the index `key` stands, or None"
     path,_,name = key.rpartition('.0.')
@@ -104,18 +106,23 @@ def _cut(model, tensors, path):
         set_layer(model, owner, nn.Sequential(index_layer(index), m))
     dense = model.state_dict()
     if odd := sorted(dense.keys() ^ tensors.keys()):
-        raise ValueError(f'{path} does not fit the architecture: {odd[0]} is {"missing" if odd[0] in dense else "too much"}.')
+        raise ValueError(f'{path} does not fit the architecture: '
+                         f'{odd[0]} is {"missing" if odd[0] in dense else "too much"}.')
     for key,t in tensors.items():
         d = dense[key]
-        if t.dtype.is_floating_point!=d.dtype.is_floating_point or t.ndim!=d.ndim or any(not 0<a<=b for a,b in zip(t.shape, d.shape)):
-            raise ValueError(f'{path}: {key} is {t.dtype} {tuple(t.shape)}, the architecture allows at most {d.dtype} {tuple(d.shape)}.')
+        if (t.dtype.is_floating_point!=d.dtype.is_floating_point or t.ndim!=d.ndim
+            or any(not 0<a<=b for a,b in zip(t.shape, d.shape))):
+            raise ValueError(f'{path}: {key} is {t.dtype} {tuple(t.shape)}, '
+                             f'the architecture allows at most {d.dtype} {tuple(d.shape)}.')
         _resize(model, key, t)
 
 def _resize(model, key, t):
     "Give the tensor called `key` the shape of `t`, and its module the sizes that follow from it"
     path,_,name = key.rpartition('.')
     m = model.get_submodule(path)
-    if name in m._parameters: m._parameters[name] = nn.Parameter(torch.empty_like(t, device='meta'), requires_grad=m._parameters[name].requires_grad)
+    if name in m._parameters:
+        m._parameters[name] = nn.Parameter(torch.empty_like(t, device='meta'),
+                                           requires_grad=m._parameters[name].requires_grad)
     else: m._buffers[name] = torch.empty_like(t, device='meta')
     if name!='weight': return
     if isinstance(m, nn.Linear): m.out_features,m.in_features = t.shape
@@ -126,10 +133,12 @@ def _resize(model, key, t):
 
 def _check_fit(model, header, path):
     "Layers that do not fit each other are found on one zero image, before anyone uses the network"
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())): raise ValueError(f'{path} does not hold every tensor of the architecture.')
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f'{path} does not hold every tensor of the architecture.')
     shape = header.get('input') or []
     if not shape: return
-    if not (isinstance(shape, list) and len(shape)<5 and all(isinstance(o, int) and 0<o<=4096 for o in shape)): raise ValueError(f'{path}: the input shape {shape} is not one.')
+    if not (isinstance(shape, list) and len(shape)<5 and all(isinstance(o, int) and 0<o<=4096 for o in shape)):
+        raise ValueError(f'{path}: the input shape {shape} is not one.')
     try:
         with torch.no_grad(): model(torch.zeros(1, *shape))
     except (RuntimeError,IndexError) as e: raise ValueError(f'{path}: the layers do not fit each other: {e}') from None

@@ -45,7 +45,7 @@ def evaluating(model):
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../nbs/02_measure.ipynb #be717ceb
+# %% ../nbs/02_measure.ipynb #98a89a62
 def median_ms(fs, # Functions without arguments
     rounds=11): # How often each is called
     "Median milliseconds of each of `fs`: one thread, in turn, processor time (on a GPU: time until it is done)"
@@ -60,7 +60,8 @@ def median_ms(fs, # Functions without arguments
     torch.set_num_threads(1)
     try:
         for f in fs: f()
-        return torch.tensor([[once(f) for f in fs] for _ in range(rounds)], dtype=torch.double).median(0).values.tolist()
+        return torch.tensor([[once(f) for f in fs] for _ in range(rounds)],
+                            dtype=torch.double).median(0).values.tolist()
     finally: torch.set_num_threads(threads)
 
 def latency(models, data, rounds=11):
@@ -70,7 +71,7 @@ def latency(models, data, rounds=11):
         with evaluating(m), torch.no_grad(): return m(*xb)
     return median_ms([lambda m=m: run(m) for m in models], rounds)
 
-# %% ../nbs/02_measure.ipynb #3c597c53
+# %% ../nbs/02_measure.ipynb #0fa0be6b
 @torch.no_grad()
 def _calls(model, xb):
     "`(path, module, inputs)` of every layer without children that runs, in the order of running"
@@ -86,23 +87,28 @@ def _calls(model, xb):
 def macs(model, data):
     "Multiply-accumulates for one input, by path of layer; `''` is the total"
     xb = tuple(o[:1] for o in inputs(data, model))
-    with evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as c: model(*xb)   # no_grad hides attention
-    return {k.partition('.')[2]: sum(v.values())//2 for k,v in c.get_flop_counts().items() if k!='Global'} | {'': c.get_total_flops()//2}
+    with evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as c:   # no_grad hides attention
+        model(*xb)
+    return ({k.partition('.')[2]: sum(v.values())//2 for k,v in c.get_flop_counts().items() if k!='Global'}
+            | {'': c.get_total_flops()//2})
 
 def cost(model, # Any module
     data, # `DataLoaders` or a batch of inputs; the latency is for this batch
     latency=True, # Measure milliseconds
     rounds=11): # How often
-    "`DataFrame` of shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and one in total"
+    "`DataFrame` of shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and a total"
     xb,mac = inputs(data, model),macs(model, data)
     with evaluating(model):
         calls = _calls(model, xb)
         layers = [c for c in calls if n_bytes(c[1]) or mac.get(c[0])]
         with torch.no_grad():
-            ms = median_ms([lambda: model(*xb)] + [lambda m=m,x=x: m(*x) for _,m,x in layers], rounds) if latency else []
-    rows = [dict(layer=p, kind=type(m).__name__, shape='×'.join(map(str, m.weight.shape)) if hasattr(m, 'weight') else '')
+            ms = median_ms([lambda: model(*xb)] + [lambda m=m,x=x: m(*x) for _,m,x in layers],
+                           rounds) if latency else []
+    rows = [dict(layer=p, kind=type(m).__name__,
+                 shape='×'.join(map(str, m.weight.shape)) if hasattr(m, 'weight') else '')
             | _counts(m, mac.get(p, 0)) for p,m,_ in layers]
-    df = pd.DataFrame(rows + [dict(layer='total', kind=type(model).__name__, shape='') | _counts(model, mac[''])]).set_index('layer')
+    df = pd.DataFrame(rows + [dict(layer='total', kind=type(model).__name__, shape='')
+                              | _counts(model, mac[''])]).set_index('layer')
     return df.assign(ms=ms[1:]+ms[:1]) if latency else df
 
 def _counts(m, mac):

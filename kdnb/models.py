@@ -11,11 +11,11 @@ from collections import OrderedDict
 from functools import wraps
 from torch import nn
 
-# %% ../nbs/01_models.ipynb #20bf8287
+# %% ../nbs/01_models.ipynb #4c0bfc46
 architectures = {}
 
 def architecture(f):
-    "Enter `f`, a function that builds a network, in `architectures` and note name and arguments in the network's `arch`"
+    "Enter `f`, which builds a network, in `architectures` and note name and arguments in the network's `arch`"
     @wraps(f)
     def _f(*args, **kwargs):
         call = inspect.signature(f).bind(*args, **kwargs); call.apply_defaults()
@@ -30,7 +30,8 @@ def create(name, # One of `architectures`
     **kwargs):
     "Build the network called `name`"
     if name not in architectures:
-        raise ValueError(f'no network is called {name!r}. There are {", ".join(architectures)}; a module of your own works everywhere too.')
+        raise ValueError(f'no network is called {name!r}. There are {", ".join(architectures)}; '
+                         'a module of your own works everywhere too.')
     if dls is not None: kwargs = dict(c=n_classes(dls), in_shape=in_shape(dls)) | kwargs
     return architectures[name](**kwargs)
 

@@ -24,7 +24,7 @@ def human(n, unit=''):
     return (f'{n:.0f}' if i==0 or n>=99.95 else f'{n:.3g}') + (_units[i] or ' ')*bool(unit or i) + unit
 def percent(x, digits=1): return f'{100*x:.{digits}f} %'
 
-# %% ../nbs/60_report.ipynb #e40da07a
+# %% ../nbs/60_report.ipynb #f6ad6cf0
 def plot_stages(stages, ax=None):
     "Test accuracy of each stage, as points; returns the axes"
     ax = ax or plt.subplots(figsize=(6,2.4), layout='constrained')[1]
@@ -39,29 +39,36 @@ def picture(axs, alt):
     fig,buf = (axs if hasattr(axs, 'figure') else axs[0]).figure,io.BytesIO()
     fig.savefig(buf, dpi=130, metadata=dict(Software=None))
     plt.close(fig)
-    return f'<div class=wide><img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}"></div>'
+    return (f'<div class=wide><img alt="{html.escape(alt)}" '
+            f'src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}"></div>')
 
-# %% ../nbs/60_report.ipynb #5d80c9e9
-_css = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1b1f24;background:#fff}
+# %% ../nbs/60_report.ipynb #0dab1060
+_css = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;
+color:#1b1f24;background:#fff}
 h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.15rem;margin:2rem 0 .3rem}.lead{font-size:1.15rem}
 .wide{overflow-x:auto}.wide img{display:block;width:100%;min-width:34rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;white-space:nowrap}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #d8dee4}th:first-child,td:first-child{text-align:left}
+th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #d8dee4}
+th:first-child,td:first-child{text-align:left}
 pre{background:#f3f5f7;padding:.7rem;overflow-x:auto}small,.note{color:#57606a}
 @media print{.wide{overflow:visible}.wide img{min-width:0}}'''
 
 def html_table(rows):
     "Rows (dicts of text) as an HTML table"
     head = ''.join(f'<th>{html.escape(k)}' for k in rows[0])
-    return f'<div class=wide><table><tr>{head}' + ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}' for v in r.values()) for r in rows) + '</table></div>'
+    return (f'<div class=wide><table><tr>{head}'
+            + ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}' for v in r.values()) for r in rows)
+            + '</table></div>')
 
 def stage_rows(stages):
-    return [{'stage': o['name'], 'test accuracy': percent(o['test_accuracy'], 2), 'weights': human(o['weights']), 'weights kept': percent(o['weights_kept']),
-             'MACs': human(o['macs']), 'size': human(o['bytes'], 'B'), 'latency': f'{o["latency_ms"]:.2f} ms'} for o in stages]
+    return [{'stage': o['name'], 'test accuracy': percent(o['test_accuracy'], 2),
+             'weights': human(o['weights']), 'weights kept': percent(o['weights_kept']), 'MACs': human(o['macs']),
+             'size': human(o['bytes'], 'B'), 'latency': f'{o["latency_ms"]:.2f} ms'} for o in stages]
 
 def cost_rows(model, dls):
     "The layers of `model` as rows of text"
-    return [{'layer': n, 'kind': o.kind, 'shape': o['shape'], 'weights': human(o.weights), 'parameters': human(o.params), 'MACs': human(o.macs), 'size': human(o.bytes, 'B')}
+    return [{'layer': n, 'kind': o.kind, 'shape': o['shape'], 'weights': human(o.weights),
+             'parameters': human(o.params), 'MACs': human(o.macs), 'size': human(o.bytes, 'B')}
             for n,o in cost(model, dls, latency=False).iterrows()]
 
 def verdict(stages):
@@ -71,10 +78,12 @@ def verdict(stages):
     diff = round(100*(b['test_accuracy']-a['test_accuracy']), 2)
     how = f'loses {-diff:.2f} points of' if diff<0 else f'gains {diff:.2f} points of' if diff>0 else 'keeps the'
     return (f'The small network keeps {percent(b["weights_kept"])} of the student’s weights and {how} test accuracy '
-            f'({percent(a["test_accuracy"], 2)} → {percent(b["test_accuracy"], 2)}). It needs {a["macs"]/b["macs"]:.0f} times fewer multiplications, '
-            f'{a["bytes"]/b["bytes"]:.0f} times less memory, and {a["latency_ms"]/b["latency_ms"]:.1f} times less time.')
+            f'({percent(a["test_accuracy"], 2)} → {percent(b["test_accuracy"], 2)}). '
+            f'It needs {a["macs"]/b["macs"]:.0f} times fewer multiplications, '
+            f'{a["bytes"]/b["bytes"]:.0f} times less memory, '
+            f'and {a["latency_ms"]/b["latency_ms"]:.1f} times less time.')
 
-# %% ../nbs/60_report.ipynb #8dcdf9b1
+# %% ../nbs/60_report.ipynb #2d765ae7
 load_lines = '''from kdnb.all import *
 model = load_model('{path}')
 model(x).argmax(1)   # x: images (N, {shape}), normalised like the training images'''
@@ -85,17 +94,28 @@ def report(self:Run):
     shape = ', '.join(map(str, getattr(self.dls, 'in_shape', ['C','H','W'])))
     bs = len(self.dls.valid.one_batch()[0])
     parts = [f'<p class=lead>{verdict(self.stages)}', '<h2>Stages</h2>', html_table(stage_rows(self.stages)),
-        f'<p class=note>Accuracy of the last epoch on the {len(self.test.dataset):,} test images; nothing was chosen on them. One seed ({self.seed}). Latency for a batch of {bs}: one thread, '
-        'processor time, median, stages in turn. MACs for one image. The weights of <em>sparse</em> count every entry that is not zero; in <em>small</em>, neurons that nobody reads are gone as well.',
+        f'<p class=note>Accuracy of the last epoch on the {len(self.test.dataset):,} '
+        + ('test images; ' if self.has_test else 'VALIDATION images (there is no test set); ') +
+        f'nothing was chosen on them. One seed ({self.seed}). Latency for a batch of {bs}: one thread, '
+        'processor time, median, stages in turn. MACs for one image. The weights of <em>sparse</em> count every '
+        'entry that is not zero; in <em>small</em>, neurons that nobody reads are gone as well.',
         picture(plot_stages(self.stages), 'test accuracy of each stage'),
         '<h2>The small network</h2>', html_table(cost_rows(self.models['small'], self.dls)),
-        '<h2>Signal and noise</h2><p>log α of every group of weights while the network was sparsified. Right of the dotted line (the threshold, '
-        f'{self.threshold:.2f}) noise is larger than signal, and the group goes. (Paper 000, Figure 4; the counts are logarithmic.)',
+        '<h2>Signal and noise</h2><p>log α of every group of weights while the network was sparsified. '
+        f'Right of the dotted line (the threshold, {self.threshold:.2f}) noise is larger than signal, '
+        'and the group goes. (Paper 000, Figure 4; the counts are logarithmic.)',
         picture(plot_log_alpha(self.log_alphas, self.threshold), 'histograms of log alpha over the epochs'),
-        '<h2>What was cut</h2><p>The weight matrices: a row is a neuron, a column one of its inputs; white is gone, red is positive, blue negative. (Paper 000, Figure 5.)',
+        '<h2>What was cut</h2><p>The weight matrices: a row is a neuron, a column one of its inputs; '
+        'white is gone, red is positive, blue negative. (Paper 000, Figure 5.)',
         picture(plot_weights(self.models['sparse']), 'weight matrices with pruned rows and columns white'),
-        '<h2>Use it</h2><pre>' + html.escape(load_lines.format(path=self.path/'model.safetensors', shape=shape)) + '</pre>',
-        '<h2>How it was made</h2>', html_table([{'setting': k, 'value': v} for k,v in (dict(recipe=self.recipe, data=self.data, seed=self.seed) | self.settings | versions() | machine()).items()])]
-    page = ('<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
-            f'<link rel=icon href="data:,"><title>{self.recipe} on {self.data}</title><style>{_css}</style><h1>{self.recipe} on {html.escape(self.data)}</h1>' + '\n'.join(parts))
+        '<h2>Use it</h2><pre>'
+        + html.escape(load_lines.format(path=self.path/'model.safetensors', shape=shape)) + '</pre>',
+        '<h2>How it was made</h2>',
+        html_table([{'setting': k, 'value': v}
+                    for k,v in (dict(recipe=self.recipe, data=self.data, seed=self.seed)
+                                | self.settings | versions() | machine()).items()])]
+    page = ('<!doctype html><html lang=en><meta charset=utf-8>'
+            '<meta name=viewport content="width=device-width,initial-scale=1">'
+            f'<link rel=icon href="data:,"><title>{self.recipe} on {self.data}</title><style>{_css}</style>'
+            f'<h1>{self.recipe} on {html.escape(self.data)}</h1>' + '\n'.join(parts))
     return atomic_write(self.path/'report.html', page)

@@ -14,22 +14,24 @@ from fastcore.basics import patch
 from fastai.learner import ValueMetric
 from fastai.torch_core import find_bs
 
-# %% ../nbs/05_terms.ipynb #b304fb33
+# %% ../nbs/05_terms.ipynb #b46b5392
 def check_weight(w, what='weight'):
     "`w`, if it is a number that is not negative, or a schedule"
     if callable(w): return w
     if not isinstance(w, (int,float)) or not 0 <= w < math.inf:
-        raise ValueError(f'{what} is {w!r}, expected a number that is not negative, or a schedule such as SchedCos(1., .1).')
+        raise ValueError(f'{what} is {w!r}, expected a number that is not negative, '
+                         'or a schedule such as SchedCos(1., .1).')
     return w
 
 def weight_at(w, pct):
     "Weight `w` at training progress `pct`"
     return float(w(pct)) if callable(w) else w
 
-# %% ../nbs/05_terms.ipynb #39ff104d
+# %% ../nbs/05_terms.ipynb #9fdf8af4
 class LossTerm(Callback):
     "Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column"
-    order,run_valid,_only_train_loop = 0,False,True   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
+    # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
+    order,run_valid,_only_train_loop = 0,False,True
     _learn = None
     def __init__(self,
         term, # Function of this callback that returns a scalar tensor; or a dict of them by name

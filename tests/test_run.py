@@ -81,3 +81,13 @@ def test_mnist_is_within_reach(data_dir, tmp_path):
     stages = {o['name']: o for o in run.stages}
     assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
+
+def test_any_fastai_data_without_a_test_set(tmp_path):
+    x,y = image_dls('digits', device='cpu').test.dataset[torch.arange(359)]
+    items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]
+    dls = DataLoaders(TfmdDL(items[:300], bs=32, shuffle=True, num_workers=0), TfmdDL(items[300:], bs=32, num_workers=0), device='cpu')
+    dls.c = 10
+    teacher = create('lenet300', dls, hidden=(20,))
+    with pytest.raises(ValueError, match='1-lam is -1'): vbgs_kd(dls, teacher, path=tmp_path/'run', lam=2., show=False)
+    run = vbgs_kd(dls, teacher, path=tmp_path/'run', epochs=(2,2,4), show=False)
+    assert 'VALIDATION images' in run.report().read_text()

@@ -16,7 +16,7 @@ from ..measure import inputs
 from ..terms import LossTerm
 from .methods import KD,Term,Terms
 
-# %% ../../nbs/12_distill.callback.ipynb #a0c5272b
+# %% ../../nbs/12_distill.callback.ipynb #6e1900e8
 class KnowledgeDistillation(LossTerm):
     "Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss"
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
@@ -24,12 +24,13 @@ class KnowledgeDistillation(LossTerm):
         teacher, # Trained `Learner` or module
         terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
         task=None, # Weight of the task loss, a number or a schedule; if None .1 with the default terms, else 1
-        cache=False): # Ask the teacher once per sample and fit instead of once per epoch; needs `index=True` and no random augmentation
+        cache=False): # One teacher answer per sample and fit, not per epoch; needs `index=True`, no random augmentation
         if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
         teacher = getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher
         if not isinstance(teacher, nn.Module):
             raise ValueError(f'teacher is {teacher!r}, expected a trained Learner or nn.Module.')
-        if not isinstance(terms, (Term,Terms)): raise ValueError(f'terms is {terms!r}, expected a term such as KD(T=4)*.9, or a sum of terms.')
+        if not isinstance(terms, (Term,Terms)):
+            raise ValueError(f'terms is {terms!r}, expected a term such as KD(T=4)*.9, or a sum of terms.')
         terms = Terms()+terms
         named = terms.named()
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=1. if task is None else task)
@@ -54,22 +55,28 @@ class KnowledgeDistillation(LossTerm):
 
     def _check_teacher(self):
         if self.teacher is None:
-            raise ValueError('the teacher was left behind when this learner was exported. Attach a new KnowledgeDistillation(teacher, ...).')
-        if self.teacher is self.model: raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
+            raise ValueError('the teacher was left behind when this learner was exported. '
+                             'Attach a new KnowledgeDistillation(teacher, ...).')
+        if self.teacher is self.model:
+            raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
         t,s = (next(m.parameters()).device for m in (self.teacher, self.model))
         if t!=s: raise ValueError(f'teacher is on {t}, student on {s}. Move the teacher: teacher.to({str(s)!r}).')
 
-    def __getstate__(self): return {**self.__dict__, 'teacher': None, '_modes': [], '_cached': None}   # `learn.export` leaves it out
+    def __getstate__(self):   # `learn.export` leaves the teacher out
+        return {**self.__dict__, 'teacher': None, '_modes': [], '_cached': None}
 
-# %% ../../nbs/12_distill.callback.ipynb #257ebbd1
+# %% ../../nbs/12_distill.callback.ipynb #42156a50
 @patch
 @torch.no_grad()
 def _ask_all(self:KnowledgeDistillation):
     "The teacher's logits for the whole training set (N, C)"
     dl = self.dls.train
     if getattr(dl, 'augments', True):
-        raise ValueError('cache=True, but the training images change from epoch to epoch (or it cannot be known). Use cache=False, or ArrayDataLoaders without pad and flip.')
-    if not dl.index: raise ValueError('cache=True needs to know which sample is which. Use dls.indexed() (or image_dls(..., index=True)) and the callback SampleIndex().')
+        raise ValueError('cache=True, but the training images change from epoch to epoch (or it cannot be known). '
+                         'Use cache=False, or ArrayDataLoaders without pad and flip.')
+    if not dl.index:
+        raise ValueError('cache=True needs to know which sample is which. '
+                         'Use dls.indexed() (or image_dls(..., index=True)) and the callback SampleIndex().')
     return torch.cat([self.teacher(*inputs(b[:1], self.teacher)) for b in dl.new(shuffle=False, drop_last=False)])
 
 # %% ../../nbs/12_distill.callback.ipynb #a668c992

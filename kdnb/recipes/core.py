@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KeepLastGood', 'StageBar', 'versions', 'machine', 'Run', 'fused_adam']
 
-# %% ../../nbs/50_recipes.core.ipynb #04c6820b
+# %% ../../nbs/50_recipes.core.ipynb #66d9b688
 import json,platform,random,shutil,time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ import pandas as pd, safetensors.torch as st, torch
 from fastcore.basics import noop,patch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastprogress.fastprogress import progress_bar
@@ -21,7 +22,7 @@ from ..data import SampleIndex,TensorDL
 from ..export import atomic_write,save_model
 from ..measure import accuracy_on,latency,macs,n_bytes,n_params,n_weights
 
-# %% ../../nbs/50_recipes.core.ipynb #4d44d724
+# %% ../../nbs/50_recipes.core.ipynb #69599112
 class KeepLastGood(Callback):
     "Write the model's weights to `path` after each epoch, if they are finite; stop with an error when the loss is not"
     order = 90   # after everything that may change weights
@@ -30,14 +31,17 @@ class KeepLastGood(Callback):
     def before_train(self): self._trained = True
     def after_loss(self):
         if self.training and not torch.isfinite(self.learn.loss).all():
-            kept = f'The weights of epoch {self.epoch-1} are in {self.weights_path}. ' if self.weights_path.exists() else ''
-            raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of stage {self.stage!r} '
-                                     f'(both count from 0). {kept}Try a smaller learning rate.')
+            kept = (f'The weights of epoch {self.epoch-1} are in {self.weights_path}. '
+                    if self.weights_path.exists() else '')
+            raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, '
+                                     f'batch {self.iter} of stage {self.stage!r} (both count from 0). '
+                                     f'{kept}Try a smaller learning rate.')
     def after_epoch(self):
         state = {k: v.detach().cpu().contiguous().clone() for k,v in self.learn.model.state_dict().items()}
-        if self._trained and all(v.isfinite().all() for v in state.values()): atomic_write(self.weights_path, st.save(state))
+        if self._trained and all(v.isfinite().all() for v in state.values()):
+            atomic_write(self.weights_path, st.save(state))
 
-# %% ../../nbs/50_recipes.core.ipynb #e024bd70
+# %% ../../nbs/50_recipes.core.ipynb #0010e227
 class StageBar(Callback):
     "One progress bar for a stage, an epoch a tick"
     order = 61   # after the recorder and fastai's own bar
@@ -47,19 +51,25 @@ class StageBar(Callback):
         self.bar.update(0)
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1] if self.recorder.values else []))
-        self.bar.comment = f'{self.stage}: ' + ', '.join(f'{k} {v:.4f}' for k,v in values.items() if k in ('valid_loss','accuracy'))
+        self.bar.comment = f'{self.stage}: ' + ', '.join(f'{k} {v:.4f}' for k,v in values.items()
+                                                         if k in ('valid_loss','accuracy'))
         self.bar.update(self.epoch+1)
 
-# %% ../../nbs/50_recipes.core.ipynb #3de8cdd3
+# %% ../../nbs/50_recipes.core.ipynb #a5729916
 def _claim(path, force):
     "Make the folder `path`, empty"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not force: raise FileExistsError(f'{path} exists already. Choose another folder, or overwrite the run in it with force=True (--force).')
-        if not (path/'run.json').exists(): raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so it is not overwritten. Choose another one.')
+        if not force:
+            raise FileExistsError(f'{path} exists already. Choose another folder, '
+                                  'or overwrite the run in it with force=True (--force).')
+        if not (path/'run.json').exists():
+            raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), '
+                                  'so it is not overwritten. Choose another one.')
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
 
-def versions(): return {o: version(o) for o in ('torch','torchvision','fastai','torch-pruning')} | dict(kdnb=__version__, python=platform.python_version())
+def versions(): return ({o: version(o) for o in ('torch','torchvision','fastai','torch-pruning')}
+                        | dict(kdnb=__version__, python=platform.python_version()))
 def machine(): return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
                            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
 
@@ -68,13 +78,14 @@ class Run:
     def __init__(self,
         path, # Folder of the run
         recipe, # Name of the recipe
-        dls, # `ArrayDataLoaders`, or any `DataLoaders` with a `test` loader
+        dls, # Any `DataLoaders`; a third loader is the test set, as in `ArrayDataLoaders`
         data='user data', # Name of the data, for the record
         seed=0, # Seed of every stage
         force=False, # Overwrite an earlier run in `path`
         show=True, # Progress bars
         **settings): # What else defines the run, for the record
-        self.path,self.recipe,self.dls,self.data,self.seed,self.show,self.settings = Path(path),recipe,dls,data,seed,show,settings
+        self.path,self.recipe,self.dls,self.data,self.seed,self.show,self.settings = (
+            Path(path),recipe,dls,data,seed,show,settings)
         self.models,self.stages,self.curves = {},[],{}
         self.cache = isinstance(dls.train, TensorDL) and not dls.train.augments   # a teacher need not be asked twice
         if self.cache: self.dls = dls.indexed()
@@ -82,16 +93,18 @@ class Run:
         self._write()
 
     def _write(self):
-        record = dict(recipe=self.recipe, data=self.data, seed=self.seed, settings=self.settings, versions=versions(), machine=machine(),
-                      curves=self.curves, stages=self.stages)
+        record = dict(recipe=self.recipe, data=self.data, seed=self.seed, settings=self.settings,
+                      versions=versions(), machine=machine(), curves=self.curves, stages=self.stages)
         atomic_write(self.path/'run.json', json.dumps(record, indent=1, default=str))
 
     @property
     def test(self):
-        "The data on which stages are measured, and nothing is chosen"
-        return getattr(self.dls, 'test', None) or self.dls.valid
+        "The data on which stages are measured, and nothing is chosen: the test set, or the validation set if there is none"
+        return self.dls[2] if self.has_test else self.dls.valid
+    @property
+    def has_test(self): return len(self.dls.loaders)>2
 
-# %% ../../nbs/50_recipes.core.ipynb #04d7c1fc
+# %% ../../nbs/50_recipes.core.ipynb #679a8fef
 @patch
 def fit(self:Run,
     stage, # Name of the stage
@@ -104,7 +117,8 @@ def fit(self:Run,
     **kwargs): # More arguments for the fit method
     "Train `learn`, keep its last good weights and its curves, and enter the stage"
     start = time.perf_counter()
-    cbs = [*cbs, KeepLastGood(self.path/'checkpoints'/f'{stage}.safetensors', stage)] + ([StageBar(stage)] if self.show else [])
+    cbs = ([*cbs, KeepLastGood(self.path/'checkpoints'/f'{stage}.safetensors', stage)]
+           + ([StageBar(stage)] if self.show else []))
     with learn.no_bar(),learn.no_logging(),learn.no_mbar(): getattr(learn, method)(n_epoch, lr, cbs=cbs, **kwargs)
     self.curves[stage] = [dict(zip(learn.recorder.metric_names[1:], map(float, o))) for o in learn.recorder.values]
     self.enter(stage, as_stage(learn.model), seconds=time.perf_counter()-start, epochs=n_epoch)
@@ -119,10 +133,11 @@ def learner(self:Run, model, opt_func=fused_adam, **kwargs):
     "A `Learner` on the run's data, from the run's seed"
     set_seed(self.seed, reproducible=True)
     if hasattr(self.dls.train, 'rng'): self.dls.train.rng = random.Random(self.seed)
-    learn = Learner(self.dls, model, opt_func=opt_func, path=self.path, **kwargs)
+    loss_func = getattr(self.dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
+    learn = Learner(self.dls, model, loss_func, opt_func, path=self.path, **kwargs)
     return learn.add_cb(SampleIndex()) if self.cache else learn
 
-# %% ../../nbs/50_recipes.core.ipynb #7cc3ba55
+# %% ../../nbs/50_recipes.core.ipynb #25649980
 @patch
 def enter(self:Run,
     stage, # Name of the stage
@@ -132,7 +147,8 @@ def enter(self:Run,
     "Measure `model` on the test set and write the stage down"
     weights = n_weights(model, nonzero=True)
     self.models[stage] = model
-    self.stages.append(dict(name=stage, test_accuracy=accuracy_on(model, self.test), weights=weights, weights_kept=weights/n_weights(of or model),
+    self.stages.append(dict(name=stage, test_accuracy=accuracy_on(model, self.test),
+                            weights=weights, weights_kept=weights/n_weights(of or model),
                             params=n_params(model), macs=macs(model, self.dls)[''], bytes=n_bytes(model), **more))
     self._write()
 
@@ -142,7 +158,8 @@ def finish(self:Run, model):
     for stage,ms in zip(self.stages, latency(list(self.models.values()), self.dls)): stage['latency_ms'] = ms
     save_model(model, self.path/'model.safetensors', self.dls)
     keys = 'name','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'
-    summary = dict(recipe=self.recipe, data=self.data, seed=self.seed, versions=versions(), stages=[{k: o[k] for k in keys} for o in self.stages])
+    summary = dict(recipe=self.recipe, data=self.data, seed=self.seed, versions=versions(),
+                   stages=[{k: o[k] for k in keys} for o in self.stages])
     atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
     self._write()
     return self
@@ -150,7 +167,10 @@ def finish(self:Run, model):
 @patch
 def table(self:Run):
     "The stages as a `DataFrame`"
-    return pd.DataFrame(self.stages).set_index('name')[[k for k in ('test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms')
-                                                        if k in self.stages[0]]]
+    return pd.DataFrame(self.stages).set_index('name')[
+        [k for k in ('test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms')
+         if k in self.stages[0]]]
 @patch
-def __repr__(self:Run): return f'{self.recipe} on {self.data}, seed {self.seed}, in {self.path}\n{self.table() if self.stages else "no stage yet"}'
+def __repr__(self:Run):
+    return (f'{self.recipe} on {self.data}, seed {self.seed}, in {self.path}\n'
+            f'{self.table() if self.stages else "no stage yet"}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['defaults', 'epochs_for', 'vbgs_kd']
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #faf83fb4
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #c4ea1061
 import math
 import numpy as np, torch
 from torch import nn
@@ -18,14 +18,15 @@ from ..distill.methods import KD
 from ..export import atomic_write
 from ..models import create,in_shape
 from .core import Run
-from ..variational.callback import VariationalSparsifier
+from ..terms import check_weight
+from ..variational.callback import VariationalSparsifier,train_size
 from ..variational.layers import kept,threshold,to_deterministic,to_variational,variational_layers
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #6797f808
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
 defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
-    gamma_weight=None, # Weight of the groups' KL beside the weights'; the paper has 1. N/70 if None: the pull of a group on the mean loss is then the same for every N
+    gamma_weight=None, # Weight of the groups' KL (paper: 1); None is N/70, an equal pull on the mean loss for every N
     noise='group', # Random γ and deterministic θ; the paper has 'full' noise
     warmup=.2, # Part of the sparse stage over which the KL rises
     gamma_lr=10., # Learning rate of γ, in multiples of `lr`
@@ -33,14 +34,16 @@ defaults = dict(
     lr=1e-3, # Adam; the paper has SGD at .003 with momentum .5
     teacher_lr=3e-3) # Adam, one cycle
 
-def epochs_for(dls, epochs=None): # `(teacher, student, sparse)`; by default small sets get more epochs, so that γ has 4,500 steps to move
+def epochs_for(dls,
+    epochs=None): # `(teacher, student, sparse)`; by default small sets get more epochs, so γ has 4,500 steps to move
     "Epochs of the three trainings"
     if epochs is None: return 20,20,max(60, math.ceil(4500/len(dls.train)))
     if len(tuple(epochs))!=3 or any(not isinstance(o, int) or o<1 for o in epochs):
-        raise ValueError(f'epochs is {epochs}, expected three whole numbers: for the teacher, the student and the sparse stage.')
+        raise ValueError(f'epochs is {epochs}, expected three whole numbers: '
+                         'for the teacher, the student and the sparse stage.')
     return tuple(epochs)
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #95cabc5f
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #1769ec68
 def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher='lenet5', # Name of a network, a module to train, or a trained `Learner`
     student='lenet300', # Name of a network, or a module with linear layers
@@ -53,18 +56,20 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `defaults`
     "Distil, sparsify variationally, shrink (paper 000); returns the finished `Run`"
-    if odd := settings.keys()-defaults.keys(): raise ValueError(f'vbgs_kd has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
+    if odd := settings.keys()-defaults.keys():
+        raise ValueError(f'vbgs_kd has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
     s,(n_teacher,n_student,n_sparse) = {**defaults, **settings},epochs_for(dls, epochs)
-    if s['gamma_weight'] is None: s['gamma_weight'] = len(dls.train.dataset)/70
+    if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/70
+    term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
+    sparsifier = VariationalSparsifier(task, s['gamma_weight'], s['warmup'], s['gamma_lr'])
     if not isinstance(teacher, Learner): teacher = _network(teacher, dls, seed)
     student = _network(student, dls, seed)
     to_variational(student, s['noise'])    # refuses what cannot be sparsified before anything is trained
     run = Run(path, 'vbgs-kd', dls, data, seed, force, show, epochs=[n_teacher,n_student,n_sparse], **s)
-    soft = lambda: KnowledgeDistillation(t, KD(T=s['T'])*s['lam'], task=1-s['lam'], cache=run.cache)
+    soft = lambda: KnowledgeDistillation(t, term, task, cache=run.cache)
     if isinstance(teacher, Learner): t = teacher.model; run.enter('teacher', t)
     else: t = run.fit('teacher', run.learner(teacher, metrics=accuracy), n_teacher, s['teacher_lr']).model
     dense = run.fit('student', run.learner(student, metrics=accuracy), n_student, s['lr'], cbs=[soft()]).model
-    sparsifier = VariationalSparsifier(1-s['lam'], s['gamma_weight'], s['warmup'], s['gamma_lr'])
     learn = run.learner(to_variational(dense, s['noise']), metrics=accuracy, wd=0., cbs=sparsifier)
     masked = lambda model: to_deterministic(model, T_log_alpha)
     run.fit('sparse', learn, n_sparse, s['lr'], 'fit_flat_cos', cbs=[soft()], pct_start=s['pct_start'], as_stage=masked)
@@ -82,7 +87,8 @@ def _network(name, dls, seed):
     try:
         with torch.no_grad(): model.to('cpu')(x)
     except (RuntimeError,ValueError) as e:
-        raise ValueError(f'{type(model).__name__} cannot take images of shape {tuple(x.shape[1:])}: {str(e).splitlines()[0]}. '
+        raise ValueError(f'{type(model).__name__} cannot take images of shape {tuple(x.shape[1:])}: '
+                         f'{str(e).splitlines()[0]}. '
                          'Build it for that shape, e.g. create(name, dls).') from None
     return model
 

@@ -32,7 +32,7 @@ def _exact_kl(la):
     series = big.log() - math.log(2) - 1/big - 3/(2*big**2) - 5/big**3 - 105/(4*big**4)
     return (torch.where(m2<100, short, series) - _half.to(la))/2
 
-# %% ../../nbs/20_variational.layers.ipynb #db41f534
+# %% ../../nbs/20_variational.layers.ipynb #0ad924b4
 def log_alpha(gamma, logvar): return logvar - torch.log(gamma**2 + 1e-8)
 
 class HalfSquare(torch.autograd.Function):
@@ -52,10 +52,12 @@ class GroupLinear(nn.Module):
         self.in_features,self.out_features,self.noise = in_features,out_features,noise
         lin = nn.Linear(in_features, out_features, bias=bias)
         self.weight,self.bias = lin.weight,lin.bias
-        self.gamma,self.gamma_logvar = nn.Parameter(torch.ones(in_features)),nn.Parameter(torch.full((in_features,), -9.))
+        self.gamma,self.gamma_logvar = (nn.Parameter(torch.ones(in_features)),
+                                        nn.Parameter(torch.full((in_features,), -9.)))
         for n in ('weight','bias'):
             p = getattr(self, n)
-            self.register_parameter(f'{n}_logvar', nn.Parameter(torch.full_like(p, -9.)) if noise=='full' and p is not None else None)
+            self.register_parameter(f'{n}_logvar', nn.Parameter(torch.full_like(p, -9.))
+                                    if noise=='full' and p is not None else None)
 
     @classmethod
     def from_linear(cls, m, noise='group'):
@@ -80,15 +82,15 @@ class GroupLinear(nn.Module):
         var = F.linear(x**2, self.weight_logvar.exp(), None if self.bias is None else self.bias_logvar.exp())
         return out + torch.sqrt(var + 1e-12)*torch.randn_like(out)
 
+    def extra_repr(self):
+        return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, noise={self.noise!r}'
 
-
-    def extra_repr(self): return f'{self.in_features}, {self.out_features}, bias={self.bias is not None}, noise={self.noise!r}'
-
-# %% ../../nbs/20_variational.layers.ipynb #2c0948dd
+# %% ../../nbs/20_variational.layers.ipynb #0fe69f6c
 def kl(layers):
     "KL of the groups, and KL of weights and biases to N(0, 1), of several layers: two scalars"
     gamma,logvar = (torch.cat([getattr(m, o) for m in layers]) for o in ('gamma','gamma_logvar'))
-    theta = HalfSquare.apply(*(p for m in layers for p in (m.weight, m.bias) if p is not None))   # with noise='group' σ is 1: ½Σμ² is left
+    # with noise='group' σ is 1: ½Σμ² is left
+    theta = HalfSquare.apply(*(p for m in layers for p in (m.weight, m.bias) if p is not None))
     for m in layers:
         for lv in (m.weight_logvar, m.bias_logvar):
             if lv is not None: theta = theta + .5*(lv.exp()-lv-1).sum()
@@ -106,10 +108,11 @@ def to_variational(model, # Network with linear layers
         raise ValueError(f'{type(model).__name__} has no nn.Linear layer: there are no groups of inputs to sparsify.')
     return new
 
-# %% ../../nbs/20_variational.layers.ipynb #13969ddb
+# %% ../../nbs/20_variational.layers.ipynb #c88bba13
 def threshold(log_alpha): # Tensor, or the tensors of several layers in a list or dict
     "The valley between the two clusters of log α (paper 000, IV-B)"
-    v = log_alpha.values() if isinstance(log_alpha, dict) else [log_alpha] if isinstance(log_alpha, torch.Tensor) else log_alpha
+    v = (log_alpha.values() if isinstance(log_alpha, dict)
+         else [log_alpha] if isinstance(log_alpha, torch.Tensor) else log_alpha)
     v = torch.cat([o.detach().double().flatten().cpu() for o in v]).sort().values
     if len(v)<2 or v[0]==v[-1]: return 0.
     n = torch.arange(1, len(v), dtype=v.dtype)
@@ -121,13 +124,16 @@ def threshold(log_alpha): # Tensor, or the tensors of several layers in a list o
     density = torch.exp(-(grid[:,None]-v)**2/2).sum(1)
     return grid[density<=density.min()*(1+1e-9)].mean().item()
 
-# %% ../../nbs/20_variational.layers.ipynb #e4be98ee
+# %% ../../nbs/20_variational.layers.ipynb #60fc329b
 def kept(model, # Variational network
     T=None): # Threshold on log α; the valley of all layers together if None
     "`{layer: mask}` of the groups that stay, those with log α below `T`"
     las = {n: m.log_alpha.detach() for n,m in variational_layers(model).items()}
-    if not las: raise ValueError('this network has no variational layer. Convert it with to_variational(model) and train it first.')
-    if bad := [n for n,o in las.items() if not o.isfinite().all()]: raise ValueError(f'log α of layer {bad[0]!r} is not finite: training has diverged.')
+    if not las:
+        raise ValueError('this network has no variational layer. '
+                         'Convert it with to_variational(model) and train it first.')
+    if bad := [n for n,o in las.items() if not o.isfinite().all()]:
+        raise ValueError(f'log α of layer {bad[0]!r} is not finite: training has diverged.')
     masks = {n: o < (threshold(las) if T is None else T) for n,o in las.items()}
     for n,mask in masks.items():
         if not mask.any():
@@ -139,7 +145,7 @@ def kept(model, # Variational network
 
 def to_deterministic(model, # Variational network
     T=None): # Threshold on log α; the valley if None
-    "A copy with plain linear layers of the same size: weight θ·diag(m∘μ_γ), groups beyond the threshold are zero (paper 000, eq. 13)"
+    "A copy with plain linear layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (paper 000, eq. 13)"
     masks = kept(model, T)
     model = deepcopy(model)
     mask_of = {id(m): masks[n] for n,m in variational_layers(model).items()}
