@@ -6,7 +6,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'   # a process per core instead
-import numpy as np, safetensors.torch as st
+import numpy as np
 from kdnb.all import *
 
 HERE = Path(__file__).parent

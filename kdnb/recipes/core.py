@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KeepLastGood', 'StageBar', 'versions', 'machine', 'Run', 'fused_adam']
 
-# %% ../../nbs/50_recipes.core.ipynb #66d9b688
+# %% ../../nbs/50_recipes.core.ipynb #cd34591c
 import json,platform,random,shutil,time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,10 @@ from fastai.torch_core import set_seed
 from fastprogress.fastprogress import progress_bar
 from .. import __version__
 from ..data import SampleIndex,TensorDL
-from ..export import atomic_write,save_model
+from ..export import atomic_write,save_model,tensors_of
 from ..measure import accuracy_on,latency,macs,n_bytes,n_params,n_weights
 
-# %% ../../nbs/50_recipes.core.ipynb #69599112
+# %% ../../nbs/50_recipes.core.ipynb #e366a2a5
 class KeepLastGood(Callback):
     "Write the model's weights to `path` after each epoch, if they are finite; stop with an error when the loss is not"
     order = 90   # after everything that may change weights
@@ -37,9 +37,9 @@ class KeepLastGood(Callback):
                                      f'batch {self.iter} of stage {self.stage!r} (both count from 0). '
                                      f'{kept}Try a smaller learning rate.')
     def after_epoch(self):
-        state = {k: v.detach().cpu().contiguous().clone() for k,v in self.learn.model.state_dict().items()}
-        if self._trained and all(v.isfinite().all() for v in state.values()):
-            atomic_write(self.weights_path, st.save(state))
+        if not self._trained: return
+        state = tensors_of(self.learn.model)
+        if all(v.isfinite().all() for v in state.values()): atomic_write(self.weights_path, st.save(state))
 
 # %% ../../nbs/50_recipes.core.ipynb #0010e227
 class StageBar(Callback):
@@ -104,7 +104,7 @@ class Run:
     @property
     def has_test(self): return len(self.dls.loaders)>2
 
-# %% ../../nbs/50_recipes.core.ipynb #679a8fef
+# %% ../../nbs/50_recipes.core.ipynb #5c33e450
 @patch
 def fit(self:Run,
     stage, # Name of the stage
@@ -125,7 +125,7 @@ def fit(self:Run,
     return learn
 
 def fused_adam(params, **kwargs):
-    "torch's fused Adam: the same updates as fastai's, a third of the step's time for small networks"
+    "torch's fused Adam with torch's defaults; it takes about a third off the step of a small network"
     return OptimWrapper(params, torch.optim.Adam, fused=True, **kwargs)
 
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['defaults', 'epochs_for', 'vbgs_kd']
 
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #c4ea1061
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #113bc588
 import math
 import numpy as np, torch
 from torch import nn
@@ -15,12 +15,11 @@ from fastai.torch_core import set_seed
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD
-from ..export import atomic_write
 from ..models import create,in_shape
 from .core import Run
 from ..terms import check_weight
 from ..variational.callback import VariationalSparsifier,train_size
-from ..variational.layers import kept,threshold,to_deterministic,to_variational,variational_layers
+from ..variational.layers import threshold,to_deterministic,to_variational
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
 defaults = dict(
