@@ -3,6 +3,7 @@ from fastai.vision.all import *
 from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
+from kdnb.features import *
 from kdnb.channels import *
 from kdnb.terms import *
 from kdnb.distill.losses import *
