@@ -89,6 +89,20 @@ class CropFlip(RandTransform):
         x = x[torch.arange(b, device=dev)[:,None,None], :, rows[:,:,None], (cols+dx)[:,None,:]]
         return TensorImage(x.permute(0,3,1,2).contiguous())
 
+# %% ../nbs/00_data.ipynb #d240a032
+@patch
+def views(self:TensorDL, n):
+    "The first `n` of a fixed series of augmented copies of the dataset, and the transforms that are not random"
+    steady = Pipeline([t for t in self.after_batch if not isinstance(t, RandTransform)])
+    random = Pipeline([t for t in self.after_batch if isinstance(t, RandTransform)])
+    dl,ds,views = self.new(shuffle=False, drop_last=False, index=False, after_batch=random),self.dataset,[]
+    for i in range(n):
+        with torch.random.fork_rng():
+            torch.manual_seed(i)
+            x = torch.cat([b[0].as_subclass(Tensor) for b in dl])
+        views.append(ArrayDataset(x, ds.y, ds.vocab, ds.split_idx))
+    return views,steady
+
 # %% ../nbs/00_data.ipynb #1345a76d
 class ArrayDataLoaders(DataLoaders):
     "`DataLoaders` with a `test` loader that no training loop touches, `in_shape` and `c`"

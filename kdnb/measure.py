@@ -30,9 +30,9 @@ def n_weights(model, # Any module
 # %% ../nbs/02_measure.ipynb #5853acc7
 def inputs(data, # `DataLoaders`, a batch, or a tuple of input tensors
     model=None): # Move the inputs to this model's device
-    "The tuple of inputs of one validation batch"
+    "The tuple of inputs of one validation batch (of a training batch, if there is no validation set)"
     if isinstance(data, DataLoaders):
-        b = data.valid.one_batch()
+        b = (data.valid if len(data.loaders)>1 and len(data.valid) else data.train).one_batch()
         data = b[:getattr(data, 'n_inp', 1 if len(b)==1 else len(b)-1)]
     p = next(model.parameters(), None) if model is not None else None
     return tuple((o if p is None else o.to(p.device)).as_subclass(torch.Tensor) for o in tuplify(data))

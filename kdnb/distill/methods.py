@@ -32,6 +32,7 @@ class Term:
     def name(self): return type(self).__name__.lower()
     def prepare(self, o): "The trainable part, or None; `o` has one batch, `student`, `teacher` and the training `labels`"
     def rebuild(self, o): "The network that takes the student's place, or None"
+    def before_train(self, model): "Called at the beginning of each epoch's training"
 
     def __mul__(self, w):
         o,w = copy(self),check_weight(w)
@@ -422,6 +423,7 @@ class SimKD(LayerTerm):
     student_layers = ['projector']
     @property
     def probe_layers(self): return [self.pairs[0][0]]
+    def before_train(self, model): model.head.eval()
     def __call__(self, o): return mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
 
     def rebuild(self, o):
