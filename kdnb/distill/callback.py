@@ -71,7 +71,7 @@ class KnowledgeDistillation(LossTerm):
 
     def _forget(self):
         self._built = self._fault = self._sampler = self._ears = self._loader = None
-        self._modes,self._kept,self._said,self._views = [],{},[],None
+        self._modes,self._kept,self._said,self._now,self._views,self._after = [],{},[],None,None,[]
 
     def _paths(self, which): return list(dict.fromkeys(p for t in self.terms.values() for p in getattr(t, which)))
     @property
@@ -99,7 +99,7 @@ class KnowledgeDistillation(LossTerm):
 
     def __getstate__(self):   # `learn.export` leaves the teacher out
         state = {**self.__dict__, 'teacher': None, 'heads': Heads()}
-        return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _views=None)
+        return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None, _after=[])
 
 # %% ../../nbs/12_distill.callback.ipynb #c5e067af
 @patch
@@ -309,20 +309,20 @@ def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which
 def show_distilled(self:Learner,
     teacher, # `Learner` or module
     n=6, # Number of images
-    k=3, # Number of classes: the teacher's likeliest
+    k=3, # Number of classes, the likeliest by either's opinion
     dl=None, # The validation set if None
     figsize=None):
-    "Images, and how likely teacher and student think the teacher's `k` first classes; returns the axes"
-    dl,teacher = dl or self.dls.valid,getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher
-    b = dl.one_batch()
-    probs = []
+    "The images of one batch on which teacher and student differ most, and what they think of them; returns the axes"
+    dl,teacher = dl or self.dls.valid,teacher.model if isinstance(teacher, Learner) else teacher
+    b,probs = dl.one_batch(),[]
     for m in (teacher, self.model):
-        with evaluating(m), torch.no_grad(): probs.append(m(*inputs(b[:1], m)).float().softmax(1)[:n].cpu())
-    n = len(probs[0])
+        with evaluating(m), torch.no_grad(): probs.append(m(*inputs(b[:1], m)).float().softmax(1).cpu())
+    most = (probs[0]-probs[1]).abs().sum(1).topk(n := min(n, len(probs[0]))).indices
+    b,probs = [o[most.to(o.device)] for o in b],[p[most] for p in probs]
     axs = plt.subplots(2, n, figsize=figsize or (1.5*n,3), squeeze=False, layout='constrained')[1]
     for i,(x,*y) in enumerate(dl.decode_batch(tuple(b), max_n=n)):
         show_image(x, ctx=axs[0,i], title=str(*y[:1]), cmap='gray_r' if x.shape[0]==1 else None)
-        top,ax = probs[0][i].topk(min(k, probs[0].shape[1])).indices,axs[1,i]
+        top,ax = (probs[0][i]+probs[1][i]).topk(min(k, probs[0].shape[1])).indices,axs[1,i]
         for j,(p,name) in enumerate(zip(probs, ('teacher','student'))):
             ax.barh(np.arange(len(top))+.2-.4*j, p[i][top], .4, label=name, color=f'C{j}')
         ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=[str(dl.vocab[c]) for c in top]); ax.invert_yaxis()
@@ -368,6 +368,6 @@ def plot_variances(kd, # What `learn.distill` returned, with a VID term
     axs = plt.subplots(1, len(found), figsize=figsize or (3.2*len(found),2.2), squeeze=False, layout='constrained')[1][0]
     for ax,(label,head,_) in zip(axs, found):
         ax.plot(head.variance.sort().values.cpu(), '.-')
-        ax.set(title=label, xlabel='channel, sorted', yscale='log')
+        ax.set(title=label, xlabel='channel, sorted')
     axs[0].set_ylabel('σ²')
     return axs

@@ -1,0 +1,355 @@
+"Every distillation term in every kind of training: exact, clean afterwards, equal on two processes, and refused with a sentence where it cannot work."
+import os, random, subprocess, sys
+from pathlib import Path
+
+import pytest
+from fastai.callback.schedule import *
+from fastai.vision.models.xresnet import xresnet18
+from torchvision.models import mobilenet_v2, resnet18
+import two_processes as ddp
+from kdnb.all import *
+
+X,Y = (o[:201] for o in (image_dls('digits').train.dataset.x, image_dls('digits').train.dataset.y))   # three batches are left for training
+
+def data(**kwargs): return from_arrays(X, Y, device='cpu', **kwargs)
+DLS = data()
+
+TERMS = dict(kd=KD(), standardized=KD(T=2, standardize=True)*9, logitsmse=LogitsMSE(), dkd=DKD(), dist=DIST(), lwf=LwF(), old_head=LwF('fc3'),
+             at=AT(['conv1','conv2'])*100, at_norm=AT('conv2', squared=False), nst=NST('conv2')*50, sp=SP('conv2')*100, pkt=PKT({'fc2': 'fc1'})*1000,
+             rkd=RKD({'fc2': 'fc1'}), fsp=FSP(['conv1','conv2']), fitnet=FitNet(['conv1','conv2'])*10, fitnet_mlp=FitNet({'fc1': 'conv2'}),
+             vid=VID(['conv1','conv2']), vid_sizes=VID({'conv1': 'conv2'}), vid_mlp=VID({'fc1': 'conv2'}), vidlp=VIDLP('fc2'),
+             crd=CRD({'fc2': 'fc1'}), crd_few=CRD({'fc2': 'fc1'}, K=20), srrl=SRRL('conv2'), semckd=SemCKD(['conv1','conv2'], ['conv1','conv2','fc1']),
+             simkd=SimKD('conv2'))
+HEADED = 'fsp fitnet fitnet_mlp vid vid_sizes vid_mlp vidlp crd crd_few srrl semckd'.split()
+every = pytest.mark.parametrize('name', TERMS)
+headed = pytest.mark.parametrize('name', HEADED)
+
+def student(): set_seed(1); return create('lenet5', DLS)
+def make_teacher(): set_seed(2); return create('lenet5_caffe', DLS)
+TEACHER = make_teacher()
+
+def learner(dls=None, model=None, **kwargs):
+    set_seed(0)
+    dls = dls or data()
+    dls.train.rng = random.Random(0)
+    learn = Learner(dls, model or student(), metrics=accuracy, loss_func=CrossEntropyLossFlat(), **kwargs)
+    learn.recorder.add_time = False
+    return learn
+
+def quiet(learn, *args, fit='fit', **kwargs):
+    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
+    return learn
+
+def flat(model): return nn.utils.parameters_to_vector(model.parameters()).detach()
+def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
+
+
+class CPUAutocast(Callback):
+    "What fastai's MixedPrecision does on a GPU, in bf16 on the CPU"
+    order = 10
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.autocast.__enter__()
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+
+@every
+@pytest.mark.parametrize('cbs', [lambda: [MixUp()], lambda: [GradientAccumulation(128)], lambda: [CPUAutocast(), GradientClip(100.)]],
+                         ids=['mixup','accumulation','bf16'])
+def test_with_other_callbacks(name, cbs):
+    before = [p.clone() for p in TEACHER.parameters()]
+    learn = quiet(learner(), 2, 1e-3, cbs=[KnowledgeDistillation(TEACHER, TERMS[name]), *cbs()])
+    assert flat(learn.model).isfinite().all() and learn.recorder.values[-1][-1]>0
+    assert all(torch.equal(p, q) and p.grad is None for p,q in zip(TEACHER.parameters(), before)) and not hooks(TEACHER, learn.model)
+
+@every
+def test_around_training(name, tmp_path):
+    "lr_find, validate, predict, SaveModel, load, export: with the callback attached for good"
+    cb = KnowledgeDistillation(TEACHER, TERMS[name])
+    learn = learner(path=tmp_path, cbs=cb)
+    heads = {k: v.clone() for k,v in cb.heads.state_dict().items()}
+    with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
+    assert all(torch.equal(v, heads[k]) for k,v in cb.heads.state_dict().items())     # as they were before
+    quiet(learn, 1, 1e-3, cbs=SaveModelCallback(fname='best'))
+    with learn.no_bar():
+        res = learn.validate()
+        assert abs(res[0]-F.cross_entropy(*learn.get_preds(act=noop)).item())<1e-4 and len(res)==2      # the task loss alone
+        x = learn.dls.valid.dataset[0][0]
+        probs = learn.predict(x)[2]
+        state = torch.load(tmp_path/'models'/'best.pth', weights_only=True)
+        assert not any('head' in k for k in state if name!='simkd')
+        bare = deepcopy(learn.model)
+        bare.load_state_dict(state)             # a checkpoint loads into the bare network
+        learn.load('best')
+        learn.export('model.pkl')
+        assert torch.allclose(load_learner(tmp_path/'model.pkl').predict(x)[2], probs, atol=1e-6)
+    assert (tmp_path/'model.pkl').stat().st_size < 4*n_params(bare) + 200_000         # the teacher alone has 460 kB
+
+@headed
+def test_heads_are_trained_saved_and_gone(name, tmp_path):
+    learn,cb = learner(path=tmp_path),KnowledgeDistillation(TEACHER, TERMS[name])
+    with learn.added_cbs(cb):
+        learn.create_opt()
+        start,known = deepcopy(cb.heads.state_dict()),{id(p) for g in learn.opt.param_lists for p in g}
+        trained = [p for p in cb.heads.parameters() if p.requires_grad]
+        assert trained and all(id(p) in known for p in trained)
+        quiet(learn, 2, 1e-2)
+        assert all((p-q).abs().max()>0 for (k,p),q in zip(cb.heads.state_dict().items(), start.values()) if 'weight' in k and 'rest' not in k)
+        learn.save('end')
+        end = deepcopy(cb.heads.state_dict())
+        quiet(learn, 1, 1e-2)
+        learn.load('end')
+        assert all(torch.equal(p, q) for p,q in zip(cb.heads.state_dict().values(), end.values()))
+        assert set(deepcopy(learn.model).state_dict())==set(student().state_dict())
+    assert {id(p) for g in learn.opt.param_lists for p in g}=={id(p) for p in learn.model.parameters()}
+    assert not [k for k,_ in learn.model.named_modules() if 'head' in k]
+    learn.load('end')                           # loads without the callback as well
+    assert learn.splitter is trainable_params
+
+@headed
+def test_heads_join_an_optimiser_that_exists(name):
+    "fit_one_cycle makes the optimiser before it adds its callbacks; here under a splitter that does not know heads, and torch's Adam"
+    for opt_func in (Adam, partial(OptimWrapper, opt=torch.optim.Adam)):
+        learn,cb = learner(splitter=lambda m: [list(m.conv1.parameters()), [p for n,p in m.named_parameters() if n[:5]!='conv1']], opt_func=opt_func),KnowledgeDistillation(TEACHER, TERMS[name])
+        start = None
+        class Look(Callback):
+            def before_fit(self): nonlocal start; start = flat(cb.heads).clone()
+        quiet(learn, 2, slice(1e-3,1e-2), fit='fit_one_cycle', cbs=[cb, Look()])
+        assert not torch.equal(flat(cb.heads), start) and [len(g) for g in learn.opt.param_lists]==[2,8]
+        quiet(learn, 1, 1e-3, fit='fit_one_cycle')
+
+def test_weight_0_is_plain_training():
+    plain = flat(quiet(learner(), 2, 1e-3).model)
+    for name,term in TERMS.items():
+        if name!='simkd': assert torch.equal(flat(quiet(learner(), 2, 1e-3, cbs=KnowledgeDistillation(TEACHER, term*0, task=1)).model), plain), name
+
+def test_simkd_is_a_plain_module_that_is_counted(tmp_path):
+    learn = learner()
+    quiet(learn, TEACHER, 1, SimKD('conv2'), fit='distill')
+    types = {type(m).__module__.partition('.')[0] for m in learn.model.modules()}
+    assert types=={'torch'}
+    parts = [TEACHER.fc1, TEACHER.fc2, learn.model.body.conv1, learn.model.body.conv2, learn.model.projector]
+    assert n_params(learn.model)==sum(map(n_params, parts))
+    assert all(torch.equal(learn.model.head.get_submodule(k).weight, TEACHER.get_submodule(k).weight) for k in ('fc1','fc2'))
+    quiet(learn, 1, 1e-3)                       # trains on as any network
+
+@every
+def test_frozen_body(name):
+    model = student()
+    for n,p in model.named_parameters(): p.requires_grad_(n.startswith('fc3'))
+    body = model.conv1.weight.clone()
+    learn = quiet(learner(model=model), 1, 1e-2, cbs=KnowledgeDistillation(TEACHER, TERMS[name]))
+    assert flat(learn.model).isfinite().all() and torch.equal(model.conv1.weight, body)
+
+class TwoInputs(nn.Module):
+    "A LeNet that also reads a number of each sample"
+    def __init__(self, net): super().__init__(); self.net,self.bias = net,nn.Linear(1, 10)
+    def forward(self, x, v): return self.net(x) + self.bias(v)
+
+class TwoInputsDL(TensorDL):
+    n_inp = 2
+    def __iter__(self):
+        for x,*rest in super().__iter__(): yield (x,x.as_subclass(torch.Tensor).mean((1,2,3))[:,None],*rest)
+
+@pytest.mark.parametrize('name', [k for k in TERMS if k not in ('srrl','simkd')])
+def test_two_inputs(name):
+    term = deepcopy(TERMS[name])
+    under = lambda l: 'net.'+l
+    if hasattr(term, 'pairs'): term.pairs = [(under(s),t and under(t)) for s,t in term.pairs]
+    if name=='semckd': term.student_layers,term.teacher_layers = (list(map(under, o)) for o in (term.student_layers, term.teacher_layers))
+    if name=='old_head': term.layer = under(term.layer)
+    dls = data()
+    both = [TwoInputsDL(o.dataset, bs=64, shuffle=i==0, after_batch=o.after_batch) for i,o in enumerate(dls.loaders)]
+    dls = ArrayDataLoaders(*both, device='cpu')
+    dls.n_inp = 2
+    learn = quiet(learner(dls, TwoInputs(student())), 1, 1e-3, cbs=KnowledgeDistillation(TwoInputs(make_teacher()), term))
+    assert learn.recorder.values[-1][-1]>0
+
+@every
+def test_last_batch_of_one(name):
+    dls = data(bs=59)
+    dls.train.dataset.x,dls.train.dataset.y = dls.train.dataset.x[:178],dls.train.dataset.y[:178]
+    dls.train.n = 178
+    learn = quiet(learner(dls), 1, 1e-3, cbs=KnowledgeDistillation(TEACHER, TERMS[name]))
+    assert learn.train_iter==4 and flat(learn.model).isfinite().all()
+
+
+class StopAt(Callback):
+    def __init__(self, error): self.error = error
+    def after_pred(self):
+        if self.training and self.iter==1: raise self.error
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), CancelFitException(), CancelEpochException(), CancelTrainException(), CancelBatchException()],
+                         ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('cache', [False,True])
+def test_clean_after_an_end(error, cache):
+    dls,teacher = data(pad=1) if cache else data(),make_teacher().train()
+    before = {k: getattr(dls.train, k) for k in ('index','dataset','after_batch')}
+    learn = learner(dls)
+    cb = KnowledgeDistillation(teacher, KD() + VID('conv2') + CRD({'fc2': 'fc1'}), cache=cache, n_views=2 if cache else None)
+    try: quiet(learn, 1, 1e-3, cbs=[cb, StopAt(error)])
+    except (KeyboardInterrupt,RuntimeError): pass
+    assert not hooks(learn.model, teacher) and all(m.training for m in teacher.modules())
+    assert {k: getattr(dls.train, k) for k in before}==before
+    assert learn.cbs.attrgot('name')==learner().cbs.attrgot('name') and learn.metrics.attrgot('name')==['accuracy'] and learn.splitter is trainable_params
+    quiet(learn, 1, 1e-3)
+
+def test_two_fits_do_not_stack():
+    learn,cb = learner(),KnowledgeDistillation(TEACHER, KD() + VID('conv2'))
+    for _ in range(2): quiet(learn, 1, 1e-3, cbs=cb)
+    assert learn.recorder.metric_names[-2:]==['kd','vid'] and learn.recorder.metric_names.count('vid')==1
+    learn.add_cb(cb)
+    for _ in range(2): quiet(learn, 1, 1e-3)
+    assert len(learn.model.distill_heads)==1 and sum(len(g) for g in learn.opt.param_lists)==len(list(learn.model.parameters()))
+
+def test_the_teacher_is_asked_once_a_batch_and_never_in_validation():
+    teacher,calls = make_teacher(),[]
+    teacher.fc2.register_forward_hook(lambda *a: calls.append((torch.is_grad_enabled(),teacher.training)))
+    cb = KnowledgeDistillation(teacher, KD() + AT('conv2') + SP('conv2') + VID('conv2'))
+    learn = learner(cbs=cb)
+    calls.clear()
+    quiet(learn, 2, 1e-3)
+    assert len(calls)==2*3+1 and set(calls)=={(False,False)}      # one trial run at the beginning
+
+def test_batchnorm_of_the_teacher_is_left_alone():
+    teacher = nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)).train()
+    before = deepcopy(teacher.state_dict())
+    quiet(learner(), 2, 1e-3, cbs=KnowledgeDistillation(teacher, KD() + AT({'conv1': '1'})))
+    assert all(torch.equal(v, before[k]) for k,v in teacher.state_dict().items()) and teacher[1].training
+
+def test_callbacks_are_named(capsys):
+    learner(cbs=KnowledgeDistillation(TEACHER)).show_training_loop()
+    assert 'KnowledgeDistillation' in capsys.readouterr().out
+
+def test_schedule_of_a_term_and_columns():
+    terms = KD()*SchedLin(1., 0.) + VID('conv2')*(lambda pct: float(pct>=.5))
+    learn = quiet(learner(), 2, 1e-3, cbs=KnowledgeDistillation(TEACHER, terms))
+    assert learn.recorder.metric_names[-2:]==['kd','vid']
+    assert learn.recorder.values[0][-1]==0 and learn.recorder.values[1][-1]!=0
+
+
+@pytest.mark.parametrize('make', [lambda: resnet18(num_classes=10), lambda: xresnet18(n_out=10), lambda: mobilenet_v2(num_classes=10)], ids=['torchvision','fastai','mobilenet'])
+def test_models_as_they_are(make):
+    set_seed(0)
+    dls = from_arrays(torch.randint(0, 256, (40,3,64,64), dtype=torch.uint8), torch.arange(40)%10, bs=16, device='cpu')
+    s,t = make(),make()
+    pairs = dict(list(match_stages(s, t, dls, show=False).items())[-2:])
+    learn = quiet(learner(dls, s), 1, 1e-3, cbs=KnowledgeDistillation(t, AT(pairs) + VID(pairs)))
+    assert len(pairs)==2 and learn.recorder.values[-1][-1]!=0
+
+def test_in_place_outputs_are_copied():
+    "conv → bn → in-place ReLU: the features of bn are those before the ReLU, in training too"
+    net = lambda: nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,10))
+    s,seen = net(),[]
+    class Negative(LayerTerm):
+        def compare(self, f_s, f_t): seen.append((f_s.min()<0).item() and (f_t.min()<0).item()); return f_s.mean()
+    quiet(learner(model=s), 1, 1e-3, cbs=KnowledgeDistillation(net(), Negative('1')))
+    assert all(seen)
+
+def test_compiled_student():
+    "Also one that has run before it got its hooks"
+    def run(model): return quiet(learner(model=model, opt_func=SGD), 1, .01, cbs=KnowledgeDistillation(TEACHER, AT('conv2')*100 + VID('conv2')))
+    model = torch.compile(student(), backend='aot_eager')
+    with torch.no_grad(): model(torch.zeros(2,1,8,8))
+    learn,plain = run(model),run(student())
+    assert torch.allclose(flat(learn.model), flat(plain.model), atol=1e-5) and not hooks(model)
+    assert abs(learn.recorder.values[-1][-1]-plain.recorder.values[-1][-1])<1e-4
+
+
+@pytest.mark.parametrize('name', ['kd','at','vid','crd','srrl','semckd','simkd'])
+@pytest.mark.parametrize('where', ['memory','file','views'])
+def test_cached_equals_uncached(name, where, tmp_path):
+    def run(cache):
+        learn = learner(data(pad=1 if where=='views' else 0))
+        if where=='views' and not cache:            # the same views, without a cache
+            views,steady = learn.dls.train.views(2)
+            learn.dls.train.after_batch = steady
+            class Turn(Callback):
+                def before_train(self): self.dls.train.dataset = views[self.epoch % 2]
+            learn.add_cb(Turn())
+        cb = KnowledgeDistillation(TEACHER, TERMS[name], cache=cache and (tmp_path if where=='file' else True), n_views=2 if cache and where=='views' else None)
+        return flat(quiet(learn, 3, 1e-3, cbs=cb).model)
+    assert torch.allclose(run(True), run(False), atol=1e-5)
+
+def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
+    teacher,n = make_teacher(),[0]
+    teacher.register_forward_hook(lambda m,x,out: n.__setitem__(0, n[0]+len(out)))
+    learn,cb = learner(),KnowledgeDistillation(teacher, KD(), cache=True)
+    for _ in range(3): quiet(learn, 2, 1e-3, cbs=cb)
+    assert n[0]==len(learn.dls.train.dataset)+3*64                            # all samples once, and one batch a fit to be sure
+    teacher.fc2.bias.data += 1
+    quiet(learn, 1, 1e-3, cbs=cb)
+    assert n[0]==2*len(learn.dls.train.dataset)+4*64
+    quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
+    assert (tmp_path/'answers'/'view0'/'0.npy').exists()
+    teacher.fc2.bias.data += 1
+    with pytest.raises(ValueError, match='holds the answers of another network'): quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
+
+
+@pytest.mark.parametrize('message,terms,kw', [
+    ("has no layer 'conv3'. The nearest names are 'conv2', 'conv1'", AT('conv3'), {}),
+    ("has no layer 'layer1'", FitNet({'conv1': 'layer1'}), {}),
+    ('CRD needs to know which sample is which', CRD({'fc2': 'fc1'}), dict(generic=True, labels=True)),
+    ('CRD needs the labels of the whole training set', CRD({'fc2': 'fc1'}), dict(generic=True)),
+    ('cache needs to know which sample is which', KD(), dict(generic=True, cache=True)),
+    ('images change from epoch to epoch', KD(), dict(pad=1, cache=True)),
+    ('expected maps', AT('fc1'), {}),
+    ('expected maps', SimKD({'fc1': 'conv2'}), {}),
+    ('Use it alone', SimKD('conv2') + KD(), {}),
+    ('teacher gives 7 outputs, student 10', KD(), dict(teacher=lambda: create('lenet5', DLS, c=7))),
+    ('teacher gives 7 outputs, student 10', DKD(), dict(teacher=lambda: create('lenet5', DLS, c=7))),
+    ('teacher is on meta, student on cpu', AT('conv2'), dict(teacher=lambda: make_teacher().to('meta'))),
+    ('teacher computes in torch.float16, student in torch.float32', AT('conv2'), dict(teacher=lambda: make_teacher().half())),
+    ('a batch of 64, the teacher\'s a batch of 32', SP({'conv2': '0'}), dict(teacher=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,10)), halve=True)),
+    ('not finite', KD(), dict(nan=True)),
+    ('stored answers are not those to this batch', KD(), dict(cache=True, cbs=MixUp)),
+    ('DataParallel', KD(), dict(parallel=True)),
+])
+def test_bad_input(message, terms, kw):
+    kw = dict(kw)
+    teacher = kw.pop('teacher', make_teacher)()
+    if kw.pop('nan', False): teacher.fc2.bias.data.fill_(float('nan'))
+    if kw.pop('halve', False):
+        class Halve(nn.Module):
+            def forward(self, x): return x[:len(x)//2]
+        teacher = nn.Sequential(Halve(), *teacher)
+    dls = data(pad=kw.pop('pad', 0))
+    if kw.pop('generic', False):
+        items = ArrayDataset(X.float()/255, Y, vocab=range(10)) if kw.pop('labels', False) else list(zip(X.float()/255, Y))
+        dls = DataLoaders(*[TfmdDL(items, bs=64, num_workers=0) for _ in range(2)], device='cpu')
+    learn = learner(dls)
+    if kw.pop('parallel', False): learn.model = nn.DataParallel(learn.model)
+    cbs = L(kw.pop('cbs', None)).map(lambda o: o())
+    names = learn.cbs.attrgot('name')
+    with pytest.raises(ValueError) as e: quiet(learn, teacher, 1, terms, fit='distill', cbs=cbs, **kw)
+    assert message in str(e.value) and learn.cbs.attrgot('name')==names and not hooks(learn.model, teacher)
+
+def test_bad_terms():
+    for message,f in [('2 layers of the student (a, b) but 1 of the teacher', lambda: VID(['a','b'], ['c'])), ('no layers are given', lambda: AT({})),
+                      ('expected two or more', lambda: FSP('a')), ('SimKD has 2 pairs', lambda: SimKD(['a','b'])), ('T is 0', lambda: DKD(T=0)),
+                      ('weight is -1', lambda: KD()*-1), ('terms is an empty sum', lambda: KnowledgeDistillation(TEACHER, Terms())),
+                      ('a chain of 1 learner', lambda: teacher_assistant([learner()], 1)), ('1 numbers of epochs are given for 2', lambda: teacher_assistant([learner()]*3, [1]))]:
+        with pytest.raises(ValueError) as e: f()
+        assert message in str(e.value)
+
+def test_teacher_assistant():
+    chain = [learner(model=m) for m in (make_teacher(), create('lenet300', DLS, hidden=(30,)), create('lenet300', DLS, hidden=(8,)))]
+    before = [flat(l.model).clone() for l in chain]
+    with chain[0].no_bar(),chain[1].no_bar(),chain[2].no_bar(),chain[1].no_logging(),chain[2].no_logging(): last = teacher_assistant(chain, [1,2], lr_max=1e-2)
+    assert last is chain[2] and [torch.equal(flat(l.model), b) for l,b in zip(chain, before)]==[True,False,False]
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    runs = [subprocess.Popen([sys.executable, ddp.__file__, str(r), '2', folder], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
+    assert [p.wait(300) for p in runs]==[0,0]
+    return [torch.load(folder/f'{r}.pth', weights_only=True) for r in (0,1)]
+
+@pytest.mark.parametrize('name', ddp.TERMS)
+def test_two_processes_equal_one(name, two_processes):
+    one,first,second = ddp.train(name),*(o[name] for o in two_processes)
+    assert any('head' in k or 'projector' in k for k in one)
+    for k,v in one.items():
+        assert torch.equal(first[k], second[k]), k
+        assert torch.allclose(first[k], v, atol=1e-5), k

@@ -1,0 +1,40 @@
+"Distillation where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder"
+import sys, warnings
+
+warnings.filterwarnings('ignore')
+from kdnb.all import *
+import torch.distributed as tdist
+from torch.nn.parallel import DistributedDataParallel
+
+TERMS = dict(fitnet=FitNet(['conv1','conv2'], norm=False)*10, vid=VID(['conv1','conv2'], norm=False), crd=CRD({'fc2': 'fc1'}, K=None, T=.5),
+             simkd=SimKD('conv2', norm=False))      # BatchNorm would see another batch on each process
+
+class Wrap(Callback):
+    order = 11   # as fastai's DistributedTrainer
+    def before_fit(self): self.learn.model = DistributedDataParallel(self.model)
+    def after_fit(self): self.learn.model = self.model.module
+
+class Keep(Callback):
+    order = 10   # before the wrap is taken off
+    def after_train(self): self.state = {k.removeprefix('module.'): v.detach().clone() for k,v in [*self.model.named_parameters(), *self.model.named_buffers()]}
+
+class RankDL(TensorDL):
+    "Every `n`-th sample of each batch of 32, from the `rank`-th on"
+    def __init__(self, *args, rank=0, n=1, **kwargs): self.rank,self.ranks = rank,n; super().__init__(*args, **kwargs)
+    def get_idxs(self): return [i for b in range(0, 160, 32) for i in range(b+self.rank, b+32, self.ranks)]
+
+def train(name, rank=0, n=1):
+    "Parameters and buffers of student and heads after two epochs"
+    digits = image_dls('digits', device='cpu')
+    dl = RankDL(digits.train.dataset, bs=32//n, rank=rank, n=n, after_batch=digits.train.after_batch)
+    set_seed(2); teacher = create('lenet5_caffe', digits)
+    set_seed(1)
+    learn = Learner(ArrayDataLoaders(dl, digits.valid, device='cpu'), create('lenet5', digits), opt_func=SGD, lr=.02, wd=0, cbs=Wrap() if n>1 else None)
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, cbs=[KnowledgeDistillation(teacher, TERMS[name]), keep := Keep()])
+    return keep.state
+
+if __name__=='__main__':
+    rank,n,folder = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3]
+    torch.set_num_threads(1)
+    tdist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=n)
+    torch.save({name: train(name, rank, n) for name in TERMS}, f'{folder}/{rank}.pth')
