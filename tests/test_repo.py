@@ -90,6 +90,14 @@ def test_all_names_are_there():
         mod = importlib.import_module(o.name)
         assert not [n for n in getattr(mod, '__all__', []) if not hasattr(mod, n)], o.name
 
+def test_no_name_of_fastai_is_covered():
+    "`from kdnb.all import *` also brings fastai: our names must not replace its"
+    import fastai.vision.all as fastai
+    ours = {n: getattr(mod, n) for o in pkgutil.walk_packages(kdnb.__path__, 'kdnb.') if o.name != 'kdnb.all'
+            for mod in [importlib.import_module(o.name)] for n in getattr(mod, '__all__', [])}
+    covered = {n for n,v in ours.items() if getattr(fastai, n, v) is not v}
+    assert covered == {'save_model', 'load_model'}     # fastai's are for its own use
+
 def _imports(file, path):
     "The modules of kdnb that the module `file` imports anywhere in its code, as files"
     for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):

@@ -18,10 +18,10 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.torch_core import show_image,trainable_params
 from ..data import SampleIndex,TensorDL
-from ..features import Capture,answers,mark_of,unwrap
+from ..features import Capture,answers,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
 from ..terms import LossTerm
-from .methods import KD,Gaussian,Term,Terms
+from .methods import KD,GaussianHead,Term,Terms
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):
@@ -54,15 +54,16 @@ class KnowledgeDistillation(LossTerm):
     def __init__(self,
         teacher, # Trained `Learner` or module
         terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
-        task=None, # Weight of the task loss, a number or a schedule; if None .1 with the default terms, else 1 (SimKD: 0)
-        cache=False, # Ask the teacher once per sample, not once per epoch: True (in memory), or a folder (memory-mapped files)
+        task=None, # Weight of the task loss, a number or schedule; if None .1 with the default terms, else 1 (SimKD: 0)
+        cache=False, # Ask the teacher once per sample, not per epoch: True (in memory), or a folder (memory-mapped files)
         n_views=None): # With `cache` and random augmentation: train on so many fixed views of each image
         if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
         teacher = getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher
         if not isinstance(teacher, nn.Module):
             raise ValueError(f'teacher is {teacher!r}, expected a trained Learner or nn.Module.')
         named = (Terms()+terms).named()
-        if n_views and not cache: raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
+        if n_views and not cache:
+            raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
         if not named: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
         if task is None: task = min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
@@ -99,7 +100,8 @@ class KnowledgeDistillation(LossTerm):
 
     def __getstate__(self):   # `learn.export` leaves the teacher out
         state = {**self.__dict__, 'teacher': None, 'heads': Heads()}
-        return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None, _after=[])
+        return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None,
+                            _after=[])
 
 # %% ../../nbs/12_distill.callback.ipynb #c5e067af
 @patch
@@ -107,18 +109,17 @@ class KnowledgeDistillation(LossTerm):
 def _probe(self:KnowledgeDistillation):
     "What the terms see of one validation batch"
     xb = inputs(self.dls)
-    def ask(model, paths):
-        x = inputs(xb, model)
-        with evaluating(model), Capture(model, paths, x) as c: return model(*x),c.take()
-    (z_s,f_s),(z_t,f_t) = ask(self.model, self._paths('probe_layers')),ask(self.teacher, self._paths('teacher_layers'))
+    z_s,f_s = hear(self.model, self._paths('probe_layers'), xb)
+    z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb)
     return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, student=unwrap(self.model), teacher=unwrap(self.teacher),
+                           bs=self.dls.train.bs or len(z_s),
                            labels=self._labels() if any(t.needs_index for t in self.terms.values()) else None)
 
 @patch
 def _labels(self:KnowledgeDistillation):
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
-        raise ValueError('CRD needs the labels of the whole training set at `dls.train.dataset.y`, and the place of each '
-                         'sample in its batch. Use image_dls or from_arrays.')
+        raise ValueError('CRD needs the labels of the whole training set at `dls.train.dataset.y`, and the place of '
+                         'each sample in its batch. Use image_dls or from_arrays.')
     return y.as_subclass(torch.Tensor)
 
 @patch
@@ -137,16 +138,16 @@ def _prepare(self:KnowledgeDistillation):
         self._built = unwrap(self.model)
     if len(self.heads):
         if unwrap(self.model) is not self.model and not hasattr(self.model, '_orig_mod'):
-            raise ValueError('the model is wrapped for several processes already, and would not synchronise the trainable '
-                             'parts of the terms. Give the callback to the Learner before the model is wrapped.')
+            raise ValueError('the model is wrapped for several processes already, and would not synchronise the '
+                             'trainable parts of the terms. Give the callback to the Learner before the model is wrapped.')
         self.model.add_module(HEADS, self.heads)
 
 @patch
 def _replace(self:KnowledgeDistillation, new):
     "Let the network `new` take the student's place"
     if len(self.terms)>1:
-        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network whose layers the others '
-                         'name. Use it alone.')
+        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network whose layers the '
+                         'others name. Use it alone.')
     p = next(self.model.parameters())
     self.learn.model = new.to(p.device, p.dtype).train(self.model.training)
     self.learn.opt,self.learn.splitter = None,trainable_params
@@ -160,7 +161,8 @@ def _check_teacher(self:KnowledgeDistillation):
         raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
     t,s = (next(m.parameters(), None) for m in (self.teacher, self.model))
     if t is not None and t.dtype!=s.dtype:
-        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. Convert the teacher: teacher.to({s.dtype}).')
+        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. '
+                         f'Convert the teacher: teacher.to({s.dtype}).')
 
 # %% ../../nbs/12_distill.callback.ipynb #d8c353cf
 @patch
@@ -181,7 +183,8 @@ def _begin(self:KnowledgeDistillation):
                          'Use DistributedDataParallel (learn.distrib_ctx), or one device.')
     t,s = (next(m.parameters(), None) for m in (self.teacher, self.model))
     if t is not None and t.device!=s.device:
-        raise ValueError(f'teacher is on {t.device}, student on {s.device}. Move the teacher: teacher.to({str(s.device)!r}).')
+        raise ValueError(f'teacher is on {t.device}, student on {s.device}. '
+                         f'Move the teacher: teacher.to({str(s.device)!r}).')
     self._modes = [(m, m.training) for m in self.teacher.modules()]
     self.teacher.eval()
     if self.needs_index: self._number()
@@ -251,9 +254,9 @@ def _number(self:KnowledgeDistillation):
     "Let training batches carry the places of their samples"
     dl = self.dls.train
     if not isinstance(dl, TensorDL):
-        why = 'cache needs' if self.cache else 'CRD needs'
-        raise ValueError(f'{why} to know which sample is which, and {type(dl).__name__} does not say. '
-                         'Use image_dls or from_arrays' + (', or cache=False.' if self.cache else ', or a term without a memory.'))
+        who,instead = ('cache','cache=False') if self.cache else ('CRD','a term without a memory')
+        raise ValueError(f'{who} needs to know which sample is which, and {type(dl).__name__} does not say. '
+                         f'Use image_dls or from_arrays, or {instead}.')
     self._loader = dl,{k: getattr(dl, k) for k in ('index','dataset','after_batch')}
     dl.index = True
 
@@ -262,8 +265,8 @@ def _ask_all(self:KnowledgeDistillation):
     "The teacher's answers to every sample of each view, those of an earlier fit if nothing has changed"
     dl,layers = self.dls.train,self._paths('teacher_layers')
     if dl.augments and not self.n_views:
-        raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data without '
-                         'pad and flip, or n_views=10 to train on ten fixed views of each image.')
+        raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
+                         'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
     views,dl.after_batch = dl.views(self.n_views) if dl.augments else ([dl.dataset], dl.after_batch)
     earlier,self._kept,self._said = self._kept,{},[]
     with undisturbed(self.model):
@@ -297,14 +300,18 @@ def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which
     terms=None, # A term or a sum of terms for every step; `KD(T=4)*.9` if None
     **kwargs): # Passed on to `distill`
     "Distil along a chain of learners; returns the last"
-    if len(learners)<2: raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at least.')
+    if len(learners)<2:
+        raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at least.')
     epochs = [n_epoch]*(len(learners)-1) if isinstance(n_epoch, int) else list(n_epoch)
     if len(epochs)!=len(learners)-1:
-        raise ValueError(f'{len(epochs)} numbers of epochs are given for {len(learners)-1} trainings: give one, or one for each.')
+        raise ValueError(f'{len(epochs)} numbers of epochs are given for {len(learners)-1} trainings: '
+                         'give one, or one for each.')
     for teacher,student,n in zip(learners, learners[1:], epochs): student.distill(teacher, n, terms, **kwargs)
     return learners[-1]
 
 # %% ../../nbs/12_distill.callback.ipynb #5ea94258
+def _show(x, ax, title=None): show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
+
 @patch
 def show_distilled(self:Learner,
     teacher, # `Learner` or module
@@ -321,19 +328,20 @@ def show_distilled(self:Learner,
     b,probs = [o[most.to(o.device)] for o in b],[p[most] for p in probs]
     axs = plt.subplots(2, n, figsize=figsize or (1.5*n,3), squeeze=False, layout='constrained')[1]
     for i,(x,*y) in enumerate(dl.decode_batch(tuple(b), max_n=n)):
-        show_image(x, ctx=axs[0,i], title=str(*y[:1]), cmap='gray_r' if x.shape[0]==1 else None)
+        _show(x, axs[0,i], str(*y[:1]))
         top,ax = (probs[0][i]+probs[1][i]).topk(min(k, probs[0].shape[1])).indices,axs[1,i]
         for j,(p,name) in enumerate(zip(probs, ('teacher','student'))):
             ax.barh(np.arange(len(top))+.2-.4*j, p[i][top], .4, label=name, color=f'C{j}')
-        ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=[str(dl.vocab[c]) for c in top]); ax.invert_yaxis()
+        ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=[str(dl.vocab[c]) for c in top])
+        ax.invert_yaxis()
     axs[1,0].legend(fontsize=6, loc='lower right')
     return axs
 
 # %% ../../nbs/12_distill.callback.ipynb #b56bedaf
 def _gaussians(kd):
-    "`(label, head, term's pair)` of every pair of layers that VID has compared"
-    found = [(f'{s} → {t}', h, (s,t)) for k,term in kd.terms.items() if k in kd.heads
-             for (s,t),h in zip(term.pairs if hasattr(term, 'pairs') else (), kd.heads[k]) if isinstance(h, Gaussian) and t]
+    "`(student's layer, teacher's layer, head)` of every pair of layers that VID has compared"
+    found = [(s,t,h) for k,term in kd.terms.items() if k in kd.heads and hasattr(term, 'pairs')
+             for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
     if not found: raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
     return found
 
@@ -343,18 +351,18 @@ def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
     n=3, # Number of images
     dl=None, # The validation set if None
     figsize=None):
-    "Images, and over them log q(t|s) at each place, and the teacher's activity (paper 004, Figures 2, 4); returns the axes"
+    "Images, log q(t|s) at each place, and the teacher's activity there (paper 004, Figures 2, 4); returns the axes"
     found,dl = _gaussians(kd),dl or learn.dls.valid
     b = dl.one_batch()
     xb = inputs(b[:1], learn.model)
-    with evaluating(learn.model), Capture(learn.model, [s for _,_,(s,_) in found], xb) as c: learn.model(*xb); f_s = c.take()
-    with evaluating(kd.teacher), Capture(kd.teacher, [t for _,_,(_,t) in found], xb) as c: kd.teacher(*xb); f_t = c.take()
-    axs = plt.subplots(n, 1+2*len(found), figsize=figsize or (1.4*(1+2*len(found)),1.5*n), squeeze=False, layout='constrained')[1]
-    for i,(x,*_) in enumerate(dl.decode_batch(tuple(b), max_n=n)): show_image(x, ctx=axs[i,0], cmap='gray_r' if x.shape[0]==1 else None)
-    for j,(label,head,(s,t)) in enumerate(found):
+    f_s,f_t = hear(learn.model, [s for s,_,_ in found], xb)[1],hear(kd.teacher, [t for _,t,_ in found], xb)[1]
+    n_cols = 1+2*len(found)
+    axs = plt.subplots(n, n_cols, figsize=figsize or (1.4*n_cols,1.5*n), squeeze=False, layout='constrained')[1]
+    for i,(x,*_) in enumerate(dl.decode_batch(tuple(b), max_n=n)): _show(x, axs[i,0])
+    for j,(s,t,head) in enumerate(found):
         with evaluating(head): known = -head(f_s[s], f_t[t]).sum(1, keepdim=True)
         active = f_t[t].abs().mean(1, keepdim=True) if f_t[t].ndim==4 else known
-        for col,m,title in ((1+2*j,known,f'{label}\nlog q'), (2+2*j,active,f'|{t}|')):
+        for col,m,title in ((1+2*j,known,f'{s} → {t}\nlog q'), (2+2*j,active,f'|{t}|')):
             m = F.interpolate(m[:n], size=xb[0].shape[2:], mode='bilinear').cpu()
             for i in range(len(m)): axs[i,col].imshow(m[i,0], cmap='inferno'); axs[i,col].axis('off')
             axs[0,col].set_title(title, fontsize=8)
@@ -365,9 +373,10 @@ def plot_variances(kd, # What `learn.distill` returned, with a VID term
     figsize=None):
     "The learnt variance of each of the teacher's channels, sorted (paper 004, Figure 3); returns the axes"
     found = _gaussians(kd)
-    axs = plt.subplots(1, len(found), figsize=figsize or (3.2*len(found),2.2), squeeze=False, layout='constrained')[1][0]
-    for ax,(label,head,_) in zip(axs, found):
+    size = figsize or (3.2*len(found),2.2)
+    axs = plt.subplots(1, len(found), figsize=size, squeeze=False, layout='constrained')[1][0]
+    for ax,(s,t,head) in zip(axs, found):
         ax.plot(head.variance.sort().values.cpu(), '.-')
-        ax.set(title=label, xlabel='channel, sorted')
+        ax.set(title=f'{s} → {t}', xlabel='channel, sorted')
     axs[0].set_ylabel('σ²')
     return axs
