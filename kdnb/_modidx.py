@@ -436,6 +436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdnb.report.verdict': ('report.html#verdict', 'kdnb/report.py')},
             'kdnb.terms': { 'kdnb.terms.LossTerm': ('terms.html#lossterm', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.__init__': ('terms.html#lossterm.__init__', 'kdnb/terms.py'),
+                            'kdnb.terms.LossTerm._guard': ('terms.html#lossterm._guard', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.after_fit': ('terms.html#lossterm.after_fit', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.after_loss': ('terms.html#lossterm.after_loss', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.attach': ('terms.html#lossterm.attach', 'kdnb/terms.py'),

@@ -9,7 +9,7 @@ __all__ = ['check_weight', 'weight_at', 'LossTerm', 'TermSplitter']
 import math
 from functools import partial
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,CancelEpochException,CancelFitException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import ValueMetric
@@ -73,6 +73,7 @@ def mean(self:LossTerm, name):
 @patch
 def before_fit(self:LossTerm):
     self.put_back()
+    self._guard()
     self._cols = [ValueMetric(partial(self.mean, k), k) for k in self.weights]
     self.learn.metrics = self.learn.metrics + self._cols
 
@@ -85,8 +86,19 @@ def before_validate(self:LossTerm):
 def after_fit(self:LossTerm): self.put_back()
 
 @patch
+def _guard(self:LossTerm):
+    "Let the learner's epochs put back what the term has changed, if an error ends them"
+    epoch = self.learn._do_epoch
+    def guarded():
+        try: epoch()
+        except (CancelFitException,CancelEpochException): raise
+        except BaseException: self.put_back(); raise
+    self.learn._do_epoch = guarded
+
+@patch
 def put_back(self:LossTerm):
     "Leave the learner as it was found"
+    self.learn.__dict__.pop('_do_epoch', None)
     self._trained,cols,self._cols = False,self._cols,[]
     if cols: self.learn.metrics = [o for o in self.learn.metrics if o not in cols]
 
