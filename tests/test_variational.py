@@ -22,6 +22,12 @@ def test_gradient_of_half_squares():
     ps = [torch.randn(3,2, dtype=torch.double, requires_grad=True),torch.zeros(4, dtype=torch.double, requires_grad=True)]
     assert torch.autograd.gradcheck(HalfSquare.apply, ps)
 
+def test_written_out_gradients():
+    mu,logvar,draws = (torch.randn(6, dtype=torch.double, requires_grad=True) for _ in range(3))
+    weight = torch.randn(3,6, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(GroupKL.apply, (mu, logvar))
+    assert torch.autograd.gradcheck(NoisyWeight.apply, (weight, mu, logvar, draws.detach()))
+
 def random_layer(noise, bias=True):
     lin = GroupLinear(5, 4, bias=bias, noise=noise).double()
     with torch.no_grad():
