@@ -57,7 +57,7 @@ class GroupKL(torch.autograd.Function):
     def backward(ctx, g): return tuple(g*o for o in ctx.saved_tensors)
 
 class NoisyWeight(torch.autograd.Function):
-    "Weight·diag(γ) for γ = μ + σ·`draws`, as one node: its backward pass reads the large tensors twice, not four times"
+    "Weight·diag(γ) for γ = μ + σ·`draws`, as one node"
     @staticmethod
     def forward(ctx, weight, mu, logvar, draws):
         noise = torch.exp(logvar/2)*draws
