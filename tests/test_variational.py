@@ -18,9 +18,16 @@ def test_kl_keeps_dtype_and_shape():
     for dt in (torch.float32, torch.bfloat16): assert group_kl(torch.zeros(2,3, dtype=dt), exact=True).dtype==dt
     assert group_kl(torch.zeros(2,3)).shape==(2,3)
 
-def test_gradient_of_half_squares():
+def test_written_out_gradients():
     ps = [torch.randn(3,2, dtype=torch.double, requires_grad=True),torch.zeros(4, dtype=torch.double, requires_grad=True)]
     assert torch.autograd.gradcheck(HalfSquare.apply, ps)
+    mu,logvar,draws = (torch.randn(6, dtype=torch.double) for _ in range(3))
+    for m in (mu, mu*1e-3):      # a live and a dying group
+        m.requires_grad_(); logvar.requires_grad_()
+        ref = torch.autograd.grad(group_kl(log_alpha(m, logvar)).sum(), (m, logvar))
+        assert all(map(torch.allclose, torch.autograd.grad(GroupKL.apply(m, logvar), (m, logvar)), ref))
+    weight = torch.randn(3,6, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(NoisyWeight.apply, (weight, mu, logvar, draws))
 
 def random_layer(noise, bias=True):
     lin = GroupLinear(5, 4, bias=bias, noise=noise).double()

@@ -25,7 +25,7 @@ from ..variational.layers import threshold,to_deterministic,to_variational
 defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
-    gamma_weight=None, # Weight of the groups' KL (paper: 1); None is N/70, an equal pull on the mean loss for every N
+    gamma_weight=None, # Weight of the groups' KL (paper: 1); None is N/135, an equal pull on the mean loss for every N
     noise='group', # Random γ and deterministic θ; the paper has 'full' noise
     warmup=.2, # Part of the sparse stage over which the KL rises
     gamma_lr=10., # Learning rate of γ, in multiples of `lr`
@@ -58,7 +58,7 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     if odd := settings.keys()-defaults.keys():
         raise ValueError(f'vbgs_kd has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
     s,(n_teacher,n_student,n_sparse) = {**defaults, **settings},epochs_for(dls, epochs)
-    if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/70
+    if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/135
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
     sparsifier = VariationalSparsifier(task, s['gamma_weight'], s['warmup'], s['gamma_lr'])
     if not isinstance(teacher, Learner): teacher = _network(teacher, dls, seed)
