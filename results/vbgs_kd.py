@@ -40,10 +40,10 @@ def group_l1(cb): return sum(m.weight.shape[0]**.5*m.weight.norm(dim=0).sum() fo
 
 def baseline(name, seed, folder):
     "One row of the ablation, with the run's own teacher and (for the penalties) its distilled student"
-    dls,start = data(),time.perf_counter()
+    dls,start,s = data(),time.perf_counter(),vbgs_kd_defaults
     teacher,model = create('lenet5', dls),(set_seed(seed),create('lenet300', dls))[1]
     teacher.load_state_dict(torch.load(f'{folder}/{seed}/teacher.pth'))
-    soft,n_epoch = KnowledgeDistillation(teacher, KD(T=defaults['T'])*defaults['lam'], task=1-defaults['lam'], cache=True),EPOCHS[1]+EPOCHS[2]
+    soft,n_epoch = KnowledgeDistillation(teacher, KD(T=s['T'])*s['lam'], task=1-s['lam'], cache=True),EPOCHS[1]+EPOCHS[2]
     if name in PENALTY:
         model.load_state_dict(torch.load(f'{folder}/{seed}/student.pth'))
         n_epoch,penalty = EPOCHS[2],LossTerm(l1 if name=='KD + L1' else group_l1, PENALTY[name], 'penalty')
@@ -51,7 +51,7 @@ def baseline(name, seed, folder):
     set_seed(seed)
     dls.train.rng = random.Random(seed)
     learn = Learner(dls, model, metrics=accuracy, wd=0., opt_func=fused_adam, cbs=SampleIndex())
-    with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(n_epoch, defaults['lr'], pct_start=defaults['pct_start'], cbs=cbs)
+    with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(n_epoch, s['lr'], pct_start=s['pct_start'], cbs=cbs)
     rows = [row(name, seed, model, dls, start)] if name not in PENALTY else []
     if name=='KD': rows.append(row('KD + magnitude', seed, prune_within_budget(model, dls, torch.abs), dls, start))
     if name=='KD + L1': rows.append(row(name, seed, prune_within_budget(model, dls, torch.abs), dls, start))
