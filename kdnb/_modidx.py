@@ -19,7 +19,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'kdnb.data': { 'kdnb.data.ArrayDataLoaders': ('data.html#arraydataloaders', 'kdnb/data.py'),
                            'kdnb.data.ArrayDataLoaders.c': ('data.html#arraydataloaders.c', 'kdnb/data.py'),
                            'kdnb.data.ArrayDataLoaders.in_shape': ('data.html#arraydataloaders.in_shape', 'kdnb/data.py'),
-                           'kdnb.data.ArrayDataLoaders.indexed': ('data.html#arraydataloaders.indexed', 'kdnb/data.py'),
                            'kdnb.data.ArrayDataLoaders.test': ('data.html#arraydataloaders.test', 'kdnb/data.py'),
                            'kdnb.data.ArrayDataLoaders.vocab': ('data.html#arraydataloaders.vocab', 'kdnb/data.py'),
                            'kdnb.data.ArrayDataset': ('data.html#arraydataset', 'kdnb/data.py'),

@@ -110,9 +110,6 @@ class ArrayDataLoaders(DataLoaders):
     def test(self):
         if len(self) < 3: raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`.')
         return self[2]
-    def indexed(self):
-        "The same data with `index=True`"
-        return ArrayDataLoaders(self.train.new(index=True), *self.loaders[1:], path=self.path, device=self.device)
     @property
     def in_shape(self): return tuple(self.train.dataset.x.shape[1:])
     @property

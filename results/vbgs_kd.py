@@ -20,7 +20,7 @@ def data():
     warnings.filterwarnings('ignore', category=FutureWarning)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)   # weights under a group penalty die through denormal numbers, which cost 4 times as much
-    return image_dls('mnist', bs=256, valid_pct=1/12, device='cpu', index=True)
+    return image_dls('mnist', bs=256, valid_pct=1/12, device='cpu')
 
 def vbgs(seed, folder):
     "The recipe: a record, and for the pictures log α at four epochs and the masked weights"
@@ -50,7 +50,7 @@ def baseline(name, seed, folder):
     cbs = {'plain': [], 'KD': [soft]}.get(name) if name not in PENALTY else [soft, penalty]
     set_seed(seed)
     dls.train.rng = random.Random(seed)
-    learn = Learner(dls, model, metrics=accuracy, wd=0., opt_func=fused_adam, cbs=SampleIndex())
+    learn = Learner(dls, model, metrics=accuracy, wd=0., opt_func=fused_adam)
     with learn.no_bar(),learn.no_logging(): learn.fit_flat_cos(n_epoch, s['lr'], pct_start=s['pct_start'], cbs=cbs)
     rows = [row(name, seed, model, dls, start)] if name not in PENALTY else []
     if name=='KD': rows.append(row('KD + magnitude', seed, prune_within_budget(model, dls, torch.abs), dls, start))

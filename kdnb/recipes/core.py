@@ -18,7 +18,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastprogress.fastprogress import progress_bar
 from .. import __version__
-from ..data import SampleIndex,TensorDL
+from ..data import TensorDL
 from ..export import atomic_write,save_model,tensors_of
 from ..measure import accuracy_on,latency,macs,n_bytes,n_params,n_weights
 
@@ -88,7 +88,6 @@ class Run:
             Path(path),recipe,dls,data,seed,show,settings)
         self.models,self.stages,self.curves = {},[],{}
         self.cache = isinstance(dls.train, TensorDL) and not dls.train.augments   # a teacher need not be asked twice
-        if self.cache: self.dls = dls.indexed()
         _claim(self.path, force)
         self._write()
 
@@ -134,8 +133,7 @@ def learner(self:Run, model, opt_func=fused_adam, **kwargs):
     set_seed(self.seed, reproducible=True)
     if hasattr(self.dls.train, 'rng'): self.dls.train.rng = random.Random(self.seed)
     loss_func = getattr(self.dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
-    learn = Learner(self.dls, model, loss_func, opt_func, path=self.path, **kwargs)
-    return learn.add_cb(SampleIndex()) if self.cache else learn
+    return Learner(self.dls, model, loss_func, opt_func, path=self.path, **kwargs)
 
 # %% ../../nbs/50_recipes.core.ipynb #25649980
 @patch
