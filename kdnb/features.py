@@ -41,7 +41,8 @@ class Capture:
         model, # Any module, also compiled or in DistributedDataParallel
         paths, # Paths of layers
         xb=None): # Inputs for a trial run, which finds the outputs that a later layer overwrites
-        self.layers,self.said,self._copied = {p: get_layer(model, p) for p in paths},{},set()
+        self.layers,self._copied = {p: get_layer(model, p) for p in paths},set()
+        self.said = dict.fromkeys(self.layers)   # its keys never change: compiled code depends on them
         self._hooks = [m.register_forward_hook(partial(self._hear, p)) for p,m in self.layers.items()]
         if xb is not None and paths: self._try(unwrap(model), xb)
         if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in model.modules()):
@@ -53,16 +54,21 @@ class Capture:
 
     def take(self):
         "`{path: tensor}` in the order of `paths`; nothing is kept"
-        said,self.said = self.said,{}
-        for p in self.layers:
-            if not isinstance(said.get(p), torch.Tensor):
-                raise ValueError(f'layer {p!r} did not run, or gave no tensor ({type(said.get(p)).__name__}). '
+        said = dict(self.said)
+        self.forget()
+        for p,o in said.items():
+            if not isinstance(o, torch.Tensor):
+                raise ValueError(f'layer {p!r} did not run, or gave no tensor ({type(o).__name__}). '
                                  'Choose a layer that layer_shapes(model, xb) lists.')
-        return {p: said[p].as_subclass(torch.Tensor) for p in self.layers}
+        return {p: o.as_subclass(torch.Tensor) for p,o in said.items()}
+
+    def forget(self):
+        for p in self.said: self.said[p] = None
 
     def remove(self):
         for h in self._hooks: h.remove()
-        self._hooks,self.said = [],{}
+        self._hooks = []
+        self.forget()
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
 
@@ -77,7 +83,7 @@ class Capture:
             with evaluating(model): model(*xb)
         finally:
             for h in hooks: h.remove()
-            self.said = {}
+            self.forget()
         self._copied = {p for p,(t,version) in marks.items() if t._version != version}
 
 # %% ../nbs/03_features.ipynb #888bd17c

@@ -68,11 +68,8 @@ class KnowledgeDistillation(LossTerm):
         if task is None: task = min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.teacher,self.cache,self.n_views,self.heads = teacher,cache,n_views,Heads()
-        self._forget()
-
-    def _forget(self):
-        self._built = self._fault = self._sampler = self._ears = self._loader = None
-        self._modes,self._kept,self._said,self._now,self._views,self._after = [],{},[],None,None,[]
+        self._built = self._fault = self._sampler = self._ears = self._loader = self._now = self._views = None
+        self._modes,self._kept,self._said,self._after = [],{},[],[]
 
     def _paths(self, which): return list(dict.fromkeys(p for t in self.terms.values() for p in getattr(t, which)))
     @property
