@@ -183,7 +183,7 @@ class FSP(HeadTerm):
 
 # %% ../../nbs/11_distill.methods.ipynb #c31b3e13
 class FitNet(HeadTerm):
-    "Regress the teacher's features (Romero et al. 2015, eq. 3); usual weight 100"
+    "Regress the teacher's features (Romero et al. 2015); usual weight 100"
     def __init__(self, layers, teacher_layers=None,
         norm=True, # BatchNorm in the regressor
         relu=True): # ReLU at its end, for layers of the teacher that end in one
@@ -414,7 +414,7 @@ class SemCKD(Term):
 
 # %% ../../nbs/11_distill.methods.ipynb #e298d79a
 class SimKD(LayerTerm):
-    "Reuse the teacher's classifier (Chen et al. 2022, eq. 2); weight 1, and the weight of the task loss is 0"
+    "Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0"
     task = 0.
     def __init__(self,
         layer, # The student's last map
