@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.installed
+PEERS  := bench/.peers/.installed
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test lab nbs readme results bench clean
@@ -28,8 +29,12 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 results: $(READY)  ## train for the numbers in results/
 	$(BIN)/python results/vbgs_kd.py
 
-bench: $(READY)  ## what a step costs
+# freed memory stays in the process: else page faults fall on one variant or another
+bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
+bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
+bench: $(READY) $(PEERS)  ## what a step costs
 	$(BIN)/python bench/step_cost.py
+	$(BIN)/python bench/distill_cost.py
 
 clean:  ## remove what can be made again, but not .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache _proc _docs
@@ -40,3 +45,6 @@ $(READY): settings.ini setup.py
 	@echo "Installing into .venv, once: about 6 GB, a few minutes"
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
+
+$(PEERS): bench/requirements.txt | $(READY)
+	-$(BIN)/python -m pip install -q --no-deps --upgrade --target bench/.peers -r $< && touch $@

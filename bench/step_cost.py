@@ -4,9 +4,9 @@ import os, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from kdnb.all import *
 
-def stepper(model, cbs=(), teacher=None, opt_func=Adam):
+def stepper(model, cbs=(), teacher=None, opt_func=Adam, shape=(1,28,28), bs=256):
     "A function that does one training step of a fastai Learner; with `teacher`, also its bare forward pass"
-    dls = from_arrays(torch.randint(0, 256, (2048,1,28,28), dtype=torch.uint8), torch.arange(2048)%10, bs=256, device='cpu')
+    dls = from_arrays(torch.randint(0, 256, (8*bs,*shape), dtype=torch.uint8), torch.arange(8*bs)%10, bs=bs, device='cpu')
     learn = Learner(dls, model, opt_func=opt_func, cbs=cbs)
     learn.remove_cbs([ProgressCallback, Recorder])
     learn.create_opt()

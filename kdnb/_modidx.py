@@ -433,6 +433,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdnb.report.stage_rows': ('report.html#stage_rows', 'kdnb/report.py'),
                              'kdnb.report.verdict': ('report.html#verdict', 'kdnb/report.py')},
             'kdnb.terms': { 'kdnb.terms.LossTerm': ('terms.html#lossterm', 'kdnb/terms.py'),
+                            'kdnb.terms.LossTerm.__call__': ('terms.html#lossterm.__call__', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.__init__': ('terms.html#lossterm.__init__', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm._guard': ('terms.html#lossterm._guard', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.after_fit': ('terms.html#lossterm.after_fit', 'kdnb/terms.py'),

@@ -44,6 +44,10 @@ class LossTerm(Callback):
         self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
         self.task,self._sums,self._n,self._cols = check_weight(task, 'task'),{},0,[]
 
+    def __call__(self, event_name):
+        "As in fastai, which searches learner and model for the events that are not here"
+        if hasattr(type(self), event_name): return super().__call__(event_name)
+
     def attach(self): "Called when the callback has been given to a learner"; self.bring()
     def detach(self): "Called when the callback is taken from its learner"; self.take_away()
     def params(self, model): "Parameters of `model` that belong to this term"; return []
@@ -52,17 +56,19 @@ class LossTerm(Callback):
         return {k: self.terms[k](self) for k in names}
 
     def after_loss(self):
-        if not self.training or not len(self.yb): return
-        weights = {k: w for k,o in self.weights.items() if (w := weight_at(o, self.pct_train))}
-        task = weight_at(self.task, self.pct_train)
+        learn = self.learn
+        if not learn.training or not len(learn.yb): return
+        weights = {k: w for k,o in self.weights.items() if (w := weight_at(o, learn.pct_train))}
+        task = weight_at(self.task, learn.pct_train)
         if not weights and task==1: return
-        loss,n = self.loss_grad if task==1 else task*self.loss_grad if task or not weights else 0,find_bs(self.yb)
+        loss,n = learn.loss_grad.as_subclass(torch.Tensor),find_bs(learn.yb)   # fastai's own type is slower
+        if task!=1: loss = task*loss if task or not weights else 0
         for k,v in self.values(weights).items():
             loss = loss + weights[k]*v
             self._sums[k] = self._sums.get(k, 0) + v.detach()*n
         self._n += n
-        self.learn.loss_grad = loss
-        self.learn.loss = loss.detach().clone()   # no alias: accumulation edits `loss_grad` in place
+        learn.loss_grad = loss
+        learn.loss = loss.detach().clone()   # no alias: accumulation edits `loss_grad` in place
 
 # %% ../nbs/05_terms.ipynb #eeb7e9f7
 @patch

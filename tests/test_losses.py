@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from kdnb.distill.losses import (attention, dist, dkd, fsp, kd, logits_mse, lwf, nst, pkt, rkd, similarity,
                                  standardize)
 
@@ -374,3 +376,17 @@ def test_error_no_map(f, shape_s, shape_t):
 @pytest.mark.parametrize('c_s,c_t', [((3,4),(5,4)), ((3,4),(3,1)), ((1,4),(3,4))])
 def test_error_channels(c_s, c_t):
     with pytest.raises(ValueError, match='channels'): fsp(*(tuple(torch.ones(5,c,4,4) for c in o) for o in (c_s, c_t)))
+
+
+class Largest(TorchDispatchMode):
+    n = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        self.n = max(self.n, *(o.numel() for o in tree_leaves(out) if isinstance(o, torch.Tensor)), 0)
+        return out
+
+@pytest.mark.parametrize('c,side', [(64,4), (16,16)])   # more channels than places, and fewer
+def test_nst_never_broadcasts_pairs_of_channels(c, side):
+    f_s,f_t = torch.randn(4, c, side, side, requires_grad=True),torch.randn(4, c, side, side)
+    with Largest() as o: nst(f_s, f_t).backward()
+    assert o.n==f_s.numel()

@@ -53,7 +53,7 @@ def _text_outputs(nb):
 def _stored_text():
     "Notebooks as source and text outputs, other files as they stand"
     for o,nb in NOTEBOOKS.items(): yield o, '\n'.join([*(''.join(c['source']) for c in nb['cells']), *_text_outputs(nb)])
-    for g in ('*', '.ci/*', 'kdnb/**/*.py', 'nbs/**/*.md', 'tests/**/*.py', 'bench/**/*', 'results/**/*'):
+    for g in ('*', '.ci/*', 'kdnb/**/*.py', 'nbs/**/*.md', 'tests/**/*.py', 'bench/*', 'results/**/*'):
         for o,p in _files(g).items():
             if p.suffix in ('', '.py', '.md', '.ini', '.toml', '.json', '.txt', '.csv', '.html'):
                 yield o, p.read_text(encoding='utf-8', errors='ignore')
