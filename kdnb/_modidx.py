@@ -100,6 +100,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation.attach': ( 'distill.callback.html#knowledgedistillation.attach',
                                                                                                'kdnb/distill/callback.py'),
+                                       'kdnb.distill.callback.KnowledgeDistillation.before_batch': ( 'distill.callback.html#knowledgedistillation.before_batch',
+                                                                                                     'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation.before_fit': ( 'distill.callback.html#knowledgedistillation.before_fit',
                                                                                                    'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation.before_train': ( 'distill.callback.html#knowledgedistillation.before_train',

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.torch_core import show_image,trainable_params
-from ..data import SampleIndex,TensorDL
+from ..data import TensorDL
 from ..features import Capture,answers,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
 from ..terms import LossTerm
@@ -68,7 +68,7 @@ class KnowledgeDistillation(LossTerm):
         if task is None: task = min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.teacher,self.cache,self.n_views,self.heads = teacher,cache,n_views,Heads()
-        self._built = self._fault = self._sampler = self._ears = self._loader = self._now = self._views = None
+        self._built = self._fault = self._ears = self._loader = self._now = self._views = None
         self._modes,self._kept,self._said,self._after = [],{},[],[]
 
     def _paths(self, which): return list(dict.fromkeys(p for t in self.terms.values() for p in getattr(t, which)))
@@ -78,9 +78,6 @@ class KnowledgeDistillation(LossTerm):
 
     def attach(self):
         self._fault = None
-        if self.needs_index and not any(isinstance(cb, SampleIndex) for cb in self.learn.cbs):
-            self._sampler = SampleIndex()
-            self.learn.add_cb(self._sampler)
         try: self._prepare()
         except ValueError as e: self._fault = e
         super().attach()
@@ -88,8 +85,6 @@ class KnowledgeDistillation(LossTerm):
     def detach(self):
         super().detach()
         for m in (self.model, unwrap(self.model)): m._modules.pop(HEADS, None)
-        if self._sampler is not None: self.learn.remove_cb(self._sampler)
-        self._sampler = None
 
     def before_fit(self):
         super().before_fit()
@@ -191,6 +186,11 @@ def _begin(self:KnowledgeDistillation):
         if paths_s or paths_t: xb = inputs(self.dls)
         self._ears = [Capture(m, p, p and inputs(xb, m)) for m,p in ((self.model,paths_s), (self.teacher,paths_t))]
     self._checked,self._after = False,[m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
+
+@patch
+def before_batch(self:KnowledgeDistillation):
+    learn = self.learn
+    if self.needs_index and len(learn.yb)>1: *learn.yb,learn.sample_index = learn.yb
 
 @patch
 def values(self:KnowledgeDistillation, names):

@@ -81,7 +81,7 @@ def logits_mse(z_s, # Student's logits (B, C)
 def lwf(z_s, # Student's logits on the old task's classes (B, C)
     z_t, # Logits of the network that knew it (B, C)
     T=2.): # Temperature, > 0
-    "Learning without forgetting: KL at temperature `T`, without T², mean over the batch (Li and Hoiem 2016, eq. 2)"
+    "Learning without forgetting: KL at temperature `T`, without T², mean over the batch (Li and Hoiem 2016)"
     return kd(z_s, z_t, T)/T**2
 
 # %% ../../nbs/10_distill.losses.ipynb #bc5350d7
@@ -92,7 +92,7 @@ def dkd(z_s, # Student's logits (B, C)
     alpha=1., # Weight of TCKD: right class or not
     beta=8., # Weight of NCKD: among the other classes (2 to 8)
     T=4.): # Temperature, > 0
-    "Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022, eq. 7)"
+    "Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022)"
     check_T(T); _check_logits(z_s, z_t)
     (right_s,others_s),(right_t,others_t) = (_split(z/T, y) for z in (z_s, z_t))
     tckd,nckd = (F.kl_div(*o, reduction='batchmean', log_target=True) for o in ((right_s,right_t), (others_s,others_t)))
@@ -113,7 +113,7 @@ def dist(z_s, # Student's logits (B, C)
     gamma=1., # Weight of the relation between samples
     T=1., # Temperature, > 0
     scaled=True): # Multiply by T²
-    "One minus Pearson correlation of probabilities, over classes and over samples (Huang et al. 2022, eq. 8-10)"
+    "One minus Pearson correlation of probabilities, over classes and over samples (Huang et al. 2022)"
     check_T(T); _check_logits(z_s, z_t)
     p_s,p_t = ((z/T).softmax(1) for z in (z_s, z_t))
     return (beta*_unlike(p_s, p_t) + gamma*_unlike(p_s.T, p_t.T))*(T**2 if scaled else 1)
@@ -144,7 +144,7 @@ def attention(f_s, # Student's maps (B, C, H, W)
     f_t, # Teacher's maps; channels and size may differ
     p=2, # Power of the activations
     squared=True): # Mean of squares over B·H·W; else the norm, mean over B, as the paper prints it
-    "Distance of normalised attention maps (Zagoruyko and Komodakis 2017, eq. 2)"
+    "Distance of normalised attention maps (Zagoruyko and Komodakis 2017)"
     d_s,d_t = (unit(f.abs().pow(p).mean(1).flatten(1)) for f in _maps(f_s, f_t))
     return F.mse_loss(d_s, d_t) if squared else (d_s-d_t).norm(dim=1).mean()
 
@@ -152,7 +152,7 @@ def attention(f_s, # Student's maps (B, C, H, W)
 @in_float32
 def nst(f_s, # Student's maps (B, C, H, W)
     f_t): # Teacher's maps; channels and size may differ
-    "Squared maximum mean discrepancy of the channels' maps, polynomial kernel (Huang and Wang 2017, eq. 5)"
+    "Squared maximum mean discrepancy of the channels' maps, polynomial kernel (Huang and Wang 2017)"
     x,y = (unit(f.flatten(2), dim=2) for f in _maps(f_s, f_t))
     if x.shape[2]<=max(x.shape[1], y.shape[1]):
         return (x.mT@x/x.shape[1] - y.mT@y/y.shape[1]).square().sum((1,2)).mean()
@@ -163,7 +163,7 @@ def nst(f_s, # Student's maps (B, C, H, W)
 @in_float32
 def fsp(pair_s, # Two maps of the student, an earlier and a later layer's
     pair_t): # Two maps of the teacher, with as many channels
-    "Mean squared difference of the flows between two layers (Yim et al. 2017, eq. 1-2)"
+    "Mean squared difference of the flows between two layers (Yim et al. 2017)"
     check_batch(pair_s[0], pair_t[0]); _check_maps(*pair_s, *pair_t)
     g_s,g_t = (_flow(*same_size(a, b)) for a,b in (pair_s, pair_t))
     if g_s.shape!=g_t.shape:
@@ -178,7 +178,7 @@ def _flow(a, b): return a.flatten(2)@b.flatten(2).mT/a[0,0].numel()
 @in_float32
 def similarity(f_s, # Student's features (B, …)
     f_t): # Teacher's features (B, …), any shape
-    "Squared Frobenius distance of the normalised Gram matrices, over B² (Tung and Mori 2019, eq. 4)"
+    "Squared Frobenius distance of the normalised Gram matrices, over B² (Tung and Mori 2019)"
     check_batch(f_s, f_t)
     return F.mse_loss(*(unit(f.flatten(1)@f.flatten(1).T) for f in (f_s, f_t)))
 
@@ -191,7 +191,7 @@ def vectors(f):
 def pkt(v_s, # Student's vectors (B, D), or maps, which are averaged over space
     v_t, # Teacher's; D may differ
     eps=1e-7): # Added to probabilities
-    "KL of the neighbourhood probabilities, mean over B×B (Passalis and Tefas 2018, eq. 5-8)"
+    "KL of the neighbourhood probabilities, mean over B×B (Passalis and Tefas 2018)"
     check_batch(v_s, v_t)
     cosines = (n@n.T for n in (unit(vectors(v)) for v in (v_s, v_t)))
     p_s,p_t = (unit((1+c)/2, p=1) for c in cosines)
@@ -203,7 +203,7 @@ def rkd(v_s, # Student's vectors (B, D); maps are flattened
     v_t, # Teacher's; D may differ
     distance=25., # Weight of the distances
     angle=50.): # Weight of the angles
-    "Smooth L1 of relative distances of pairs and of cosines in triplets (Park et al. 2019, eq. 4-9)"
+    "Smooth L1 of relative distances of pairs and of cosines in triplets (Park et al. 2019)"
     check_batch(v_s, v_t)
     v_s,v_t = v_s.flatten(1),v_t.flatten(1)
     return (distance*F.smooth_l1_loss(_distances(v_s), _distances(v_t))
@@ -227,7 +227,7 @@ def crd(v, # Embeddings of one network, length 1 (B, D)
     others, # Places of the negatives (B, K), or a mask of them (B, N)
     Z, # Normaliser; a number, constant over training
     T=.07): # Temperature
-    "Noise-contrastive estimation against a memory, mean over the batch (Tian et al. 2020, eq. 17-19)"
+    "Noise-contrastive estimation against a memory, mean over the batch (Tian et al. 2020)"
     p = torch.exp(v@memory.T/T)/Z
     mask = others.dtype==torch.bool
     c = (others.sum(1, keepdim=True) if mask else others.shape[1])/len(memory)
