@@ -62,9 +62,9 @@ class LossTerm(Callback):
         task = weight_at(self.task, learn.pct_train)
         if not weights and task==1: return
         loss,n = learn.loss_grad.as_subclass(torch.Tensor),find_bs(learn.yb)   # fastai's own type is slower
-        if task!=1: loss = task*loss if task or not weights else 0
+        if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
         for k,v in self.values(weights).items():
-            loss = loss + weights[k]*v
+            loss = torch.add(loss, v, alpha=weights[k])
             self._sums[k] = self._sums.get(k, 0) + v.detach()*n
         self._n += n
         learn.loss_grad = loss

@@ -213,7 +213,7 @@ def _listen(self:KnowledgeDistillation):
     "The teacher's logits and features for this batch"
     if self.cache:
         said,i = self._now,self.learn.sample_index.as_subclass(torch.Tensor)
-        z_t,*fs = (v[i.to(v.device)].to(i.device) for v in said.values())
+        z_t,*fs = (v.index_select(0, i.to(v.device)).to(i.device) for v in said.values())
         f_t = dict(zip(list(said)[1:], fs))
     else: z_t,f_t = self._ask(),self._ears[1].take()
     if not self._checked: self._check_answers(z_t, f_t)
