@@ -35,6 +35,10 @@ def test_an_existing_folder_is_not_overwritten(demo, capsys, tmp_path):
     assert main(['compress','--out',str(tmp_path),'--force','--quiet'])==1
     assert 'not the folder of a run' in capsys.readouterr().err and (tmp_path/'thesis.txt').exists()
 
+def test_data_that_says_which_sample_is_which(tmp_path):
+    a,b = (vbgs_kd(image_dls('digits', device='cpu', index=i), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+
 def test_the_same_seed_gives_the_same_network(tmp_path):
     dls = image_dls('digits', device='cpu')
     a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seed=s, show=False).models['sparse'] for i,s in enumerate((0,0,1)))

@@ -18,7 +18,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastprogress.fastprogress import progress_bar
 from .. import __version__
-from ..data import TensorDL
+from ..data import SampleIndex,TensorDL
 from ..export import atomic_write,save_model,tensors_of
 from ..measure import accuracy_on,latency,macs,n_bytes,n_params,n_weights
 
@@ -133,7 +133,8 @@ def learner(self:Run, model, opt_func=fused_adam, **kwargs):
     set_seed(self.seed, reproducible=True)
     if hasattr(self.dls.train, 'rng'): self.dls.train.rng = random.Random(self.seed)
     loss_func = getattr(self.dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
-    return Learner(self.dls, model, loss_func, opt_func, path=self.path, **kwargs)
+    learn = Learner(self.dls, model, loss_func, opt_func, path=self.path, **kwargs)
+    return learn.add_cb(SampleIndex()) if getattr(self.dls.train, 'index', False) else learn
 
 # %% ../../nbs/50_recipes.core.ipynb #25649980
 @patch
