@@ -17,7 +17,7 @@ def at_least_float32(o):
     "A plain tensor of float32 or more for each tensor in `o`"
     if isinstance(o, (tuple,list)): return tuple(map(at_least_float32, o))
     if not isinstance(o, torch.Tensor): return o
-    o = o.as_subclass(torch.Tensor)
+    if type(o) is not torch.Tensor: o = o.as_subclass(torch.Tensor)
     return o.float() if o.dtype in (torch.float16,torch.bfloat16) else o
 
 def in_float32(f):
