@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from torch import nn,fx
+from torch import fx
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import NodePathTracer
 from fastcore.basics import tuplify
@@ -35,6 +35,8 @@ def get_layer(model, path):
                      f'The nearest names are {", ".join(map(repr, near))}; layer_shapes(model, xb) lists them all.')
 
 # %% ../nbs/03_features.ipynb #3470fefc
+def _first(out): return out[0] if isinstance(out, (tuple,list)) and out else out
+
 class Capture:
     "What the layers `paths` of `model` said in its last call, taken with `take()`; a context manager, or `remove()` it"
     def __init__(self,
@@ -49,7 +51,7 @@ class Capture:
             torch._dynamo.reset()      # else code that was compiled without the hooks goes on running
 
     def _hear(self, path, m, args, out):
-        out = out[0] if isinstance(out, (tuple,list)) and out else out
+        out = _first(out)
         self.said[path] = out.clone() if path in self._copied else out
 
     def take(self):
@@ -109,7 +111,7 @@ def layer_shapes(model, # Any module
     return pd.DataFrame(rows, columns=['layer','kind','shape']).set_index('layer')
 
 def _shape(out):
-    out = out[0] if isinstance(out, (tuple,list)) and out else out
+    out = _first(out)
     return tuple(out.shape) if isinstance(out, torch.Tensor) else ()
 
 # %% ../nbs/03_features.ipynb #acad98e9
@@ -201,9 +203,10 @@ def answers(model, # Any module
     layers=(), # Paths of layers whose outputs are stored too
     folder=None): # Where to keep them as memory-mapped files; in memory, on the model's device, if None
     "`{'': outputs (N, …), path: outputs of that layer (N, …)}` of `model` for every sample of `dl`"
-    dl,mark,names = dl.new(shuffle=False, drop_last=False),mark_of(model, dl),['', *layers]
-    if folder and (note := Path(folder)/'answers.json').exists():
-        if json.loads(note.read_text()) != dict(mark=mark, names=names):
+    dl,names = dl.new(shuffle=False, drop_last=False),['', *layers]
+    if folder: note,mark = Path(folder)/'answers.json',dict(mark=mark_of(model, dl), names=names)
+    if folder and note.exists():
+        if json.loads(note.read_text()) != mark:
             raise ValueError(f'{folder} holds the answers of another network, to other images or of other layers. '
                              'Delete it, or choose another folder.')
         return {k: torch.from_numpy(np.load(_file(folder, i), mmap_mode='c')) for i,k in enumerate(names)}
@@ -216,7 +219,7 @@ def answers(model, # Any module
                 res[k][n:n+len(out[k])] = out[k]
             n += len(out[''])
     if folder:
-        note.write_text(json.dumps(dict(mark=mark, names=names)))
+        note.write_text(json.dumps(mark))
     return res
 
 def _room(o, n, folder, i):

@@ -48,8 +48,6 @@ class LossTerm(Callback):
         "As in fastai, which searches learner and model for the events that are not here"
         if hasattr(type(self), event_name): return super().__call__(event_name)
 
-    def attach(self): "Called when the callback has been given to a learner"; self.bring()
-    def detach(self): "Called when the callback is taken from its learner"; self.take_away()
     def params(self, model): "Parameters of `model` that belong to this term"; return []
     def values(self, names):
         "The terms called `names`, as a dict of scalars"
@@ -130,8 +128,8 @@ class TermSplitter:
         return L(L(g) for g in groups + [ps for t,ps in zip(self.terms, brought) if t.own_group])
 
 @patch
-def bring(self:LossTerm):
-    "Make the term's parameters known to the optimiser, now or when it is made"
+def attach(self:LossTerm):
+    "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
     if not isinstance(self.splitter, TermSplitter): self.learn.splitter = TermSplitter(self.splitter)
     terms,ps = self.splitter.terms,list(self.params(self.model))
     terms.append(self)
@@ -141,8 +139,8 @@ def bring(self:LossTerm):
     self.opt.param_lists = L(L(g) for g in groups)
 
 @patch
-def take_away(self:LossTerm):
-    "Undo `bring`"
+def detach(self:LossTerm):
+    "Taken from the learner: undo `attach`"
     if not isinstance(self.splitter, TermSplitter) or self not in self.splitter.terms: return
     ids = set() if self.own_group else {id(p) for p in self.params(self.model)}
     if self.opt is not None and ids:

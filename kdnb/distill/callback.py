@@ -14,14 +14,13 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.torch_core import show_image,trainable_params
-from ..data import TensorDL
+from ..data import TensorDL,take_index
 from ..features import Capture,answers,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
 from ..terms import LossTerm
-from .methods import KD,GaussianHead,Term,Terms
+from .methods import KD,GaussianHead,Terms
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):
@@ -58,7 +57,7 @@ class KnowledgeDistillation(LossTerm):
         cache=False, # Ask the teacher once per sample, not per epoch: True (in memory), or a folder (memory-mapped files)
         n_views=None): # With `cache` and random augmentation: train on so many fixed views of each image
         if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
-        teacher = getattr(teacher, 'model', teacher) if isinstance(teacher, Learner) else teacher
+        if isinstance(teacher, Learner): teacher = teacher.model
         if not isinstance(teacher, nn.Module):
             raise ValueError(f'teacher is {teacher!r}, expected a trained Learner or nn.Module.')
         named = (Terms()+terms).named()
@@ -129,7 +128,7 @@ def _prepare(self:KnowledgeDistillation):
         self.heads.to(p.device, p.dtype)
         self._built = unwrap(self.model)
     if len(self.heads):
-        if unwrap(self.model) is not self.model and not hasattr(self.model, '_orig_mod'):
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise ValueError('the model is wrapped for several processes already, and would not synchronise the '
                              'trainable parts of the terms. Give the callback to the Learner before the model is wrapped.')
         self.model.add_module(HEADS, self.heads)
@@ -189,8 +188,7 @@ def _begin(self:KnowledgeDistillation):
 
 @patch
 def before_batch(self:KnowledgeDistillation):
-    learn = self.learn
-    if self.needs_index and len(learn.yb)>1: *learn.yb,learn.sample_index = learn.yb
+    if self.needs_index: take_index(self.learn)
 
 @patch
 def values(self:KnowledgeDistillation, names):

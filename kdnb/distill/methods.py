@@ -11,7 +11,6 @@ __all__ = ['Term', 'Terms', 'LogitTerm', 'KD', 'LogitsMSE', 'DKD', 'DIST', 'LwF'
 import math
 from copy import copy,deepcopy
 from functools import partial
-from types import SimpleNamespace
 import torch
 from torch import nn,fx
 import torch.nn.functional as F
@@ -283,14 +282,9 @@ class ContrastHead(nn.Module):
         vs = [unit(at_least_float32(e(vectors(f)))) for e,f in ((self.embed_s,f_s), (self.embed_t,f_t))]
         others,memories = self.negatives(self.labels[index]),(self.memory_t,self.memory_s)
         if not self.Z.any():
-            self.Z.copy_(_average(torch.stack([self._normaliser(v, m, others) for v,m in zip(vs, memories)])))
+            self.Z.copy_(_average(torch.stack([_normaliser(v, m, others, self.T) for v,m in zip(vs, memories)])))
         if self.training: self._new = [_gather(o) for o in (index, *(v.detach() for v in vs))]
         return sum(crd(v, m, index, others, z, self.T) for v,m,z in zip(vs, memories, self.Z))
-
-    @torch.no_grad()
-    def _normaliser(self, v, memory, others):
-        p = torch.exp(v@memory.T/self.T)
-        return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
 
     @torch.no_grad()
     def after_backward(self):
@@ -298,6 +292,12 @@ class ContrastHead(nn.Module):
         if self._new is None: return
         (index,*vs),self._new = self._new,None
         for m,v in zip((self.memory_s,self.memory_t), vs): m[index] = unit(self.momentum*m[index] + (1-self.momentum)*v)
+
+@torch.no_grad()
+@in_float32
+def _normaliser(v, memory, others, T):
+    p = torch.exp(v@memory.T/T)
+    return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
 
 def _ranks(): return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
 def _gather(x):
