@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['weighted', 'n_params', 'n_bytes', 'n_weights', 'inputs', 'evaluating', 'median_ms', 'latency', 'macs', 'cost',
-           'predictions', 'accuracy_on', 'uncertainty', 'agreement', 'smoothness', 'find_breakpoint', 'plot_breakpoint',
-           'plot_predictions']
+           'in_order', 'split_batch', 'predictions', 'accuracy_on', 'uncertainty', 'agreement', 'smoothness',
+           'find_breakpoint', 'plot_breakpoint', 'plot_predictions']
 
 # %% ../nbs/02_measure.ipynb #4c48e4b2
 import time
@@ -120,13 +120,15 @@ def _counts(m, mac):
                 macs=mac, bytes=n_bytes(m))
 
 # %% ../nbs/02_measure.ipynb #32d312da
-def _in_order(dl):
-    "`dl` without shuffling and dropping; an iterable stays as it is"
+def in_order(dl): # `DataLoader`, or any iterable
+    "The batches of `dl` in order: nothing is shuffled, dropped or transformed at random"
     if isinstance(dl, DataLoaders):
         raise ValueError(f'dl is {type(dl).__name__}, expected one loader. Pass one of its loaders, such as dls.valid.')
-    return dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
+    as_valid = getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)   # no random transforms
+    with no_random(reproducible=False),as_valid(1):
+        yield from dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
 
-def _split(b, n_inp=None):
+def split_batch(b, n_inp=None):
     "Inputs and labels (B,) of a batch"
     n = len(b)-1 if n_inp is None else n_inp
     if not isinstance(b, (tuple,list)) or not 0 < n < len(b):
@@ -154,11 +156,10 @@ def predictions(models, # Module that gives logits (B, C), or several of them
     f=None): # `f(*logits, labels)` of a batch says what is kept of it, a tensor or several; all if None
     "Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), as a tuple of tensors on the CPU"
     models,kept = [models] if isinstance(models, nn.Module) else list(models),[]
-    as_valid = getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)   # no random transforms
-    with no_random(reproducible=False),as_valid(1),ExitStack() as modes:
+    with ExitStack() as modes:
         for m in models: modes.enter_context(evaluating(m))
-        for b in _in_order(dl):
-            xb,y = _split(b, getattr(dl, 'n_inp', None))
+        for b in in_order(dl):
+            xb,y = split_batch(b, getattr(dl, 'n_inp', None))
             o = *(_logits(m, xb, y) for m in models),y
             kept.append(tuplify(f(*o)) if f else o)
     if not kept: raise ValueError('dl gives no batch: there is nothing to measure. Pass a loader that holds samples.')
