@@ -140,16 +140,22 @@ _says = {tp.ops._OutputOp: "they are the network's output", nn.LayerNorm: '{} no
 _cuts = (tp.ops._SplitOp, tp.ops._UnbindOp, tp.ops._SliceOp, tp.ops._ReshapeOp, tp.ops._ExpandOp)
 _widths = 'layers of other widths join them (a padded shortcut)'
 
-def _graph(model, xb):
-    "torch-pruning's dependency graph and all its groups"
-    def reshape(graph, node):
-        try: follow(graph, node)
-        except ZeroDivisionError: pass     # it cannot follow this one: the trial below will tell
-    mapping,graph = tp.dependency.index_mapping,tp.DependencyGraph()
+def _dependencies(model, xb):
+    "All groups of torch-pruning's dependency graph, and the names of modules and parameters in them"
+    mapping,graph,groups,seen = tp.dependency.index_mapping,tp.DependencyGraph(),[],set()
     follow = mapping.update_reshape_index_mapping
-    with mock.patch.object(mapping, 'update_reshape_index_mapping', reshape), torch.enable_grad():
+    def reshape(graph, node):     # it knows how to flatten only: a channel shuffle makes it fail, or very slow
+        sizes = getattr(node.grad_fn, '_saved_self_sym_sizes', ()),node.grad_fn._input_metadata[0].shape
+        if 2 in map(len, sizes): follow(graph, node)
+    with mock.patch.object(mapping, 'update_reshape_index_mapping', reshape), evaluating(model), torch.enable_grad():
         graph.build_dependency(model, xb, verbose=False)
-        return graph,list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
+        for m in graph.module2node:
+            if not isinstance(m, weighted) or m in seen: continue
+            try: found = graph.get_pruning_group(m, graph.get_pruner_of_module(m).prune_out_channels, range(_sizes(m)[0]))
+            except IndexError: continue    # the way from this layer leads through a split it cannot follow
+            groups.append(found)
+            seen |= {o.dep.target.module for o in found if 'out_channels' in o.dep.handler.__name__}
+    return groups,{m: p for p,m in model.named_modules()} | graph._param_to_name
 
 def _as_group(found, names, order):
     "A `ChannelGroup` from a group of torch-pruning, and whether its channels are cut or reshaped on their way"
@@ -325,12 +331,10 @@ def _groups(model, xb):
     probe = _randomise(deepcopy(model).float().cpu().requires_grad_())
     ran = {p: i for i,p in enumerate(layer_shapes(probe, xb).index)}
     layers = [p for p in ran if isinstance(probe.get_submodule(p), weighted)]
-    try:
-        with evaluating(probe): graph,found = _graph(probe, xb)
+    try: found,names = _dependencies(probe, xb)
     except Exception as e:
         why = f'torch-pruning cannot follow {type(model).__name__} ({str(e).splitlines()[0]:.80})'
         return ChannelGroups(_alone(probe, layers, why))
-    names = {m: p for p,m in probe.named_modules()} | graph._param_to_name
     groups = [_as_group(o, names, ran) for o in found]
     for g in groups: _blocks(g, probe)
     _check_claims(groups)
