@@ -14,6 +14,7 @@ from kdnb.variational.callback import *
 from kdnb.prune.masks import *
 from kdnb.prune.criteria import *
 from kdnb.prune.callback import *
+from kdnb.prune.student import *
 from kdnb.export import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
