@@ -135,10 +135,9 @@ class ChannelGroups(list):
 # %% ../nbs/04_channels.ipynb #205a0c56
 _norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _says = {tp.ops._OutputOp: "they are the network's output", nn.LayerNorm: '{} normalises over them',
-         nn.GroupNorm: '{} normalises over them', nn.MultiheadAttention: 'they feed attention ({})',
-         nn.LSTM: 'they feed {}', nn.Embedding: '{} makes them', nn.Parameter: 'parameter {} is joined with them'}
-_cuts = (tp.ops._SplitOp, tp.ops._UnbindOp, tp.ops._SliceOp, tp.ops._ReshapeOp, tp.ops._ExpandOp)
-_widths = 'layers of other widths join them (a padded shortcut)'
+         nn.GroupNorm: '{} normalises over them', nn.MultiheadAttention: '{} splits them into heads',
+         nn.LSTM: '{} reads or makes them', nn.Embedding: '{} makes them', nn.Parameter: '{} is joined with them'}
+_widths = 'layers of other widths join them (a padded shortcut, a broadcast)'
 
 def _dependencies(model, xb):
     "All groups of torch-pruning's dependency graph, and the names of modules and parameters in them"
@@ -163,7 +162,7 @@ def _as_group(found, names, order):
     for item in found:
         m = item.dep.target.module
         reason = next((s for k,s in _says.items() if isinstance(m, k)), None)
-        if reason: stays = stays or reason.format(names.get(m) or type(m).__name__)
+        if reason: stays = stays or reason.format(f'{type(m).__name__} {names.get(m)}')
         if isinstance(m, nn.PReLU) and m.num_parameters==1 or not isinstance(m, weighted+_norms): continue
         reads = isinstance(m, weighted) and 'in_channels' in item.dep.handler.__name__ and not _depthwise(m)
         kind = 'readers' if reads else 'makers' if isinstance(m, weighted) else 'norms'
@@ -183,14 +182,15 @@ def _blocks(g, model):
         if getattr(m, 'groups', 1)==1 or _depthwise(m): continue
         size,blocks = _sizes(m)[reads]//m.groups,torch.full((g.n,), -1)
         blocks[part.unit] = part.at//size
-        if size==1 or len(part.at)!=g.n or g.blocks is not None and not torch.equal(blocks, g.blocks):
+        if size==1 or any(len(p.unit.unique())<g.n for p in g.parts) or g.blocks is not None and not torch.equal(blocks, g.blocks):
             g.stays = g.stays or f'grouped convolution {part.path} needs all of them'
         g.blocks = blocks
 
-def _check_claims(groups):
+def _check_claims(groups, model):
     "A position that two channels claim has been misunderstood: the groups in question stay"
     claims = {}
     for g in groups:
+        if g.n==1 and any(_sizes(model.get_submodule(p.path))[0]>1 for p in g.makers): g.stays = g.stays or _widths
         for kind in ('makers','norms','readers'):
             for p in getattr(g, kind): claims.setdefault((kind=='readers', p.path), []).append((g, p.at))
     for ps in claims.values():
@@ -210,19 +210,23 @@ def _check_weights(groups, model):
             if p.path in shared: g.stays = g.stays or f'{p.path} shares its weight with another layer'
             elif 'weight' not in model.get_submodule(p.path)._parameters: g.stays = g.stays or f'{p.path} computes its weight'
 
-def _alone(model, paths, why):
-    "A group for each layer in `paths`, which stays"
-    def every(n): return torch.arange(n)
-    ns = {p: _sizes(model.get_submodule(p))[0] for p in paths}
-    return [ChannelGroup(p, n, [Part(p, every(n), every(n))], [], [], why) for p,n in ns.items()]
+def _others(groups, model, layers, why):
+    "A group for what `layers` make that is in none of `groups`; it stays"
+    for path in layers:
+        made = [p.at for g in groups for p in g.makers if p.path==path]
+        at = torch.arange(_sizes(model.get_submodule(path))[0])
+        if made: at = at[~torch.isin(at, torch.cat(made))]
+        if len(at): yield ChannelGroup(path, len(at), [Part(path, at, torch.arange(len(at)))], [], [], why)
 
-def _removable(found, blocks=None, first=None):
-    "As many of the channels `found` as can go: the same number from each block, never all; those in `first` before others"
-    if blocks is None: blocks = torch.zeros(len(found), dtype=torch.long)
-    sizes,res = blocks.bincount(),torch.zeros_like(found)
+def _removable(g, found, first=None):
+    "As many of the channels `found` as can go, those in `first` before others: as many from each block, a layer never all"
+    first = torch.zeros_like(found) if first is None else first
+    blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
+    sizes,order,res = blocks.bincount(),(~first).int().argsort(stable=True),torch.zeros_like(found)
     n = torch.minimum(blocks[found].bincount(minlength=len(sizes)), sizes-1).min()
-    order = torch.arange(len(found)) if first is None else (~first).int().argsort(stable=True)
     for b in range(len(sizes)): res[order[found[order] & (blocks[order]==b)][:n]] = True
+    for p in g.parts:      # a layer that only some of the channels belong to
+        if res[p.unit].all(): res[p.unit[~first[p.unit]][:1]] = False
     return res
 
 def _kept(model, gone):
@@ -281,8 +285,8 @@ def _some(g, order):
         dead[order[b[order]][:max(1, b.sum()//3)]] = True
     return dead
 
-def _same_without(model, xb, groups):
-    "Does the network say the same without a third of the channels of `groups` as when nobody reads them?"
+def _difference(model, xb, groups):
+    "What is wrong with removing a third of the channels of `groups` when nobody reads them, or None"
     rng,gone = torch.Generator().manual_seed(0),[]
     for g in groups:
         gone.append((g, _some(g, torch.rand(g.n, generator=rng).argsort())))
@@ -291,20 +295,22 @@ def _same_without(model, xb, groups):
     kept = _kept(model, gone)
     for p,(rows,cols) in kept.items(): _narrow_layer(small.get_submodule(p), rows, cols)
     try: small = _said(small, xb)
-    except Exception: return False       # its code needs the widths it was written for
+    except Exception as e: return f"the network's code counts on their number ({str(e).splitlines()[0]:.80})"
     masked = _said(masked, xb)
-    if [p for p,_ in masked]!=[p for p,_ in small]: return False
-    for (p,a),(_,b) in zip(masked, small):
+    for (p,a),(q,b) in zip(masked, small, strict=True):
         if p in kept: a = a.index_select(_channel_axis(model.get_submodule(p)), kept[p][0])
-        if a.shape!=b.shape or not (a-b).abs().max() <= 1e-3*a.abs().max(): return False
-    return True
+        if a.shape!=b.shape and not p: return _says[tp.ops._OutputOp]
+        if p!=q or a.shape!=b.shape or not (a-b).abs().max() <= 1e-3*a.abs().max():
+            return 'the way from their makers to their readers cannot be followed exactly'
 
-def _sound(model, xb, groups):
-    "Those of `groups` that can be removed exactly"
-    if not groups or _same_without(model, xb, groups): return groups
-    if len(groups)==1: return []
+def _try(model, xb, groups):
+    "Let those of `groups` stay that cannot be removed exactly, alone or together"
+    if not groups or not (why := _difference(model, xb, groups)): return
+    if len(groups)==1: groups[0].stays = why; return
     i = len(groups)//2
-    return _sound(model, xb, groups[:i]) + _sound(model, xb, groups[i:])
+    _try(model, xb, groups[:i]); _try(model, xb, groups[i:])
+    if (groups := [g for g in groups if not g.stays]) and (why := _difference(model, xb, groups)):
+        for g in groups: g.stays = why
 
 # %% ../nbs/04_channels.ipynb #dde43971
 def _spread(mask, m, reads=False):
@@ -327,27 +333,25 @@ def _silence(model, parts, dead, reads=False):
 # %% ../nbs/04_channels.ipynb #bf82ea1f
 def _groups(model, xb):
     "`channel_groups` of a network without parametrizations"
-    xb = [(o.float() if o.is_floating_point() else o)[:2].cpu() if o.ndim else o.cpu() for o in xb]
+    xb = [(o[:2] if o.ndim else o).detach().clone().cpu() for o in xb]
+    xb = [o.float() if o.is_floating_point() else o for o in xb]
     probe = _randomise(deepcopy(model).float().cpu().requires_grad_())
     ran = {p: i for i,p in enumerate(layer_shapes(probe, xb).index)}
     layers = [p for p in ran if isinstance(probe.get_submodule(p), weighted)]
     try: found,names = _dependencies(probe, xb)
     except Exception as e:
         why = f'torch-pruning cannot follow {type(model).__name__} ({str(e).splitlines()[0]:.80})'
-        return ChannelGroups(_alone(probe, layers, why))
+        return ChannelGroups(_others([], probe, layers, why))
     groups = [_as_group(o, names, ran) for o in found]
     for g in groups: _blocks(g, probe)
-    _check_claims(groups)
+    _check_claims(groups, probe)
     _check_weights(groups, model)
-    free = [g for g in groups if not g.stays and g.n>1]
-    sound = {id(g) for g in _sound(probe, xb, free)}
-    for g in free:
-        if id(g) not in sound: g.stays = 'the way from their makers to their readers cannot be followed exactly'
-    made = {p.path for g in groups for p in g.makers}
-    groups += _alone(probe, [p for p in layers if p not in made], 'the way to their readers cannot be followed')
+    _try(probe, xb, [g for g in groups if not g.stays and g.n>1])
+    groups += [*_others(groups, probe, layers, 'the way to their readers cannot be followed')]
     return ChannelGroups(sorted(groups, key=lambda g: ran[g.name]))
 
 # %% ../nbs/04_channels.ipynb #b834532f
+@torch.inference_mode(False)
 def channel_groups(model, # Any module; masks may be attached
     data): # `DataLoaders` or a batch of inputs
     "The groups of channels of `model` that can only live or die together, as `ChannelGroup`s in the order of running"
@@ -377,6 +381,7 @@ def _asked(groups, path, idxs):
         dead[p.unit[torch.isin(p.at, idxs)]] = True
         if dead.any(): yield g,dead
 
+@torch.inference_mode(False)
 def remove_channels(model, # Any module; masks are multiplied in
     data, # `DataLoaders` or a batch of inputs
     channels): # `{path of a layer: its output channels to remove}`
@@ -389,7 +394,7 @@ def remove_channels(model, # Any module; masks are multiplied in
                                          'Set their weights to zero instead.')
             dead[g.name] = g,dead.get(g.name, (g,False))[1] | mask
     for name,(g,mask) in dead.items():
-        dead[name] = g,_removable(mask, g.blocks)
+        dead[name] = g,_removable(g, mask)
         if g.blocks is not None and not torch.equal(mask, dead[name][1]) and not mask.all():
             counts = g.blocks[mask].bincount(minlength=int(g.blocks.max())+1).tolist()
             raise ValueError(f'the channels of {name!r} meet a grouped convolution, which needs the same number from each '
@@ -400,12 +405,11 @@ def remove_channels(model, # Any module; masks are multiplied in
 
 # %% ../nbs/04_channels.ipynb #f6281c6e
 def _speaks(m, reads=False):
-    "Which of the channels that `m` makes (or reads) it gives a weight that is not zero"
+    "Which of the channels that `m` makes (or reads) have a weight that is not zero"
     w = m.weight.detach().ne(0)
-    if w.ndim==1: some = w
-    elif reads==getattr(m, 'transposed', False): some = w.flatten(1).any(1)
-    else: some = w.unflatten(0, (getattr(m, 'groups', 1), -1)).movedim(2, 1).flatten(2).any(2).flatten()
-    return some if reads or getattr(m, 'bias', None) is None else some | m.bias.detach().ne(0)
+    if w.ndim==1: return w
+    elif reads==getattr(m, 'transposed', False): return w.flatten(1).any(1)
+    return w.unflatten(0, (getattr(m, 'groups', 1), -1)).movedim(2, 1).flatten(2).any(2).flatten()
 
 def _every(parts, n, test):
     "Channels for which `test(path)`, a mask of the layer's axis, is true wherever they are in `parts`"
@@ -415,13 +419,11 @@ def _every(parts, n, test):
 
 def _unread(model, g): return _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
 
-def _unsaid(model, g, kinds=('makers','norms')):
-    "Channels whose makers are all zero, or whose norms are"
-    res = torch.zeros(g.n, dtype=torch.bool)
-    for kind in kinds:
-        parts = [p for p in getattr(g, kind) if getattr(model.get_submodule(p.path), 'bias', None) is not None or kind=='makers']
-        if parts: res |= _every(parts, g.n, lambda p: ~_speaks(model.get_submodule(p)))
-    return res
+def _constant(model, g):
+    "Channels that do not depend on the input: no maker, or no norm, has a weight for them that is not zero"
+    norms = [p for p in g.norms if getattr(model.get_submodule(p.path), 'bias', None) is not None]
+    mute = [_every(ps, g.n, lambda p: ~_speaks(model.get_submodule(p))) for ps in (g.makers, norms) if ps]
+    return torch.stack(mute).any(0)
 
 @torch.no_grad()
 def _hear_zeros(model, paths, xb):
@@ -441,7 +443,7 @@ def _hear_zeros(model, paths, xb):
 @torch.no_grad()
 def _silent(model, groups, xb):
     "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in"
-    asked = [(g,c) for g in groups if (c := _unsaid(model, g)).any()]
+    asked = [(g,c) for g in groups if (c := _constant(model, g)).any()]
     if not asked: return []
     loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
     paths,drawn,silent = {p.path for g,_ in asked for p in g.readers},[],{}
@@ -462,29 +464,27 @@ def _silent(model, groups, xb):
 
 # %% ../nbs/04_channels.ipynb #766bcc71
 def _dead(model, groups, xb):
-    "`{group: mask}` of the channels that can go; their weights in `model` are set to zero"
-    gone = {g: torch.zeros(g.n, dtype=torch.bool) for g in groups if not g.stays}
+    "`{group: mask}` of the channels that can go, set to zero in `model`, and why channels of zeros stay, by group's name"
+    gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool) for g in groups if not g.stays} for _ in range(2))
     def settle(g, found):
-        new = _removable(gone[g] | found, g.blocks, gone[g])
+        zero[g] |= found
+        new = _removable(g, zero[g], gone[g])
         if torch.equal(new, gone[g]): return False
         for parts,reads in ((g.makers,False), (g.norms,False), (g.readers,True)): _silence(model, parts, new, reads)
         gone[g] = new
         return True
     while (any([settle(g, _unread(model, g)) for g in reversed(gone)])
            or any([settle(g, found) for g,found in _silent(model, gone, xb)])): pass
-    return {g: mask for g,mask in gone.items() if mask.any()}
+    left = {g.name: why for g in groups if (why := _why_left(model, g, gone.get(g), zero.get(g)))}
+    return {g: mask for g,mask in gone.items() if mask.any()},left
 
-def _left(model, groups, gone):
-    "`{name: reason}` of the groups that hold channels of zeros which cannot be removed exactly"
-    left = {}
-    for g in groups:
-        mask = gone.get(g, torch.zeros(g.n, dtype=torch.bool))
-        zero = (_unsaid(model, g) | (_unread(model, g) if g.readers else False)) & ~mask
-        full = g.n-mask.sum() == (1 if g.blocks is None else len(g.blocks.unique()))    # one is kept
-        if not zero.any() or full: continue
-        left[g.name] = g.stays or ('their zeros do not arrive as zeros' if g.blocks is None else
-                                   'a grouped convolution needs as many from each of its blocks')
-    return left
+def _why_left(model, g, gone, zero):
+    "Why channels of zeros stay in group `g`, if there are any; the last one of a layer needs no reason"
+    idle = _constant(model, g) | (_unread(model, g) if g.readers else False)
+    if g.stays: return g.stays if idle.any() and g.n>1 else None
+    if (idle & ~zero).any(): return 'what is constant in them does not arrive as zero'
+    if g.blocks is not None and g.n-gone.sum() > len(g.blocks.unique()) and (zero & ~gone).any():
+        return 'a grouped convolution needs as many from each of its blocks'
 
 # %% ../nbs/04_channels.ipynb #18c7ffe9
 def _cut_positions(model, xb):
@@ -498,7 +498,7 @@ def _cut_positions(model, xb):
         parent,_,name = path.rpartition('.')
         index = alive.nonzero().flatten()
         before = getattr(model.get_submodule(parent), '0', None)
-        if name=='1' and type(before).__name__=='KeepInputs':
+        if name=='1' and isinstance(before, fx.GraphModule) and hasattr(before, 'index'):
             before.index = before.index[index]
             set_layer(model, path, keep_inputs(m, index)[1])
             cut[path] = path,index.cpu()
@@ -512,8 +512,7 @@ def _shrunken(model, xb):
     "A smaller copy; what is kept of its layers, `{path: (rows, cols)}`; and their new paths"
     small = _plain_copy(model)
     groups = _groups(small, xb)
-    gone = _dead(small, groups, xb)
-    small.stays = _left(small, groups, gone)
+    gone,small.stays = _dead(small, groups, xb)
     kept,paths = _remove(small, gone.items()),{}
     for p,(new,index) in _cut_positions(small, xb).items():
         rows,cols = kept.get(p, [torch.arange(n) for n in _sizes(get_layer(model, p))])
@@ -541,6 +540,7 @@ def shrink(model, # A network with zeros; masks may be attached
     "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
     return _checked(model, inputs(data, model), data, tol, update_bn)[0]
 
+@torch.inference_mode(False)
 def _checked(model, xb, data, tol, update_bn):
     small,kept,paths = _shrunken(model, xb)
     if not (diff := max_difference(small, model, xb)) <= tol:
