@@ -26,7 +26,7 @@ def prune_model(model, # Network, masked in place, or a `Learner`
     criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
     data=None, # `DataLoaders`, for channels and for criteria that need data; the learner's
     by='weight', # What goes: 'weight' or 'channel'
-    scope='global', # Units compete in the whole network, or within each 'layer' (each group of coupled channels)
+    scope=None, # Units compete in the whole network ('global', for weights) or within each 'layer' (for channels)
     ignore=(), # Paths of layers to leave out
     rate=None, # Fraction of the units left that go now, up to `sparsity`; all at once if None
     pattern=None): # 'n:m', such as '2:4': of every m weights in a row along the inputs n stay, whatever `sparsity`
@@ -37,6 +37,7 @@ def prune_model(model, # Network, masked in place, or a `Learner`
     if pattern is not None:
         if by!='weight': raise ValueError("a pattern is one of weights. Use by='weight'.")
         return mask_model(s.model, select_pattern(worth, pattern))
+    scope = scope or ('layer' if by=='channel' and not callable(sparsity) else 'global')
     keep = select(worth, sparsity(worth) if callable(sparsity) else sparsity, rate, scope, keep_one=by=='channel')
     return mask_model(s.model, keep if by=='weight' else channel_masks(s.model, keep, s.groups))
 
@@ -51,7 +52,7 @@ class Pruner(TidyCallback):
         criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
         schedule='one_shot', # 'one_shot', 'gradual', 'iterative', or a function of progress
         by='weight', # What goes: 'weight' or 'channel'
-        scope='global', # Units compete in the whole network, or within each 'layer'
+        scope=None, # Units compete in the whole network ('global', for weights) or within each 'layer' (for channels)
         ignore=(), # Paths of layers to leave out
         start=0., # When pruning begins, as a fraction of training
         end=.5, # When it is done; the rest of training is for recovering

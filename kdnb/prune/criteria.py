@@ -222,7 +222,7 @@ def n_of(fraction, n): return math.ceil(Fraction(str(float(fraction)))*n)   # de
 def _keep_best(v, n_gone):
     "Mask of all but the `n_gone` lowest of `v` (N,); of equals the first go first"
     if not n_gone: return torch.ones_like(v, dtype=torch.bool)
-    at = np.partition(v.float().cpu().numpy(), n_gone-1)[n_gone-1]      # five times faster than `kthvalue`
+    at = np.partition(v.cpu().numpy(), n_gone-1)[n_gone-1]      # five times faster than `kthvalue`
     keep,equal = v>at,(v==at).nonzero()[:,0]
     keep[equal[n_gone-int((v<at).sum()):]] = True
     return keep
@@ -238,7 +238,7 @@ def select(worth, # `{name: scores}` from `scores`
     if scope not in ('global','layer'): raise ValueError(f"scope is {scope!r}, expected 'global' or 'layer'.")
     if scope=='layer':
         return {k: m for k,v in worth.items() for m in select({k: v}, sparsity, rate, keep_one=keep_one).values()}
-    flat = torch.cat([v.flatten() for v in worth.values()])
+    flat = torch.cat([v.flatten().to(torch.promote_types(v.dtype, torch.float)) for v in worth.values()])
     n,gone = len(flat),int(flat.isneginf().sum())
     now = n_of(sparsity, n)
     if rate is not None: now = min(now, gone+n_of(rate, n-gone))
@@ -277,11 +277,11 @@ def channel_masks(model, # Network
     groups): # What `channel_groups` found
     "`{name of a parameter: mask}` that switches off the channels that are not kept, and what was masked before"
     res,model = {k: m.bool() for k,m in masks(model).items()},unwrap(model)
-    def mask_of(path, which='weight'):
-        p = getattr(get_layer(model, path), which, None)
-        return None if p is None else res.setdefault(f'{path}.{which}', torch.ones_like(p, dtype=torch.bool))
+    params = dict(model.named_parameters())
     for g in groups:
-        for name,there in g.traces(model, ~keep[g.name].cpu()): mask = mask_of(*name); mask[there.expand_as(mask)] = False
+        for name,off in g.traces(model, ~keep[g.name]):
+            mask = res.setdefault(name, torch.ones_like(params[name], dtype=torch.bool))
+            mask.masked_fill_(off, False)
     return res
 
 # %% ../../nbs/31_prune.criteria.ipynb #30f4c116
