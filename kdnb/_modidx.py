@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'kdnb.channels': { 'kdnb.channels.ChannelGroup': ('channels.html#channelgroup', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroup.__repr__': ('channels.html#channelgroup.__repr__', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroup.parts': ('channels.html#channelgroup.parts', 'kdnb/channels.py'),
+                               'kdnb.channels.ChannelGroup.traces': ('channels.html#channelgroup.traces', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroups': ('channels.html#channelgroups', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroups.__getitem__': ('channels.html#channelgroups.__getitem__', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroups.__repr__': ('channels.html#channelgroups.__repr__', 'kdnb/channels.py'),
