@@ -35,6 +35,7 @@ bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench: $(READY) $(PEERS)  ## what a step costs
 	$(BIN)/python bench/step_cost.py
 	$(BIN)/python bench/distill_cost.py
+	$(BIN)/python bench/prune_cost.py
 
 clean:  ## remove what can be made again, but not .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache _proc _docs

@@ -11,6 +11,10 @@ from kdnb.distill.methods import *
 from kdnb.distill.callback import *
 from kdnb.variational.layers import *
 from kdnb.variational.callback import *
+from kdnb.prune.masks import *
+from kdnb.prune.criteria import *
+from kdnb.prune.callback import *
+from kdnb.prune.student import *
 from kdnb.export import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *

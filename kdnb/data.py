@@ -8,6 +8,7 @@ __all__ = ['image_sets', 'ArrayDataset', 'TensorDL', 'take_index', 'SampleIndex'
 
 # %% ../nbs/00_data.ipynb #7d89f786
 import gzip,hashlib,os,random,tarfile
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -28,6 +29,12 @@ class ArrayDataset:
         if self.x.device != torch.device(device or 'cpu'):
             self.x,self.y = to_device((self.x,self.y), device)
         return self
+    @contextmanager
+    def set_split_idx(self, i):
+        "Be a training (0) or validation set (1) for a while, which switches random transforms; `learn.tta` asks for it"
+        was,self.split_idx = self.split_idx,i
+        try: yield self
+        finally: self.split_idx = was
     def decode(self, o, full=True): return (o[0], *(Category(self.vocab[int(y)]) for y in o[1:2]))
     def new_empty(self):
         return ArrayDataset(self.x[:0], None if self.y is None else self.y[:0], self.vocab, self.split_idx)

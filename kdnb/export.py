@@ -45,7 +45,8 @@ def save_model(model, # Plain network, shrunken or not
         raise ValueError(f'{type(model).__name__} does not say how to build it. Pass arch=dict(name=..., kwargs=...), '
                          'and the function that builds it to load_model(path, build=...).')
     tensors = tensors_of(model)
-    if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
+    kinds = {type(m) for m in model.modules() if type(m).__module__.startswith('kdnb.')}
+    if alien := sorted(o.__name__ for o in kinds if o.__module__!='kdnb.models'):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
     header = dict(format=FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), stats=_stats(dls),
