@@ -69,6 +69,7 @@ def _plain_copy(model):
     "A copy of the network inside wrappers, without masks, gradients and parametrizations of any kind"
     model = deepcopy(unwrap(model))
     for m in list(model.modules()):
+        if hasattr(m, 'fold_masks'): m.fold_masks()     # kdnb's masks
         if is_parametrized(m): _fold(m)
     model.zero_grad()
     return model
@@ -291,7 +292,7 @@ def _difference(model, xb, groups):
     for g in groups:
         gone.append((g, _some(g, torch.rand(g.n, generator=rng).argsort())))
     masked,small = deepcopy(model),deepcopy(model)
-    for g,dead in gone: _silence(masked, g.readers, dead, reads=True)
+    for g,dead in gone: _silence(masked, g, dead, ['readers'])
     kept = _kept(model, gone)
     for p,(rows,cols) in kept.items(): _narrow_layer(small.get_submodule(p), rows, cols)
     try: small = _said(small, xb)
@@ -320,15 +321,24 @@ def _spread(mask, m, reads=False):
     g = getattr(m, 'groups', 1)
     return mask.view(g, 1, -1).expand(g, w.shape[0]//g, -1).reshape(*w.shape[:2], *[1]*(w.ndim-2))
 
+@patch
+def traces(self:ChannelGroup,
+    model, # Network in which the group was found
+    dead, # Mask of the group's channels (n,)
+    kinds=('makers','norms','readers')): # Layers that are asked
+    "`(name of a parameter, mask that broadcasts over it)` for all with which layers make, scale or read channels `dead`"
+    for kind in kinds:
+        for p in getattr(self, kind):
+            m,reads = model.get_submodule(p.path),kind=='readers'
+            mask = torch.zeros(_sizes(m)[reads], dtype=torch.bool)
+            mask[p.at[dead.cpu()[p.unit]]] = True
+            if getattr(m, 'weight', None) is not None: yield f'{p.path}.weight',_spread(mask, m, reads)
+            if not reads and getattr(m, 'bias', None) is not None: yield f'{p.path}.bias',mask.to(m.bias.device)
+
 @torch.no_grad()
-def _silence(model, parts, dead, reads=False):
-    "Set the weights to zero with which layers make (or read) the channels `dead`"
-    for p in parts:
-        m = model.get_submodule(p.path)
-        mask = torch.zeros(_sizes(m)[reads], dtype=torch.bool)
-        mask[p.at[dead[p.unit]]] = True
-        if m.weight is not None: m.weight.masked_fill_(_spread(mask, m, reads), 0)
-        if not reads and getattr(m, 'bias', None) is not None: m.bias.masked_fill_(mask.to(m.bias.device), 0)
+def _silence(model, g, dead, kinds=('makers','norms','readers')):
+    "Set the weights to zero with which layers make, scale or read the channels `dead` of group `g`"
+    for name,there in g.traces(model, dead, kinds): model.get_parameter(name).masked_fill_(there, 0)
 
 # %% ../nbs/04_channels.ipynb #bf82ea1f
 def _groups(model, xb):
@@ -470,7 +480,7 @@ def _dead(model, groups, xb):
         zero[g] |= found
         new = _removable(g, zero[g], gone[g])
         if torch.equal(new, gone[g]): return False
-        for parts,reads in ((g.makers,False), (g.norms,False), (g.readers,True)): _silence(model, parts, new, reads)
+        _silence(model, g, new)
         gone[g] = new
         return True
     while (any([settle(g, _unread(model, g)) for g in reversed(gone)])
