@@ -347,7 +347,7 @@ def test_teacher_assistant():
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
-    runs = [subprocess.Popen([sys.executable, ddp.__file__, str(r), '2', folder], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
+    runs = [subprocess.Popen([sys.executable, ddp.__file__, str(r), '2', folder, *ddp.TERMS], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
     assert [p.wait(300) for p in runs]==[0,0]
     return [torch.load(folder/f'{r}.pth', weights_only=True) for r in (0,1)]
 

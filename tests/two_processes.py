@@ -1,4 +1,4 @@
-"Distillation where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder"
+"Distillation and pruning where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder name…"
 import sys, warnings
 
 warnings.filterwarnings('ignore')
@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 TERMS = dict(fitnet=FitNet(['conv1','conv2'], norm=False)*10, vid=VID(['conv1','conv2'], norm=False), crd=CRD({'fc2': 'fc1'}, K=None, T=.5),
              simkd=SimKD('conv2', norm=False))      # BatchNorm would see another batch on each process
+PRUNERS = {k: partial(Pruner, .8, k, schedule='gradual', rounds=3) for k in ('magnitude','snip')}
 
 class Wrap(Callback):
     order = 11   # as fastai's DistributedTrainer
@@ -30,11 +31,12 @@ def train(name, rank=0, n=1):
     set_seed(2); teacher = create('lenet5_caffe', digits)
     set_seed(1)
     learn = Learner(ArrayDataLoaders(dl, digits.valid, device='cpu'), create('lenet5', digits), opt_func=SGD, lr=.02, wd=0, cbs=Wrap() if n>1 else None)
-    with learn.no_bar(),learn.no_logging(): learn.fit(2, cbs=[KnowledgeDistillation(teacher, TERMS[name]), keep := Keep()])
+    cb = KnowledgeDistillation(teacher, TERMS[name]) if name in TERMS else PRUNERS[name]()
+    with learn.no_bar(),learn.no_logging(): learn.fit(2, cbs=[cb, keep := Keep()])
     return keep.state
 
 if __name__=='__main__':
-    rank,n,folder = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3]
+    rank,n,folder,names = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3],sys.argv[4:]
     torch.set_num_threads(1)
     tdist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=n)
-    torch.save({name: train(name, rank, n) for name in TERMS}, f'{folder}/{rank}.pth')
+    torch.save({name: train(name, rank, n) for name in names}, f'{folder}/{rank}.pth')

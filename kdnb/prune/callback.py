@@ -16,11 +16,20 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..features import unwrap
 from ..measure import n_weights
-from .criteria import Scoring,channel_masks,check_sparsity,n_of,select,select_pattern
-from .masks import mask_model,masks,prunable,sparsity
+from .criteria import (Scoring,channel_masks,check_choice,check_criterion,check_pattern,check_sparsity,n_of,select,
+                                 select_pattern)
+from .masks import mask_model,masks,prunable,sparsity,unmask
 from ..terms import TidyCallback
 
 # %% ../../nbs/32_prune.callback.ipynb #6152466c
+def _check(sparsity, criterion, by, scope, pattern):
+    if not callable(sparsity): check_sparsity(sparsity)
+    check_criterion(criterion)
+    check_choice('by', by, ('weight','channel'))
+    if scope is not None: check_choice('scope', scope, ('global','layer'))
+    if pattern is not None: check_pattern(pattern)
+    if pattern is not None and by!='weight': raise ValueError("a pattern is one of weights. Use by='weight'.")
+
 def prune_model(model, # Network, masked in place, or a `Learner`
     sparsity=.5, # Fraction of all weights (channels) that are 0 afterwards, or a function of the scores that gives it
     criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
@@ -31,11 +40,10 @@ def prune_model(model, # Network, masked in place, or a `Learner`
     rate=None, # Fraction of the units left that go now, up to `sparsity`; all at once if None
     pattern=None): # 'n:m', such as '2:4': of every m weights in a row along the inputs n stay, whatever `sparsity`
     "Mask the least worthy weights or channels; returns the network"
-    if not callable(sparsity): check_sparsity(sparsity)
+    _check(sparsity, criterion, by, scope, pattern)
     s = Scoring(model, data, by, ignore)
     worth = s.worth(criterion)
     if pattern is not None:
-        if by!='weight': raise ValueError("a pattern is one of weights. Use by='weight'.")
         return mask_model(s.model, select_pattern(worth, pattern))
     scope = scope or ('layer' if by=='channel' and not callable(sparsity) else 'global')
     keep = select(worth, sparsity(worth) if callable(sparsity) else sparsity, rate, scope, keep_one=by=='channel')
@@ -47,6 +55,7 @@ schedules = ('one_shot','gradual','iterative')
 
 class Pruner(TidyCallback):
     "Prune the learner's network while it trains, and show its sparsity"
+    _put = ()
     def __init__(self,
         sparsity=.5, # Fraction of all weights (channels) to prune, or a function of the scores that gives it
         criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
@@ -58,7 +67,7 @@ class Pruner(TidyCallback):
         end=.5, # When it is done; the rest of training is for recovering
         rounds=10, # Number of cuts, if it is more than one
         pattern=None): # 'n:m', such as '2:4', instead of a sparsity
-        if not callable(sparsity): check_sparsity(sparsity)
+        _check(sparsity, criterion, by, scope, pattern)
         if not callable(schedule) and schedule not in schedules:
             raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, or a function of progress.')
         if not 0 <= start <= end < 1:
@@ -73,19 +82,27 @@ class Pruner(TidyCallback):
     def columns(self): return dict(sparsity=lambda: sparsity(unwrap(self.model)))
 
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')   # fastai sets it back
+        if not self.run: return
         super().before_fit()
         self.done,there = 0,masks(self.model)
         if self.kwargs['by']=='channel':
             s = Scoring(self.learn, by='channel', ignore=self.kwargs['ignore'])
             ones = channel_masks(s.model, {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}, s.groups)
         else: ones = {k: torch.ones_like(w) for k,w in prunable(self.model, self.kwargs['ignore']).items()}
-        mask_model(self.model, {k: m for k,m in ones.items() if k not in there})
+        self._put = [k for k in ones if k not in there]
+        mask_model(self.model, {k: ones[k] for k in self._put})
+
+    def put_back(self):
+        if not self._trained: unmask(self.model, self._put)     # it was a validation
+        self._put = ()
+        super().put_back()
 
     def before_batch(self):
         if not self.training or not self._trained: return
         due = [self.start + (self.end-self.start)*i/max(self.rounds-1, 1) for i in range(self.rounds)]
-        n = sum(t <= self.pct_train for t in due)
+        last = self.epoch+1==self.n_epoch and self.iter+1==self.n_iter
+        n = self.rounds if last else sum(t <= self.pct_train for t in due)
         if n > self.done: self.cut(n)
 
     def cut(self, n):
@@ -151,7 +168,8 @@ def iterative_prune(learn, # Learner; trained, unless its weights are rewound
     scope='global', # Weights compete in the whole network, or within each 'layer'
     ignore=()): # Paths of layers to leave out
     "Prune and train in turn; returns a `Level` for the dense network and for every round. `learn` ends as the last one"
-    check_sparsity(sparsity), check_sparsity(rate, 'rate')
+    _check(sparsity, criterion, 'weight', scope, None)
+    check_sparsity(rate, 'rate')
     if rate==0: raise ValueError('rate is 0: nothing would ever be pruned. Pass the fraction that goes each round, such as .2.')
     if rewind not in ('lr','weights','finetune'):
         raise ValueError(f"rewind is {rewind!r}, expected 'lr', 'weights' or 'finetune'.")
@@ -159,7 +177,7 @@ def iterative_prune(learn, # Learner; trained, unless its weights are rewound
     if rewind=='finetune':
         if learn.opt is None and lr is None:
             raise ValueError('fine-tuning goes on with the last learning rate, and this learner has none: train it, or pass `lr`.')
-        fit,lr = 'fit',lr or learn.opt.hypers[-1]['lr']
+        fit,lr = 'fit',lr or [float(h['lr']) for h in learn.opt.hypers]
     def train(**kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *kwargs.pop('extra', [])], **kwargs)
     if rewind=='weights': train(reset_opt=True, extra=[start := _Snapshot(rewind_to)])
     levels = Levels([_level(learn)])
