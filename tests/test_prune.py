@@ -863,3 +863,33 @@ def test_worth_of_channels(criterion):
 def test_bad_channels(message, f):
     with pytest.raises(ValueError) as e: f()
     assert message in str(e.value)
+
+
+# real MNIST
+
+@pytest.fixture(scope='module')
+def mnist_learners():
+    "LeNet-300-100 after three epochs, three seeds"
+    if not os.environ.get('KDNB_DATA'): pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
+    def trained(seed):
+        set_seed(seed, reproducible=True)
+        learn = Learner(image_dls('mnist', bs=256, device='cpu'), lenet300(), metrics=accuracy, opt_func=fused_adam)
+        return quiet(learn, 3, 4e-3, fit='fit_one_cycle')
+    return [trained(seed) for seed in range(3)]
+
+@pytest.mark.mnist
+def test_prue_softens_a_teacher(data_dir, mnist_learners):
+    for learn in mnist_learners:
+        pruned = prune_model(deepcopy(learn.model), .5, 'prue', learn.dls)
+        assert uncertainty(pruned, learn.dls.train) > 1.1*uncertainty(learn.model, learn.dls.train)
+
+@pytest.mark.mnist
+def test_rewinding_the_rate_keeps_the_accuracy(data_dir, mnist_learners):
+    "79 % of the weights in seven rounds, each with the schedule of the dense training"
+    lost = []
+    for learn in mnist_learners:
+        dense = accuracy_on(learn.model, learn.dls.test)
+        levels = quietly_iterative(learn, .79, n_epoch=3, lr=4e-3)
+        assert len(levels)==8 and levels[-1].weights==266_200-math.ceil(.79*266_200)
+        lost.append(dense-accuracy_on(learn.model, learn.dls.test))
+    assert sum(lost)/3 < .002, lost
