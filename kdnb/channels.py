@@ -392,7 +392,8 @@ def _asked(groups, path, idxs):
     if not parts:
         makers = ', '.join(dict.fromkeys(p.path for g in groups for p in g.makers))
         raise ValueError(f'no convolution or linear layer {path!r} runs in this network. There are {makers}.')
-    idxs = torch.as_tensor(idxs, dtype=torch.long).flatten()
+    idxs = torch.as_tensor(idxs).cpu()
+    idxs = (idxs.nonzero() if idxs.dtype==torch.bool else idxs.long()).flatten()
     n = 1+max(int(p.at.max()) for _,p in parts)
     if len(idxs) and not (0<=idxs.min() and idxs.max()<n):
         raise ValueError(f'layer {path!r} has {n} output channels, 0 to {n-1}; '

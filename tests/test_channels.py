@@ -288,6 +288,7 @@ def test_remove_channels_never_empties_a_layer():
     assert s(x).shape==(2,10) and remove_channels(m, x, {}).conv1.out_channels==16
     s = remove_channels(m, x, {'conv1': torch.tensor([0,2]), 'layer1.0.conv2': [1]})      # two names of one group
     assert s.conv1.out_channels==13
+    assert remove_channels(m, x, {'conv1': torch.arange(16)<5}).conv1.out_channels==11        # a mask
     with pytest.warns(UserWarning, match='were to go'): s = remove_channels(*build('cat_add'), {'b': range(4)})
     assert (s.a.out_channels,s.b.out_channels,s.c.out_channels)==(8,1,9)
 
