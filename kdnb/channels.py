@@ -57,13 +57,15 @@ def keep_inputs(linear, # Layer whose inputs are cut
 # %% ../nbs/04_channels.ipynb #feb137c2
 def _fold(m):
     "Turn every parametrized tensor of `m` into a plain one with the value it has now"
-    folded = {n: nn.Parameter(getattr(m, n).detach().clone(), any(p.requires_grad for p in ps.parameters(recurse=False)))
-              for n,ps in m.parametrizations.items()}
-    buffers = [n for n,ps in m.parametrizations.items() if not [*ps.parameters(recurse=False)]]
+    params,buffers = {},{}
+    for n,ps in m.parametrizations.items():
+        value,originals = getattr(m, n).detach().clone(),[*ps.parameters(recurse=False)]
+        if originals: params[n] = nn.Parameter(value, any(p.requires_grad for p in originals))
+        else: buffers[n] = value
     del m._modules['parametrizations']
     m.__class__ = type(m).__bases__[0]
-    m._parameters = {n: p for n,p in folded.items() if n not in buffers} | m._parameters
-    for n in buffers: m.register_buffer(n, folded[n].data)
+    m._parameters = params | m._parameters       # the weight first, as in a layer that never had a mask
+    m._buffers.update(buffers)
 
 def _plain_copy(model):
     "A copy of the network inside wrappers, without masks, gradients and parametrizations of any kind"
@@ -87,8 +89,9 @@ def _narrow(t, # Tensor that looks like the one of `m` called `name`
 
 def _sizes(m):
     "How many channels layer `m` makes and reads"
-    for o,i in (('out_features','in_features'),('out_channels','in_channels'),('num_features',)*2,('num_parameters',)*2):
-        if hasattr(m, o): return getattr(m, o),getattr(m, i)
+    for made,read in (('out_features','in_features'), ('out_channels','in_channels')):
+        if hasattr(m, made): return getattr(m, made),getattr(m, read)
+    return (m.num_parameters if isinstance(m, nn.PReLU) else m.num_features,)*2
 
 def _narrow_layer(m, rows, cols):
     "Cut layer `m` in place"
@@ -120,8 +123,9 @@ class ChannelGroup:
     @property
     def parts(self): return self.makers+self.norms+self.readers
     def __repr__(self):
-        said = [f'{k} {", ".join(p.path for p in getattr(self, k))}' for k in ('makers','norms','readers') if getattr(self, k)]
-        return f'{self.name}: {self.n} channels; {"; ".join(said)}' + (f'; stays: {self.stays}' if self.stays else '')
+        kinds = dict(makers=self.makers, norms=self.norms, readers=self.readers)
+        said = [f'{k} {", ".join(p.path for p in ps)}' for k,ps in kinds.items() if ps]
+        return '; '.join([f'{self.name}: {self.n} channels', *said, *([f'stays: {self.stays}'] if self.stays else [])])
 
 class ChannelGroups(list):
     "A list of `ChannelGroup` that shows itself as a table"
@@ -131,7 +135,9 @@ class ChannelGroups(list):
                                   readers=paths(g.readers), stays=g.stays or '') for g in self]).set_index('group')
     def __repr__(self): return self.table().to_string() if self else 'no channels'
     def _repr_html_(self): return self.table().to_html() if self else 'no channels'
-    def __getitem__(self, i): return super().__getitem__(i) if not isinstance(i, str) else next(g for g in self if g.name==i)
+    def __getitem__(self, i):
+        if isinstance(i, str): i = [g.name for g in self].index(i)
+        return super().__getitem__(i)
 
 # %% ../nbs/04_channels.ipynb #205a0c56
 _norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -151,14 +157,15 @@ def _dependencies(model, xb):
         graph.build_dependency(model, xb, verbose=False)
         for m in graph.module2node:
             if not isinstance(m, weighted) or m in seen: continue
-            try: found = graph.get_pruning_group(m, graph.get_pruner_of_module(m).prune_out_channels, range(_sizes(m)[0]))
+            cut = graph.get_pruner_of_module(m).prune_out_channels
+            try: found = graph.get_pruning_group(m, cut, range(_sizes(m)[0]))
             except IndexError: continue    # the way from this layer leads through a split it cannot follow
             groups.append(found)
             seen |= {o.dep.target.module for o in found if 'out_channels' in o.dep.handler.__name__}
     return groups,{m: p for p,m in model.named_modules()} | graph._param_to_name
 
 def _as_group(found, names, order):
-    "A `ChannelGroup` from a group of torch-pruning, and whether its channels are cut or reshaped on their way"
+    "A `ChannelGroup` from a group of torch-pruning; `names` of modules, `order` of running"
     parts,stays,n = dict(makers={}, norms={}, readers={}),None,1+max(found[0].root_idxs)
     for item in found:
         m = item.dep.target.module
@@ -183,21 +190,23 @@ def _blocks(g, model):
         if getattr(m, 'groups', 1)==1 or _depthwise(m): continue
         size,blocks = _sizes(m)[reads]//m.groups,torch.full((g.n,), -1)
         blocks[part.unit] = part.at//size
-        if size==1 or any(len(p.unit.unique())<g.n for p in g.parts) or g.blocks is not None and not torch.equal(blocks, g.blocks):
+        torn = any(len(p.unit.unique())<g.n for p in g.parts)
+        if size==1 or torn or g.blocks is not None and not torch.equal(blocks, g.blocks):
             g.stays = g.stays or f'grouped convolution {part.path} needs all of them'
         g.blocks = blocks
 
 def _check_claims(groups, model):
-    "A position that two channels claim has been misunderstood: the groups in question stay"
+    "An output that no channel claims, or a position that two do, has been misunderstood: the groups in question stay"
     claims = {}
     for g in groups:
         if g.n==1 and any(_sizes(model.get_submodule(p.path))[0]>1 for p in g.makers): g.stays = g.stays or _widths
         for kind in ('makers','norms','readers'):
-            for p in getattr(g, kind): claims.setdefault((kind=='readers', p.path), []).append((g, p.at))
-    for ps in claims.values():
+            for p in getattr(g, kind): claims.setdefault((kind, p.path), []).append((g, p.at))
+    for (kind,path),ps in claims.items():
         at,n = torch.cat([o for _,o in ps]).unique(return_counts=True)
+        missing = kind=='makers' and len(at)<_sizes(model.get_submodule(path))[0]
         for g,o in ps:
-            if torch.isin(o, at[n>1]).any(): g.stays = g.stays or _widths
+            if missing or torch.isin(o, at[n>1]).any(): g.stays = g.stays or _widths
 
 def _check_weights(groups, model):
     "Weights that two layers share, or that are computed from others, cannot be cut: their groups stay"
@@ -209,7 +218,8 @@ def _check_weights(groups, model):
     for g in groups:
         for p in g.parts:
             if p.path in shared: g.stays = g.stays or f'{p.path} shares its weight with another layer'
-            elif 'weight' not in model.get_submodule(p.path)._parameters: g.stays = g.stays or f'{p.path} computes its weight'
+            elif 'weight' not in model.get_submodule(p.path)._parameters:
+                g.stays = g.stays or f'{p.path} computes its weight'
 
 def _others(groups, model, layers, why):
     "A group for what `layers` make that is in none of `groups`; it stays"
@@ -220,7 +230,7 @@ def _others(groups, model, layers, why):
         if len(at): yield ChannelGroup(path, len(at), [Part(path, at, torch.arange(len(at)))], [], [], why)
 
 def _removable(g, found, first=None):
-    "As many of the channels `found` as can go, those in `first` before others: as many from each block, a layer never all"
+    "As many of the channels `found` as can go (`first` some): the same number of each block, never all of a layer"
     first = torch.zeros_like(found) if first is None else first
     blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
     sizes,order,res = blocks.bincount(),(~first).int().argsort(stable=True),torch.zeros_like(found)
@@ -326,14 +336,15 @@ def traces(self:ChannelGroup,
     model, # Network in which the group was found
     dead, # Mask of the group's channels (n,)
     kinds=('makers','norms','readers')): # Layers that are asked
-    "`(name of a parameter, mask that broadcasts over it)` for all with which layers make, scale or read channels `dead`"
+    "`(name of a parameter, mask that broadcasts over it)` of all that make, scale or read the channels `dead`"
     for kind in kinds:
         for p in getattr(self, kind):
             m,reads = model.get_submodule(p.path),kind=='readers'
             mask = torch.zeros(_sizes(m)[reads], dtype=torch.bool)
             mask[p.at[dead.cpu()[p.unit]]] = True
-            if getattr(m, 'weight', None) is not None: yield f'{p.path}.weight',_spread(mask, m, reads)
-            if not reads and getattr(m, 'bias', None) is not None: yield f'{p.path}.bias',mask.to(m.bias.device)
+            if m.weight is not None: yield f'{p.path}.weight'.lstrip('.'),_spread(mask, m, reads)
+            if not reads and getattr(m, 'bias', None) is not None:
+                yield f'{p.path}.bias'.lstrip('.'),mask.to(m.bias.device)
 
 @torch.no_grad()
 def _silence(model, g, dead, kinds=('makers','norms','readers')):
@@ -381,7 +392,8 @@ def _asked(groups, path, idxs):
     if not parts:
         makers = ', '.join(dict.fromkeys(p.path for g in groups for p in g.makers))
         raise ValueError(f'no convolution or linear layer {path!r} runs in this network. There are {makers}.')
-    idxs = torch.as_tensor(idxs, dtype=torch.long).flatten()
+    idxs = torch.as_tensor(idxs).cpu()
+    idxs = (idxs.nonzero() if idxs.dtype==torch.bool else idxs.long()).flatten()
     n = 1+max(int(p.at.max()) for _,p in parts)
     if len(idxs) and not (0<=idxs.min() and idxs.max()<n):
         raise ValueError(f'layer {path!r} has {n} output channels, 0 to {n-1}; '
@@ -395,21 +407,24 @@ def _asked(groups, path, idxs):
 def remove_channels(model, # Any module; masks are multiplied in
     data, # `DataLoaders` or a batch of inputs
     channels): # `{path of a layer: its output channels to remove}`
-    "A smaller copy of `model` without `channels` and all that hangs on them; the last channel of a layer is never removed"
+    "A smaller copy of `model` without `channels` and what hangs on them; a layer keeps at least one"
     model = _plain_copy(model)
     groups,dead = _groups(model, inputs(data, model)),{}
     for path,idxs in channels.items():
         for g,mask in _asked(groups, path, idxs):
             if g.stays: raise ValueError(f'the channels of layer {path!r} cannot be removed exactly: {g.stays}. '
                                          'Set their weights to zero instead.')
-            dead[g.name] = g,dead.get(g.name, (g,False))[1] | mask
-    for name,(g,mask) in dead.items():
-        dead[name] = g,_removable(g, mask)
-        if g.blocks is not None and not torch.equal(mask, dead[name][1]) and not mask.all():
-            counts = g.blocks[mask].bincount(minlength=int(g.blocks.max())+1).tolist()
-            raise ValueError(f'the channels of {name!r} meet a grouped convolution, which needs the same number from each '
-                             f'of its {len(counts)} blocks; asked for {min(counts)} to {max(counts)} a block.')
-        if mask.all(): warnings.warn(f'all {g.n} channels of {name!r} were to go: {int((~dead[name][1]).sum())} kept.')
+            dead[g.name] = g,mask | dead.get(g.name, (g,torch.zeros_like(mask)))[1]
+    for name,(g,asked) in dead.items():
+        mask = _removable(g, asked)
+        dead[name] = g,mask
+        if torch.equal(mask, asked): continue
+        if g.blocks is not None and not asked.all():
+            counts = g.blocks[asked].bincount(minlength=int(g.blocks.max())+1)
+            raise ValueError(f'the channels of {name!r} meet a grouped convolution, which must lose the same number in '
+                             f'each of its {len(counts)} blocks; asked for {counts.min()} to {counts.max()} a block.')
+        warnings.warn(f'{asked.sum()} of the {g.n} channels of {name!r} were to go: {g.n-mask.sum()} are kept, '
+                      'since no layer may be emptied.')
     with torch.no_grad(): _remove(model, dead.values())
     return model
 
@@ -474,7 +489,7 @@ def _silent(model, groups, xb):
 
 # %% ../nbs/04_channels.ipynb #766bcc71
 def _dead(model, groups, xb):
-    "`{group: mask}` of the channels that can go, set to zero in `model`, and why channels of zeros stay, by group's name"
+    "`{group: mask}` of channels that can go, set to zero in `model`, and `{name: why}` of groups with zeros that stay"
     gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool) for g in groups if not g.stays} for _ in range(2))
     def settle(g, found):
         zero[g] |= found
@@ -533,8 +548,8 @@ def _estimate_bn(model, data, update_bn):
     "Average the BatchNorm statistics of `model` over training batches"
     dl = data.train if isinstance(data, DataLoaders) and isinstance(update_bn, (bool,int)) else update_bn
     if isinstance(dl, (bool,int)):
-        raise ValueError(f'update_bn={update_bn} counts training batches, but data holds none. Pass DataLoaders as data, '
-                         'or a DataLoader as update_bn.')
+        raise ValueError(f'update_bn={update_bn} counts training batches, but data holds none. '
+                         'Pass DataLoaders as data, or a DataLoader as update_bn.')
     modes,n_inp = [(m, m.training) for m in model.modules()],getattr(dl, 'n_inp', 1)
     n = None if update_bn is True or dl is update_bn else update_bn
     unpack = model.register_forward_pre_hook(lambda m,xb: xb[0])
@@ -546,7 +561,7 @@ def _estimate_bn(model, data, update_bn):
 def shrink(model, # A network with zeros; masks may be attached
     data, # `DataLoaders` or a batch to trace with and to compare on
     tol=1e-5, # Largest difference allowed, relative to outputs of size 1 and more
-    update_bn=None): # Then estimate BatchNorm statistics anew: number of training batches, True for all, or a DataLoader
+    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, True for all, or a DataLoader
     "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
     return _checked(model, inputs(data, model), data, tol, update_bn)[0]
 
@@ -592,7 +607,7 @@ def _carry_state(old, new, # Optimisers
 @patch
 def shrink(self:Learner,
     tol=1e-5, # Largest difference allowed, relative to outputs of size 1 and more
-    update_bn=None): # Then estimate BatchNorm statistics anew: number of training batches, or True for all
+    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, or True for all
     "Replace the model by its shrunken copy; the optimiser keeps its state, so that training goes on. Returns the model"
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('the optimiser was built by hand for the present parameters and cannot be built again. '
