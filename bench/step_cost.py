@@ -33,7 +33,7 @@ def main(rounds=101):
              "variational 'group'": stepper(to_variational(lenet300()), VariationalSparsifier()),
              'plain, fused': stepper(lenet300(), opt_func=fused_adam),
              "variational 'group', fused": stepper(to_variational(lenet300()), VariationalSparsifier(), opt_func=fused_adam),
-             "variational 'full'": stepper(to_variational(lenet300(), 'full'), VariationalSparsifier()),
+             "variational 'full'": stepper(to_variational(lenet300(), noise='full'), VariationalSparsifier()),
              'plain, batch 1024': stepper(lenet300(), bs=1024),
              "variational 'group', batch 1024": stepper(to_variational(lenet300()), VariationalSparsifier(), bs=1024)}
     ms = dict(zip(steps, median_ms(list(steps.values()), rounds)))

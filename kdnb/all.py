@@ -10,6 +10,7 @@ from kdnb.distill.losses import *
 from kdnb.distill.methods import *
 from kdnb.distill.callback import *
 from kdnb.variational.layers import *
+from kdnb.variational.convert import *
 from kdnb.variational.callback import *
 from kdnb.prune.masks import *
 from kdnb.prune.criteria import *

@@ -71,7 +71,7 @@ def test_mutations(saved, tmp_path):
     assert ended.get('loaded', 0) < 30 and ended['ValueError'] > 50 and ended['SafetensorError'] > 50, ended
 
 def test_refuses_what_is_not_plain(tmp_path):
-    with pytest.raises(ValueError, match='still has GroupLinear layers'): save_model(to_variational(lenet300()), tmp_path/'a')
+    with pytest.raises(ValueError, match='still has Gate layers'): save_model(to_variational(lenet300()), tmp_path/'a')
     with pytest.raises(ValueError, match='does not say how to build it'): save_model(nn.Linear(2,2), tmp_path/'a')
     assert not list(tmp_path.iterdir())
 

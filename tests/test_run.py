@@ -58,10 +58,10 @@ def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
     build = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
     assert accuracy_on(load_model(run.path/'model.safetensors', build), dls.test)==run.stages[-1]['test_accuracy']
 
-def test_a_student_without_linear_layers(tmp_path):
+def test_a_student_without_groups(tmp_path):
     dls = image_dls('digits', device='cpu')
     conv = nn.Sequential(nn.Conv2d(1,10,8), nn.Flatten())
-    with pytest.raises(ValueError, match='no nn.Linear layer'): vbgs_kd(dls, 'lenet300', conv, tmp_path/'run', epochs=(1,1,1), show=False)
+    with pytest.raises(ValueError, match='there is nothing to group'): vbgs_kd(dls, 'lenet300', conv, tmp_path/'run', epochs=(1,1,1), show=False)
     assert not (tmp_path/'run').exists()          # said before anything is trained
 
 def test_a_nan_stops_the_run_and_the_last_good_weights_stay(tmp_path):

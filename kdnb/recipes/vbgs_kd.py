@@ -7,6 +7,7 @@ __all__ = ['vbgs_kd_defaults', 'epochs_for', 'vbgs_kd']
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #113bc588
 import math
+from functools import partial
 import numpy as np, torch
 from torch import nn
 from fastai.learner import Learner
@@ -19,15 +20,17 @@ from ..models import create,in_shape
 from .core import Run
 from ..terms import check_weight
 from ..variational.callback import VariationalSparsifier,train_size
-from ..variational.layers import threshold,to_deterministic,to_variational
+from ..variational.convert import threshold,to_deterministic,to_variational
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
 vbgs_kd_defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
     gamma_weight=None, # Weight of the groups' KL (paper: 1); None is N/135, an equal pull on the mean loss for every N
+    groups='channels', # What shares a γ, see `to_variational`
     noise='group', # Random γ and deterministic θ; the paper has 'full' noise
     warmup=.2, # Part of the sparse stage over which the KL rises
+    cooldown=None, # Part of the sparse stage, (start, end), over which the KL falls to 0 again
     gamma_lr=10., # Learning rate of γ, in multiples of `lr`
     pct_start=.6, # Part of the sparse stage before the learning rate falls to 0
     lr=1e-3, # Adam; the paper has SGD at .003 with momentum .5
@@ -60,16 +63,17 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     s,(n_teacher,n_student,n_sparse) = {**vbgs_kd_defaults, **settings},epochs_for(dls, epochs)
     if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/135
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
-    sparsifier = VariationalSparsifier(task, s['gamma_weight'], s['warmup'], s['gamma_lr'])
+    sparsifier = VariationalSparsifier(task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
     if not isinstance(teacher, Learner): teacher = _network(teacher, dls, seed)
     student = _network(student, dls, seed)
-    to_variational(student, s['noise'])    # refuses what cannot be sparsified before anything is trained
+    noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
+    noisy(student)    # refuses what cannot be sparsified before anything is trained
     run = Run(path, 'vbgs-kd', dls, data, seed, force, show, epochs=[n_teacher,n_student,n_sparse], **s)
     soft = lambda: KnowledgeDistillation(t, term, task, cache=run.cache)
     if isinstance(teacher, Learner): t = teacher.model; run.enter('teacher', t)
     else: t = run.fit('teacher', run.learner(teacher, metrics=accuracy), n_teacher, s['teacher_lr']).model
     dense = run.fit('student', run.learner(student, metrics=accuracy), n_student, s['lr'], cbs=[soft()]).model
-    learn = run.learner(to_variational(dense, s['noise']), metrics=accuracy, wd=0., cbs=sparsifier)
+    learn = run.learner(noisy(dense), metrics=accuracy, wd=0., cbs=sparsifier)
     masked = lambda model: to_deterministic(model, T_log_alpha)
     run.fit('sparse', learn, n_sparse, s['lr'], 'fit_flat_cos', cbs=[soft()], pct_start=s['pct_start'], as_stage=masked)
     run.log_alphas = sparsifier.log_alphas
