@@ -18,7 +18,7 @@ from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import GroupLayer,kl,noise_groups,variational_layers
+from .layers import Gate,GroupLayer,kl,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
@@ -58,14 +58,14 @@ class VariationalSparsifier(LossTerm):
         gamma_weight=1., # Weight of the groups' KL within KL; more than 1 prunes harder
         theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup=.2, # Fraction of training over which the weight rises from 0
-        cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again; None: it stays
+        cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
         gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's
         cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
         check_weight(weight); check_weight(gamma_weight, 'gamma_weight'); check_weight(theta_weight, 'theta_weight')
         check_weight(gamma_lr, 'gamma_lr'); _check_fractions(warmup, cooldown)
         super().__init__(self._kl, weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown), name='kl')
-        self.gamma_weight,self.theta_weight,self.gamma_lr,self.cap,self.log_alphas = (
-            gamma_weight,theta_weight,gamma_lr,cap,[])
+        self.gamma_weight,self.theta_weight,self.gamma_lr,self.cap,self.cooldown,self.log_alphas = (
+            gamma_weight,theta_weight,gamma_lr,cap,cooldown,[])
 
     @staticmethod
     def _kl(self):
@@ -79,7 +79,7 @@ class VariationalSparsifier(LossTerm):
         if not variational_layers(self._noisy):
             raise ValueError('this network has no variational layer. '
                              'Convert it: Learner(dls, to_variational(model), ...).')
-        self._N,self._caps,self._warned = train_size(self.dls),_caps(self._noisy, self.cap),set()
+        self._N,self._caps,self._warned,self._closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
         super().before_fit()
 
     def before_train(self):
@@ -114,7 +114,16 @@ def _put_lr_back(self:VariationalSparsifier):
     self._lrs = None
 
 @patch
-def before_batch(self:VariationalSparsifier): self._put_lr_back()
+def before_batch(self:VariationalSparsifier):
+    self._put_lr_back()
+    if self.training and self.cooldown and not self._closed and self.pct_train>=self.cooldown[0]: self._close()
+
+@patch
+def _close(self:VariationalSparsifier):
+    "Close the groups that are noise at the present valley"
+    self._closed,masks = True,kept(self._noisy)
+    for n,m in noise_groups(self._noisy).items():
+        if isinstance(m, Gate): m.close(masks[n])
 
 @patch
 def after_step(self:VariationalSparsifier):

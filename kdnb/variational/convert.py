@@ -157,13 +157,13 @@ def kept(model, # Variational network
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
         raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. Use a smaller learning rate.')
     limits = _limits(las, model, T)
-    masks = {n: o < limits[n] for n,o in las.items()}
+    masks = {n: (o < limits[n]) & getattr(model.get_submodule(n), 'open', torch.ones_like(o)).bool() for n,o in las.items()}
     for n,mask in masks.items():
         if not mask.any():
             if not (T is None or isinstance(T, str)):
                 raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is {las[n].min():.2f}. '
                                  'Choose a larger threshold, or None for the valley.')
-            mask.view(-1)[las[n].argmin()] = True
+            mask.view(-1)[las[n].argmin()] = True      # at μ = 0 log α is large: an open one is found first
     return masks
 
 # %% ../../nbs/21_variational.convert.ipynb #fe0a9f37
@@ -172,7 +172,7 @@ def to_deterministic(model, # Variational network
     "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (paper 000, eq. 13)"
     masks,model = kept(model, T),deepcopy(model)
     mask = {m: masks[n] for n,m in noise_groups(model).items()}
-    settled = [(m, m.scaled(lambda g: g.gamma*mask[g]) if isinstance(m, GroupLayer) else (m.weight*mask[m], m.bias))
+    settled = [(m, m.scaled(lambda g: g.mean*mask[g]) if isinstance(m, GroupLayer) else (m.weight*mask[m], m.bias))
                for m in variational_layers(model).values()]
     for m,(weight,bias) in settled: m._settle(weight, bias)
     return model
@@ -204,9 +204,9 @@ def accuracy_threshold(model, # Variational network
 def weight_variance(layer):
     "Posterior variance of each weight of a variational layer, in its shape"
     if isinstance(layer, VDLayer): return layer.weight_logvar.exp()
-    mean = layer.scaled(lambda g: g.gamma)[0]
+    mean = layer.scaled(lambda g: g.mean)[0]
     square = layer.weight**2 + (0. if layer.weight_logvar is None else layer.weight_logvar.exp())
-    return square*layer.scales(lambda g: g.gamma**2 + g.gamma_logvar.exp())[0] - mean**2
+    return square*layer.scales(lambda g: (g.gamma**2 + g.gamma_logvar.exp())*g.open)[0] - mean**2
 
 def weight_bits(model, # Variational network
     T=None): # Threshold on log α, see `kept`

@@ -62,6 +62,16 @@ class Gate(nn.Module):
         super().__init__()
         self.n,self._normal,self._seen = n,None,set()
         self.gamma,self.gamma_logvar = nn.Parameter(torch.ones(n)),nn.Parameter(torch.full((n,), -9.))
+        self.register_buffer('open', torch.ones(n))     # 0 where a group is closed for good
+
+    @property
+    def mean(self): return self.gamma*self.open
+
+    @torch.no_grad()
+    def close(self, kept):
+        "Let the groups outside the mask `kept` be 0 from now on, without noise"
+        self.open.mul_(kept)
+        self.gamma.mul_(kept)
 
     @property
     def log_alpha(self):
@@ -73,7 +83,7 @@ class Gate(nn.Module):
         if id(layer) in self._seen or self._normal is None or self._normal.shape[:-1]!=bs:
             self._normal,self._seen = torch.randn(*bs, self.n, device=self.gamma.device, dtype=self.gamma.dtype),set()
         self._seen.add(id(layer))
-        return torch.addcmul(self.gamma, torch.exp(self.gamma_logvar/2), self._normal.to(self.gamma.device))
+        return torch.addcmul(self.gamma, torch.exp(self.gamma_logvar/2), self._normal.to(self.gamma.device))*self.open
 
     def of(self, f):
         "`f(gate)`, a number for each group, on the axis that it scales"
@@ -149,7 +159,7 @@ class GroupLayer(NoisyLayer):
         return self.weight*w,self.bias if self.bias is None or self.outputs is None else self.bias*b
 
     def forward(self, x):
-        if not self.training: return self._product(x, *self.scaled(lambda g: g.gamma))
+        if not self.training: return self._product(x, *self.scaled(lambda g: g.mean))
         if self.noise=='group': return self._product(x, *self.scaled(lambda g: g.draw(self)))
         return self._full(x)
 
