@@ -33,7 +33,7 @@ results: $(READY)  ## train for the numbers in results/
 bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
 bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
 bench: $(READY) $(PEERS)  ## what a step costs
-	$(BIN)/python bench/step_cost.py
+	$(BIN)/python bench/variational_cost.py
 	$(BIN)/python bench/distill_cost.py
 	$(BIN)/python bench/prune_cost.py
 

@@ -43,7 +43,8 @@ def index_layer(index, # Kept positions of the last axis (n,)
     root,g = nn.Module(),fx.Graph()
     root.register_buffer('index', torch.as_tensor(index, dtype=torch.long))
     x,i = g.placeholder('x'),g.get_attr('index')
-    g.output(g.call_function(torch.index_select, (x, -1, i)))
+    n = g.call_function(torch.narrow, (x, -1, 0, len(root.index)))
+    g.output(g.call_function(torch.gather, (x, -1, g.call_method('expand_as', (i, n)))))
     return fx.GraphModule(root, g, 'KeepInputs')
 
 def keep_inputs(linear, # Layer whose inputs are cut
@@ -524,7 +525,7 @@ def _cut_positions(model, xb):
         index = alive.nonzero().flatten()
         before = getattr(model.get_submodule(parent), '0', None)
         if name=='1' and isinstance(before, fx.GraphModule) and hasattr(before, 'index'):
-            before.index = before.index[index]
+            set_layer(model, f'{parent}.0', index_layer(before.index[index]))
             set_layer(model, path, keep_inputs(m, index)[1])
             cut[path] = path,index.cpu()
         else:

@@ -18,7 +18,7 @@ from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import Gate,GroupLayer,kl,noise_groups,variational_layers
+from .layers import Gate,GroupLayer,NoisyLayer,kl,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
@@ -69,7 +69,7 @@ class VariationalSparsifier(LossTerm):
 
     @staticmethod
     def _kl(self):
-        groups,theta = kl(self._noisy)
+        groups,theta = kl(self._parts)
         return (self.gamma_weight*groups + self.theta_weight*theta)/self._N
 
     def params(self, model): return noise_params(model)
@@ -79,6 +79,7 @@ class VariationalSparsifier(LossTerm):
         if not variational_layers(self._noisy):
             raise ValueError('this network has no variational layer. '
                              'Convert it: Learner(dls, to_variational(model), ...).')
+        self._parts = [m for m in self._noisy.modules() if isinstance(m, (Gate,NoisyLayer))]
         self._N,self._caps,self._warned,self._closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
         super().before_fit()
 
