@@ -707,6 +707,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'kdnb/variational/callback.py'),
                                            'kdnb.variational.callback.VariationalSparsifier.put_back': ( 'variational.callback.html#variationalsparsifier.put_back',
                                                                                                          'kdnb/variational/callback.py'),
+                                           'kdnb.variational.callback._by_gate': ( 'variational.callback.html#_by_gate',
+                                                                                   'kdnb/variational/callback.py'),
                                            'kdnb.variational.callback._caps': ( 'variational.callback.html#_caps',
                                                                                 'kdnb/variational/callback.py'),
                                            'kdnb.variational.callback._check_fractions': ( 'variational.callback.html#_check_fractions',

@@ -50,18 +50,26 @@ def _check_fractions(warmup, cooldown):
     if cooldown is not None and not (len(cooldown)==2 and 0 <= cooldown[0] < cooldown[1] <= 1):
         raise ValueError(f'cooldown is {cooldown}, expected (start, end): two rising fractions of training.')
 
+def _by_gate(model, weights):
+    "`{gate: weight}` of `{path: weight}`"
+    gates = noise_groups(model)
+    if odd := weights.keys()-gates.keys():
+        raise ValueError(f'gamma_weight names {sorted(odd)[0]!r}. The gates of this network: {", ".join(gates)}.')
+    return {gates[n]: w for n,w in weights.items()}
+
 class VariationalSparsifier(LossTerm):
     "Add the KL of a variational network, divided by the training set's size, to the loss (paper 000, eq. 7)"
     own_group,_lrs = True,None
     def __init__(self,
         weight=1., # Weight of KL/N (paper 000: 1-λ), or a schedule of it
-        gamma_weight=1., # Weight of the groups' KL within KL; more than 1 prunes harder
+        gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{path of a gate: weight}`, 1 for others
         theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup=.2, # Fraction of training over which the weight rises from 0
         cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
         gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's
         cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
-        check_weight(weight); check_weight(gamma_weight, 'gamma_weight'); check_weight(theta_weight, 'theta_weight')
+        check_weight(weight); check_weight(theta_weight, 'theta_weight')
+        for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]: check_weight(w, 'gamma_weight')
         check_weight(gamma_lr, 'gamma_lr'); _check_fractions(warmup, cooldown)
         super().__init__(self._kl, weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown), name='kl')
         self.gamma_weight,self.theta_weight,self.gamma_lr,self.cap,self.cooldown,self.log_alphas = (
@@ -69,8 +77,8 @@ class VariationalSparsifier(LossTerm):
 
     @staticmethod
     def _kl(self):
-        groups,theta = kl(self._parts)
-        return (self.gamma_weight*groups + self.theta_weight*theta)/self._N
+        groups,theta = kl(self._parts, self._weights)
+        return ((self.gamma_weight if self._weights is None else 1.)*groups + self.theta_weight*theta)/self._N
 
     def params(self, model): return noise_params(model)
 
@@ -80,6 +88,7 @@ class VariationalSparsifier(LossTerm):
             raise ValueError('this network has no variational layer. '
                              'Convert it: Learner(dls, to_variational(model), ...).')
         self._parts = [m for m in self._noisy.modules() if isinstance(m, (Gate,NoisyLayer))]
+        self._weights = _by_gate(self._noisy, self.gamma_weight) if isinstance(self.gamma_weight, dict) else None
         self._N,self._caps,self._warned,self._closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
         super().before_fit()
 

@@ -35,16 +35,16 @@ def _exact_kl(la):
 def log_alpha(mu, logvar): return logvar - torch.log(mu**2 + 1e-8)
 
 class GroupKL(torch.autograd.Function):
-    "Σ`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
+    "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
     @staticmethod
-    def forward(ctx, mu, logvar):
+    def forward(ctx, mu, logvar, weight=1.):
         la = log_alpha(mu, logvar)
         s = torch.sigmoid(-1.87320 - 1.48695*la)
-        slope = -.63576*1.48695*s*(1-s) - .5*torch.sigmoid(-la)   # d KL / d log α
+        slope = weight*(-.63576*1.48695*s*(1-s) - .5*torch.sigmoid(-la))   # d KL / d log α
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
-        return group_kl(la).sum()
+        return (weight*group_kl(la)).sum()
     @staticmethod
-    def backward(ctx, g): return tuple(g*o for o in ctx.saved_tensors)
+    def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
 
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
@@ -241,12 +241,16 @@ def noise_groups(model):
     "`{path: module}` of all that has a `log_alpha`: gates, and layers with one α per weight"
     return {n: m for n,m in model.named_modules() if isinstance(m, (Gate,VDLayer))}
 
-def kl(model): # Variational network, or the list of its modules
+def kl(model, # Variational network, or the list of its modules
+    weight=None): # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
-    modules = list(model.modules()) if isinstance(model, nn.Module) else model
+    modules,weight = list(model.modules()) if isinstance(model, nn.Module) else model,weight or {}
     gates,singles,layers = [[m for m in modules if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
-    groups = sum(GroupKL.apply(m.weight, m.weight_logvar) for m in singles)
-    if gates: groups = groups + GroupKL.apply(*(torch.cat([getattr(m, o) for m in gates]) for o in ('gamma','gamma_logvar')))
+    groups = sum(GroupKL.apply(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles)
+    if gates:
+        mu,logvar = (torch.cat([getattr(m, o) for m in gates]) for o in ('gamma','gamma_logvar'))
+        each = torch.cat([mu.new_full((m.n,), weight.get(m, 1.)) for m in gates]) if weight else 1.
+        groups = groups + GroupKL.apply(mu, logvar, each)
     ps = [p for m in layers for p in (m.weight, m.bias) if p is not None]
     theta = HalfSquare.apply(*ps) if ps else torch.zeros_like(groups)
     for lv in (o for m in layers for o in (m.weight_logvar, m.bias_logvar) if o is not None):

@@ -1,0 +1,108 @@
+"""VBGS-KD at its limits on MNIST and Fashion-MNIST, three seeds, beside plain training, distillation, penalties, Han's pruning and
+Bayesian compression without a teacher. Rows are added to variational.jsonl as they are done; rows that are there are not run again.
+Give names of methods to run only these."""
+import json, os, random, sys, time, warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ['OMP_NUM_THREADS'] = '1'   # a process per core instead
+from kdnb.all import *
+
+HERE = Path(__file__).parent
+ROWS,CACHE = HERE/'variational.jsonl',HERE/'.cache'
+SEEDS = 0,1,2
+EPOCHS = 15,85         # of a student before it is made sparse, and while it is; networks that are not made sparse get the sum
+TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; trained on images shifted by up to a pixel
+LR,PENALTY,BUDGET = 1e-3,{'KD + L1': 3e-5, 'KD + group L1': 3e-5},.002   # budget: validation accuracy that pruned baselines may lose
+# `gamma_weight` is the size wanted; `shift`: students see images shifted by up to a pixel, labelled by the teacher
+VBGS = {'VBGS-KD, small': dict(gamma_weight=6000.), 'VBGS-KD, accurate': dict(gamma_weight=1000.)}
+
+def data(name, shift=False):
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)   # weights under a group penalty die through denormal numbers, which cost 4 times as much
+    return image_dls(name, bs=256, valid_pct=1/12, device='cpu', pad=int(shift))
+
+def train(dls, model, n_epoch, seed, cbs=(), lr=LR, fit='fit_flat_cos', **kwargs):
+    set_seed(seed)
+    dls.train.rng = random.Random(seed)
+    learn = Learner(dls, model, metrics=accuracy, wd=0., opt_func=fused_adam, cbs=cbs)
+    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(n_epoch, lr, **kwargs)
+    return learn
+
+def teacher(name, data_name, seed):
+    "The teacher, trained once"
+    path,dls = CACHE/f'{name}_{data_name}_{seed}.pth',data(data_name, shift=data_name=='mnist')
+    set_seed(seed)
+    model = create(name, dls)
+    if path.exists(): model.load_state_dict(torch.load(path)); return model
+    train(dls, model, TEACHER[name], seed, lr=3e-3, fit='fit_one_cycle')
+    CACHE.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+def row(model, dls, **more):
+    "What is written down of a network"
+    return dict(test_accuracy=accuracy_on(model, dls.test), valid_accuracy=accuracy_on(model, dls.valid), weights=n_weights(model, nonzero=True),
+                widths=[_in(m) for m in model.modules() if isinstance(m, weighted)], macs=macs(model, dls)[''], **more)
+def _in(m): return m.in_features if isinstance(m, nn.Linear) else m.out_channels
+
+def l1(cb): return sum(m.weight.abs().sum() for m in cb.model.modules() if isinstance(m, nn.Linear))
+def group_l1(cb): return sum(m.weight.shape[0]**.5*m.weight.norm(dim=0).sum() for m in cb.model.modules() if isinstance(m, nn.Linear))
+
+def within_budget(model, dls, score):
+    "The sparsest copy of `model`, its weights or groups of lowest `score` zero over all layers, that loses at most BUDGET of validation accuracy"
+    layers = [n for n,m in model.named_modules() if isinstance(m, nn.Linear)]
+    scores = {n: score(model.get_submodule(n).weight.detach()) for n in layers}
+    ranked,best,floor = torch.cat([s.flatten() for s in scores.values()]).sort().values,model,accuracy_on(model, dls.valid)-BUDGET
+    for level in np.arange(.01, 1, .01):
+        new,cut = deepcopy(model),ranked[int(level*len(ranked))]
+        for n in layers: new.get_submodule(n).weight.data *= scores[n]>=cut
+        if accuracy_on(new, dls.valid)>=floor: best = new
+    return best
+
+def baseline(method, data_name, seed):
+    dls = data(data_name)
+    soft = KnowledgeDistillation(teacher('lenet5', data_name, seed), KD(T=4)*.9, task=.1, cache=True)
+    set_seed(seed)
+    model,both = create('lenet300', dls),sum(EPOCHS)
+    if method=='plain': return [row(train(dls, model, both, seed).model, dls)]
+    if method=='KD': return [row(train(dls, model, both, seed, soft).model, dls)]
+    if method in PENALTY:
+        train(dls, model, EPOCHS[0], seed, soft)
+        train(dls, model, EPOCHS[1], seed, [soft, LossTerm(l1 if method=='KD + L1' else group_l1, PENALTY[method], 'penalty')])
+        if method=='KD + L1': return [row(within_budget(model, dls, torch.abs), dls)]
+        masked = within_budget(model, dls, lambda w: w.norm(dim=0, keepdim=True)/w.shape[0]**.5)
+        return [row(shrink(masked, dls), dls)]
+    if method=='Han':           # prune, train, prune, train (Han et al. 2015), no teacher
+        learn = train(dls, model, EPOCHS[0], seed)
+        levels = iterative_prune(learn, sparsity=.95, rate=.3, rewind='finetune', n_epoch=EPOCHS[1]//9, lr=LR/3)
+        floor = levels[0].valid_accuracy-BUDGET if hasattr(levels[0], 'valid_accuracy') else accuracy_on(levels[0].model, dls.valid)-BUDGET
+        best = [o.model for o in levels if accuracy_on(o.model, dls.valid)>=floor][-1]
+        return [row(fold(deepcopy(best)), dls)]
+    groups,noise = ('weights','group') if method=='SparseVD' else ('neurons','full')     # or BC-GNJ, no teacher
+    train(dls, model, EPOCHS[0], seed)
+    learn = train(dls, to_variational(model, groups=groups, noise=noise), EPOCHS[1], seed, VariationalSparsifier())
+    masked = to_deterministic(learn.model)
+    return [row(masked if method=='SparseVD' else shrink(masked, dls), dls)]
+
+def vbgs(method, data_name, seed):
+    o = dict(student='lenet300', teacher='lenet5', lam=.9, T=4, shift=False, groups='neurons', tune=0, warmup=.4, cooldown=(.5,.8), epochs=EPOCHS, gamma_lr=10.) | VBGS[method]
+    dls = data(data_name, o['shift'])
+    soft = KnowledgeDistillation(teacher(o['teacher'], data_name, seed), KD(T=o['T'])*o['lam'], task=1-o['lam'], cache=True, n_views=18 if o['shift'] else None)
+    set_seed(seed)
+    dense = create(o['student'], dls)
+    train(dls, dense, o['epochs'][0], seed, soft)
+    sparsifier = VariationalSparsifier(1-o['lam'], o['gamma_weight'], warmup=o['warmup'], cooldown=o['cooldown'], gamma_lr=o['gamma_lr'])
+    learn = train(dls, to_variational(dense, dls, o['groups']), o['epochs'][1], seed, [soft, sparsifier], pct_start=.6)
+    small = learn.compress()
+    rows = [row(small, dls)]
+    if o['tune']: rows.append(row(train(dls, small, o['tune'], seed, soft).model, dls, tuned=o['tune']))
+    return rows
+
+def job(method, data_name, seed):
+    start = time.perf_counter()
+    rows = (vbgs if method in VBGS else baseline)(method, data_name, seed)
+    head = dict(method=method, data=data_name, seed=seed, settings=VBGS.get(method, {}))
+    return [head | r | dict(seconds=round(time.perf_counter()-start)) for r in rows]
