@@ -210,14 +210,14 @@ def plot_log_alpha(log_alphas, # `VariationalSparsifier.log_alphas`
 
 def plot_kept(log_alphas, # `VariationalSparsifier.log_alphas`
     T=None, # Threshold; the valley after the last epoch if None
-    ax=None, figsize=(5,2.6)):
+    ax=None, figsize=(7,2.6)):
     "Share of its groups that each gate keeps, over the epochs; returns the axes"
     T = threshold(log_alphas[-1]) if T is None else T
     ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
     for n in log_alphas[0]:
         share = [(las[n]<T).float().mean().item() for las in log_alphas]
         ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((log_alphas[-1][n]<T).sum())} of {log_alphas[-1][n].numel()}')
-    ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02)); ax.legend(fontsize='small')
+    ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02)); ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
 def _picture(w):
