@@ -8,13 +8,14 @@ from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'   # a process per core instead
 from kdnb.all import *
+from vbgs_kd import BUDGET, PENALTY, group_l1, l1, prune_within_budget
 
 HERE = Path(__file__).parent
 ROWS,CACHE = HERE/'variational.jsonl',HERE/'.cache'
 SEEDS = 0,1,2
 EPOCHS = 15,85         # of a student before it is made sparse, and while it is; networks that are not made sparse get the sum
 TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; trained on images shifted by up to a pixel
-LR,PENALTY,BUDGET = 1e-3,{'KD + L1': 3e-5, 'KD + group L1': 3e-5},.002   # budget: validation accuracy that pruned baselines may lose
+LR = 1e-3
 # `gamma_weight` is the size wanted; `shift`: students see images shifted by up to a pixel, labelled by the teacher
 VBGS = {'VBGS-KD, small': dict(gamma_weight=6000.), 'VBGS-KD, accurate': dict(gamma_weight=1000.)}
 
@@ -48,20 +49,6 @@ def row(model, dls, **more):
                 widths=[_in(m) for m in model.modules() if isinstance(m, weighted)], macs=macs(model, dls)[''], **more)
 def _in(m): return m.in_features if isinstance(m, nn.Linear) else m.out_channels
 
-def l1(cb): return sum(m.weight.abs().sum() for m in cb.model.modules() if isinstance(m, nn.Linear))
-def group_l1(cb): return sum(m.weight.shape[0]**.5*m.weight.norm(dim=0).sum() for m in cb.model.modules() if isinstance(m, nn.Linear))
-
-def within_budget(model, dls, score):
-    "The sparsest copy of `model`, its weights or groups of lowest `score` zero over all layers, that loses at most BUDGET of validation accuracy"
-    layers = [n for n,m in model.named_modules() if isinstance(m, nn.Linear)]
-    scores = {n: score(model.get_submodule(n).weight.detach()) for n in layers}
-    ranked,best,floor = torch.cat([s.flatten() for s in scores.values()]).sort().values,model,accuracy_on(model, dls.valid)-BUDGET
-    for level in np.arange(.01, 1, .01):
-        new,cut = deepcopy(model),ranked[int(level*len(ranked))]
-        for n in layers: new.get_submodule(n).weight.data *= scores[n]>=cut
-        if accuracy_on(new, dls.valid)>=floor: best = new
-    return best
-
 def baseline(method, data_name, seed):
     dls = data(data_name)
     soft = KnowledgeDistillation(teacher('lenet5', data_name, seed), KD(T=4)*.9, task=.1, cache=True)
@@ -72,15 +59,14 @@ def baseline(method, data_name, seed):
     if method in PENALTY:
         train(dls, model, EPOCHS[0], seed, soft)
         train(dls, model, EPOCHS[1], seed, [soft, LossTerm(l1 if method=='KD + L1' else group_l1, PENALTY[method], 'penalty')])
-        if method=='KD + L1': return [row(within_budget(model, dls, torch.abs), dls)]
-        masked = within_budget(model, dls, lambda w: w.norm(dim=0, keepdim=True)/w.shape[0]**.5)
+        if method=='KD + L1': return [row(prune_within_budget(model, dls, torch.abs), dls)]
+        masked = prune_within_budget(model, dls, lambda w: w.norm(dim=0, keepdim=True)/w.shape[0]**.5)
         return [row(shrink(masked, dls), dls)]
     if method=='Han':           # prune, train, prune, train (Han et al. 2015), no teacher
         learn = train(dls, model, EPOCHS[0], seed)
         levels = iterative_prune(learn, sparsity=.95, rate=.3, rewind='finetune', n_epoch=EPOCHS[1]//9, lr=LR/3)
-        floor = levels[0].valid_accuracy-BUDGET if hasattr(levels[0], 'valid_accuracy') else accuracy_on(levels[0].model, dls.valid)-BUDGET
-        best = [o.model for o in levels if accuracy_on(o.model, dls.valid)>=floor][-1]
-        return [row(fold(deepcopy(best)), dls)]
+        best = [o.model for o in levels if o.metrics['accuracy']>=levels[0].metrics['accuracy']-BUDGET][-1]
+        return [row(fold(best), dls)]
     groups,noise = ('weights','group') if method=='SparseVD' else ('neurons','full')     # or BC-GNJ, no teacher
     train(dls, model, EPOCHS[0], seed)
     learn = train(dls, to_variational(model, groups=groups, noise=noise), EPOCHS[1], seed, VariationalSparsifier())
