@@ -1,7 +1,8 @@
 "Distillation and pruning where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder name…"
-import sys, warnings
+import os, subprocess, sys, warnings
 
 warnings.filterwarnings('ignore')
+from common import quiet
 from kdnb.all import *
 import torch.distributed as tdist
 from torch.nn.parallel import DistributedDataParallel
@@ -32,8 +33,14 @@ def train(name, rank=0, n=1):
     set_seed(1)
     learn = Learner(ArrayDataLoaders(dl, digits.valid, device='cpu'), create('lenet5', digits), opt_func=SGD, lr=.02, wd=0, cbs=Wrap() if n>1 else None)
     cb = KnowledgeDistillation(teacher, TERMS[name]) if name in TERMS else PRUNERS[name]()
-    with learn.no_bar(),learn.no_logging(): learn.fit(2, cbs=[cb, keep := Keep()])
+    quiet(learn, 2, cbs=[cb, keep := Keep()])
     return keep.state
+
+def both(folder, *names):
+    "What two processes end with, each as `{name: state}`"
+    runs = [subprocess.Popen([sys.executable, __file__, str(r), '2', folder, *names], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
+    assert [p.wait(300) for p in runs]==[0,0]
+    return [torch.load(f'{folder}/{r}.pth', weights_only=True) for r in (0,1)]
 
 if __name__=='__main__':
     rank,n,folder,names = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3],sys.argv[4:]
