@@ -24,6 +24,13 @@ def flat(model): return nn.utils.parameters_to_vector(model.parameters()).detach
 def state(model): return {k: v.detach().clone() for k,v in unwrap(model).state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
+@torch.no_grad()
+def still(model):
+    "A variational network without its noise"
+    for n,p in model.named_parameters():
+        if n.endswith('logvar'): p.fill_(-200.)
+    return model
+
 class Two(nn.Module):
     "A network of two inputs"
     def __init__(self): super().__init__(); self.l = nn.Linear(2,3)

@@ -1,8 +1,8 @@
-"Distillation and pruning where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder name…"
+"Distillation, variational training and pruning where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder name…"
 import os, subprocess, sys, warnings
 
 warnings.filterwarnings('ignore')
-from common import quiet
+from common import quiet, still
 from kdnb.all import *
 import torch.distributed as tdist
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 TERMS = dict(fitnet=FitNet(['conv1','conv2'], norm=False)*10, vid=VID(['conv1','conv2'], norm=False), crd=CRD({'fc2': 'fc1'}, K=None, T=.5),
              simkd=SimKD('conv2', norm=False))      # BatchNorm would see another batch on each process
 PRUNERS = {k: partial(Pruner, .8, k, schedule='gradual', rounds=3) for k in ('magnitude','snip')}
+NOISY = {f'{groups}_{noise}': dict(groups=groups, noise=noise) for groups,noise in (('neurons','group'), ('channels','group'), ('channels','full'))}
 
 class Wrap(Callback):
     order = 11   # as fastai's DistributedTrainer
@@ -23,6 +24,7 @@ class Keep(Callback):
 class RankDL(TensorDL):
     "Every `n`-th sample of each batch of 32, from the `rank`-th on"
     def __init__(self, *args, rank=0, n=1, **kwargs): self.rank,self.ranks = rank,n; super().__init__(*args, **kwargs)
+    def __len__(self): return 5
     def get_idxs(self): return [i for b in range(0, 160, 32) for i in range(b+self.rank, b+32, self.ranks)]
 
 def train(name, rank=0, n=1):
@@ -31,8 +33,10 @@ def train(name, rank=0, n=1):
     dl = RankDL(digits.train.dataset, bs=32//n, rank=rank, n=n, after_batch=digits.train.after_batch)
     set_seed(2); teacher = create('lenet5_caffe', digits)
     set_seed(1)
-    learn = Learner(ArrayDataLoaders(dl, digits.valid, device='cpu'), create('lenet5', digits), opt_func=SGD, lr=.02, wd=0, cbs=Wrap() if n>1 else None)
-    cb = KnowledgeDistillation(teacher, TERMS[name]) if name in TERMS else PRUNERS[name]()
+    student = create('lenet5', digits)
+    if name in NOISY: student = still(to_variational(student, digits, **NOISY[name]))
+    learn = Learner(ArrayDataLoaders(dl, digits.valid, device='cpu'), student, opt_func=SGD, lr=.02, wd=0, cbs=Wrap() if n>1 else None)
+    cb = KnowledgeDistillation(teacher, TERMS[name]) if name in TERMS else VariationalSparsifier(2., warmup=.3) if name in NOISY else PRUNERS[name]()
     quiet(learn, 2, cbs=[cb, keep := Keep()])
     return keep.state
 
