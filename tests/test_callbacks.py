@@ -67,8 +67,6 @@ def test_weight_0_is_plain_training():
     plain = flat(quiet(learner(net()), 2, 1e-3).model)
     for cbs in (KnowledgeDistillation(TEACHER, KD()*0), LossTerm(lambda cb: 1/torch.zeros(()), weight=0)):
         assert torch.equal(flat(quiet(learner(net()), 2, 1e-3, cbs=cbs).model), plain)
-    noisy = lambda cbs: flat(quiet(learner(to_variational(net())), 2, 1e-3, wd=0, cbs=cbs).model)
-    assert torch.equal(noisy(VariationalSparsifier(weight=0, gamma_lr=1)), noisy(None))
 
 def test_a_schedule_of_zero_then_one():
     late = KD()*(lambda pct: float(pct>=.5))
@@ -139,16 +137,6 @@ def test_teacher_sees_what_the_student_sees():
 def test_cached_teacher_gives_the_same_weights():
     run = lambda cache: flat(quiet(learner(net(), 'index', cbs=SampleIndex()), 3, 1e-3, cbs=KnowledgeDistillation(TEACHER, cache=cache)).model)
     assert torch.allclose(run(True), run(False), atol=1e-5)
-
-def test_gamma_has_its_own_rate_and_no_decay():
-    lrs = []
-    class Look(Callback):
-        order = 1
-        def before_step(self): lrs.append([h['lr'] for h in self.opt.hypers])
-    learn = quiet(learner(to_variational(net()), cbs=[VariationalSparsifier(gamma_lr=7), Look()]), 1, 1e-3, fit='fit_one_cycle')
-    assert all(abs(b/a-7)<1e-9 for a,b in lrs)
-    assert learn.opt.hypers[-1]['wd']==0 and len(learn.opt.param_lists)==2
-    assert sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
 
 def test_fused_torch_optimizer():
     learn = learner(to_variational(net()), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=VariationalSparsifier())

@@ -278,6 +278,10 @@ def test_layers_of_one_gate_see_one_draw(noise, monkeypatch):
     check_pass(seen, lambda: v(XF[:3]), 4)         # another batch size
     for o in (deepcopy(v), pickle.loads(pickle.dumps(v))):
         assert o.b.inputs is o.c.inputs is not v.b.inputs
+        check_pass(seen, lambda: v(XF), 4)
+        before = {d.shape: d for _,d in seen}
+        seen.clear(); o(XF)
+        assert not any(torch.equal(before[d.shape], d) for _,d in seen)      # a copy does not repeat the last draw
         check_pass(seen, lambda: o(XF), 4)
     with torch.no_grad(): v.eval()(XF); v.train()
     check_pass(seen, lambda: v(XF), 4)
@@ -678,18 +682,17 @@ def test_bits_say_nothing_else():
             weight_bits(spread(to_variational(lenet())))
     finally: torch.set_warn_always(False)
 
-def test_noise_in_short_numbers():
-    "An input without signal, such as a black border, has no variance: its gradient is finite"
-    for dtype in (torch.bfloat16, torch.float32):
-        mean,var = (torch.zeros(64, dtype=dtype, requires_grad=True) for _ in range(2))
-        AddNoise.apply(mean, var).sum().backward()
-        assert mean.grad.isfinite().all() and var.grad.isfinite().all()
+def black_border(): return F.pad(torch.ones(4,1,2,2), (3,)*4)
 
-@pytest.mark.xfail(strict=True, reason='5e5 · normal overflows half precision')
-def test_noise_in_half_precision():
-    mean,var = (torch.zeros(64, dtype=torch.half, requires_grad=True) for _ in range(2))
-    AddNoise.apply(mean, var).sum().backward()
-    assert var.grad.isfinite().all()
+@pytest.mark.parametrize('groups', ['inputs','weights'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.xfail(strict=True, reason='where nothing but black is seen the variance is 0, and 1/σ overflows'))])
+def test_gradients_in_short_numbers(dtype, groups):
+    "A convolution without bias sees nothing but black at some places"
+    m = nn.Sequential(nn.Conv2d(1,4,3,padding=1,bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,10))
+    v = to_variational(m, groups=groups, noise='full').train()
+    with torch.autocast('cpu', dtype): out = v(black_border())
+    out.float().square().sum().backward()
+    assert out.isfinite().all() and not [n for n,p in v.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
 
 
 # closed groups
@@ -719,9 +722,11 @@ def test_a_closed_group_is_gone(noise):
         assert (to_deterministic(o, 1e9).fc2.weight[:,~alive]==0).all()
         o.eval()
         assert torch.allclose(to_deterministic(o, 1e9).eval()(x), o(x), atol=1e-6)
+        weights = still(deepcopy(o)).train()
+        assert torch.allclose(weights(x), o(x), atol=1e-5)
     out = v.train()(x).square().sum()
     out.backward()
-    assert (v.fc2.inputs.gamma.grad[~alive]==0).all() and (v.fc2.inputs.gamma_logvar.grad[~alive]==0).all() and v.fc2.inputs.gamma.grad[alive].all()
+    assert (v.fc2.inputs.gamma.grad[~alive]==0).all() and (v.fc2.inputs.gamma_logvar.grad[~alive]==0).all() and v.fc2.inputs.gamma.grad[alive].count_nonzero()>3
 
 def test_noise_is_closed_when_the_kl_begins_to_fall():
     v,opens = spread(to_variational(lenet())),[]
@@ -807,7 +812,7 @@ def test_rates_and_decay_of_noise():
         learn = quiet(learner(to_variational(lenet(), noise='full'), wd=.1, cbs=[VariationalSparsifier(gamma_lr=7), Look(), *cbs]), *args, fit=fit)
         assert lrs and all(b==pytest.approx(7*a) for a,b in lrs)
         assert [h['wd'] for h in learn.opt.hypers]==[.1,0.] and {id(p) for p in learn.opt.param_lists[-1]}=={id(p) for n,p in learn.model.named_parameters() if 'gamma' in n or 'logvar' in n}
-        assert {h['lr'] for h in learn.opt.hypers}=={learn.opt.hypers[0]['lr']}
+        assert {h['lr'] for h in learn.opt.hypers}=={learn.opt.hypers[0]['lr']} and sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
         if fit=='fit': assert max(learn.recorder.lrs)==1e-3
 
 @pytest.mark.xfail(strict=True, reason='in a batch that takes no step the record shows the rate of γ')
@@ -988,6 +993,29 @@ def test_optimiser_of_the_paper():
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory): return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.NOISY)
+
+class Apart(nn.Module):
+    "Two layers of one gate, each recomputed in the backward pass"
+    def __init__(self, again):
+        super().__init__()
+        self.a,self.b,self.again = GroupLinear(4,4),GroupLinear(4,4),again
+        self.b.inputs = self.a.inputs
+    def forward(self, x):
+        call = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False) if self.again else (lambda f,x: f(x))
+        return call(lambda x: self.a(x).tanh(), x) + call(lambda x: self.b(x).tanh(), x)
+
+@pytest.mark.xfail(strict=True, reason='a layer that is computed again makes a new draw')
+def test_recomputed_layers_see_the_same_draw():
+    import torch.utils.checkpoint
+    grads,x = [],torch.randn(3,4).requires_grad_()
+    set_seed(0); first = Apart(False)
+    first.a.inputs.gamma_logvar.data.fill_(0.)
+    for again in (False, True):
+        m = deepcopy(first)
+        m.again = again
+        set_seed(1); m(x).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
+    assert torch.allclose(*grads, atol=1e-6)
 
 @pytest.mark.parametrize('name', ddp.NOISY)
 def test_two_processes_equal_one(name, two):
