@@ -457,6 +457,8 @@ def shared(): m = nn.Sequential(nn.Linear(3,3), nn.ReLU(), nn.Linear(3,3)); m[2]
     ("expected one for each of ['fc1.inputs', 'fc2.inputs', 'fc3.inputs']", lambda: kept(to_variational(lenet()), {'fc1.inputs': 0})),
     ("threshold -20 empties 'fc1.inputs', whose smallest log α is -9.00", lambda: kept(to_variational(lenet()), -20)),
     ('weight is -1', lambda: VariationalSparsifier(-1)), ('gamma_weight is -1', lambda: VariationalSparsifier(gamma_weight=-1)), ('theta_weight is nan', lambda: VariationalSparsifier(theta_weight=math.nan)),
+    ("gamma_weight names 'fc9.inputs'", lambda: quiet(learner(cbs=VariationalSparsifier(gamma_weight={'fc9.inputs': 1.})), 1)),
+    ('gamma_weight is -2', lambda: VariationalSparsifier(gamma_weight={'fc1.inputs': -2.})),
     ('gamma_lr is -1', lambda: VariationalSparsifier(gamma_lr=-1)), ('warmup is 20', lambda: VariationalSparsifier(warmup=20)),
     ('two rising fractions', lambda: VariationalSparsifier(cooldown=(.8,.5))), ('two rising fractions', lambda: VariationalSparsifier(cooldown=(.5,1.5))),
     ('no variational layer', lambda: quiet(learner(lenet(), cbs=VariationalSparsifier()), 1)),
@@ -759,7 +761,7 @@ def test_weight_of_the_kl(warmup, cooldown):
             fall = 1. if pct<=a else 0. if pct>=b else (1+math.cos(math.pi*(pct-a)/(b-a)))/2
         assert kl_schedule(3., warmup, cooldown, float(pct))==pytest.approx(3*rise*fall, abs=1e-12)
 
-class Losses(Callback):
+class Watched(Callback):
     "Task loss, loss with the KL, and the KL's two parts in each training batch"
     order = 5
     def before_fit(self): self.rows = []
@@ -773,13 +775,37 @@ class Losses(Callback):
 @pytest.mark.parametrize('noise', ['group','full'])
 def test_loss_by_hand(kw, noise):
     "task + weight(progress)·(gamma_weight·KL_γ + theta_weight·KL_θ)/N, with N the size of the training set"
-    look = Losses()
+    look = Watched()
     learn = quiet(learner(spread(to_variational(lenet(), noise=noise), .2), cbs=[VariationalSparsifier(**kw), look]), 4, 1e-3)
     weight,N = kw.get('weight', 1.),len(learn.dls.train.dataset)
     assert N==181
     for pct,task,total,groups,theta in look.rows:
         w = weight(pct) if callable(weight) else kl_schedule(weight, kw.get('warmup', .2), kw.get('cooldown'), pct)
         assert total==pytest.approx(task + w*(kw.get('gamma_weight', 1.)*groups + kw.get('theta_weight', 1.)*theta)/N, rel=1e-4)
+
+@pytest.mark.parametrize('groups', ['neurons','weights'])
+def test_weights_of_single_gates(groups):
+    v = spread(to_variational(lenet(), groups=groups))
+    gates = noise_groups(v)
+    first,_,third = gates
+    by_hand = sum(w*group_kl(m.log_alpha.double()).sum() for w,m in zip((5.,1.,0.), gates.values()))
+    by_gate = {gates[first]: 5., gates[third]: 0.}
+    assert kl(v, by_gate)[0].item()==pytest.approx(by_hand.item(), rel=1e-5) and kl(v, by_gate)[1]==kl(v)[1]
+    ps = [p for n,p in v.named_parameters() if n.rpartition('.')[2] in (('gamma','gamma_logvar') if groups=='neurons' else ('weight','weight_logvar'))]
+    grads = [torch.autograd.grad(o, ps) for o in (kl(v, by_gate)[0], by_hand)]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a,b in zip(*grads))
+    look = Watched()
+    learn = quiet(learner(v, cbs=[VariationalSparsifier(2., {first: 5., third: 0.}, 3., warmup=0, cap=None), look]), 1, 0.)
+    for _,task,total,_,theta in look.rows: assert total==pytest.approx(task + 2*(by_hand.item()+3*theta)/181, rel=1e-4)
+    assert learn.recorder.values[-1][3]==pytest.approx((by_hand.item()+3*look.rows[0][-1])/181, rel=1e-4)
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason='a schedule is let through and cannot be multiplied')
+@pytest.mark.parametrize('name', ['gamma_weight','theta_weight','gamma_lr'])
+def test_schedules_of_other_numbers(name):
+    "Either they work or they are refused"
+    try: cb = VariationalSparsifier(**{name: SchedLin(0., 1.)})
+    except ValueError: return
+    quiet(learner(cbs=cb), 1, 1e-3)
 
 @pytest.mark.parametrize('groups,noise', [('neurons','group'), ('channels','group'), ('channels','full'), ('inputs','full'), ('weights','group')])
 def test_columns_by_hand(groups, noise):
@@ -844,7 +870,7 @@ def test_with_other_callbacks(cbs, groups, noise):
     dls = data()
     set_seed(0)
     v = to_variational(create('lenet5', dls), dls, groups, noise)
-    look = Losses()
+    look = Watched()
     learn = quiet(learner(v, dls, [VariationalSparsifier(), *cbs()]), 3, 2e-3)
     assert all(p.isfinite().all() for p in learn.model.parameters()) and all(math.isfinite(o) for o in learn.recorder.values[-1])
     before = [o.item() for o in kl(v)]
