@@ -276,10 +276,12 @@ def test_layers_of_one_gate_see_one_draw(noise, monkeypatch):
     assert shared==[v.b, v.c] and v.b.inputs in v.d.inputs.gates
     check_pass(seen, lambda: v(XF), 4)
     check_pass(seen, lambda: v(XF[:3]), 4)         # another batch size
-    for o in (deepcopy(v), pickle.loads(pickle.dumps(v))):
+    for copy in (deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        o = copy(v)
         assert o.b.inputs is o.c.inputs is not v.b.inputs
         check_pass(seen, lambda: v(XF), 4)
         before = {d.shape: d for _,d in seen}
+        o = copy(v)
         seen.clear(); o(XF)
         assert not any(torch.equal(before[d.shape], d) for _,d in seen)      # a copy does not repeat the last draw
         check_pass(seen, lambda: o(XF), 4)
