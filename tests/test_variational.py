@@ -1,5 +1,5 @@
 "Variational layers against slow sums in double precision, conversion and removal on every family of networks, every kind of training, and what is refused."
-import itertools, sys, warnings
+import itertools, sys, warnings, zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -366,7 +366,6 @@ def test_masked_is_shrunken(name, groups):
                 if p in ('conv0','conv1') and groups=='inputs' and g.n==x.shape[1]: continue       # nobody makes the image's channels
                 small = s.get_submodule(p)
                 small = small[1] if isinstance(small, nn.Sequential) else small
-                assert getattr(small, 'in_features', None) or small.in_channels
                 assert (small.in_features if isinstance(small, nn.Linear) else small.in_channels)==masks[n].sum(), p
 
 def test_hand_removal_is_the_union_of_masks():
@@ -811,10 +810,8 @@ def test_schedules_of_other_numbers(name):
 
 @pytest.mark.parametrize('groups,noise', [('neurons','group'), ('channels','group'), ('channels','full'), ('inputs','full'), ('weights','group')])
 def test_columns_by_hand(groups, noise):
-    m,x = net('lenet5')
     dls = data()
-    m = create('lenet5', dls)
-    v = spread(to_variational(m, dls, groups, noise))
+    v = spread(to_variational(create('lenet5', dls), dls, groups, noise))
     learn = quiet(learner(v, dls, cbs=VariationalSparsifier(1., 3., .5, warmup=0, cap=None)), 1, 0.)
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert list(row)==['train_loss','valid_loss','accuracy','kl','sparsity','groups']
@@ -872,7 +869,6 @@ def test_with_other_callbacks(cbs, groups, noise):
     dls = data()
     set_seed(0)
     v = to_variational(create('lenet5', dls), dls, groups, noise)
-    look = Watched()
     learn = quiet(learner(v, dls, [VariationalSparsifier(), *cbs()]), 3, 2e-3)
     assert all(p.isfinite().all() for p in learn.model.parameters()) and all(math.isfinite(o) for o in learn.recorder.values[-1])
     before = [o.item() for o in kl(v)]
@@ -980,12 +976,7 @@ def test_saved_loaded_exported(groups, tmp_path):
     with torch.no_grad(): assert torch.equal(again.model.eval()(x), out)
     plain = (learn.compress() if groups!='weights' else to_deterministic(learn.model))
     torch.save(plain, tmp_path/'plain.pth')
-    found = subprocess_names(tmp_path/'plain.pth')
-    assert 'kdnb.variational' not in found
-
-def subprocess_names(path):
-    import zipfile
-    return zipfile.ZipFile(path).read(next(n for n in zipfile.ZipFile(path).namelist() if n.endswith('data.pkl'))).decode('latin1')
+    with zipfile.ZipFile(tmp_path/'plain.pth') as z: assert not any(b'kdnb.variational' in z.read(n) for n in z.namelist() if n.endswith('.pkl'))
 
 @pytest.mark.parametrize('noise', ['group','full'])
 def test_resumed_is_uninterrupted(noise, tmp_path):
