@@ -1,8 +1,7 @@
 "Both callbacks in every kind of fit: with fastai's other callbacks, after errors, and not at all when their weight is 0."
-import random
-
 import pytest
 from fastai.callback.schedule import *
+from common import Two, ends, flat, per_item, quiet, seeded
 from kdnb.all import *
 
 DLS = {k: image_dls('digits', device='cpu', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
@@ -10,16 +9,7 @@ DLS = {k: image_dls('digits', device='cpu', **kw) for k,kw in dict(plain={}, ind
 def net(hidden=(16,)): set_seed(1); return create('lenet300', DLS['plain'], hidden=hidden)
 TEACHER = net((32,))
 
-def learner(model, dls='plain', **kwargs):
-    set_seed(0)
-    DLS[dls].train.rng = random.Random(0)
-    return Learner(DLS[dls], model, metrics=accuracy, **kwargs)
-
-def quiet(learn, *args, fit='fit', **kwargs):
-    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
-    return learn
-
-def flat(model): return nn.utils.parameters_to_vector(model.parameters()).detach()
+def learner(model, dls='plain', **kwargs): return seeded(DLS[dls], model, **kwargs)
 
 def kd_learner(**kwargs): return learner(net(), cbs=[KnowledgeDistillation(TEACHER, KD(T=2)*.5, task=.5), *kwargs.pop('cbs', [])], **kwargs)
 def vb_learner(**kwargs): return learner(to_variational(net()), cbs=[VariationalSparsifier(), *kwargs.pop('cbs', [])], **kwargs)
@@ -77,8 +67,6 @@ def test_weight_0_is_plain_training():
     plain = flat(quiet(learner(net()), 2, 1e-3).model)
     for cbs in (KnowledgeDistillation(TEACHER, KD()*0), LossTerm(lambda cb: 1/torch.zeros(()), weight=0)):
         assert torch.equal(flat(quiet(learner(net()), 2, 1e-3, cbs=cbs).model), plain)
-    noisy = lambda cbs: flat(quiet(learner(to_variational(net())), 2, 1e-3, wd=0, cbs=cbs).model)
-    assert torch.equal(noisy(VariationalSparsifier(weight=0, gamma_lr=1)), noisy(None))
 
 def test_a_schedule_of_zero_then_one():
     late = KD()*(lambda pct: float(pct>=.5))
@@ -99,20 +87,20 @@ def test_accumulated_gradient_is_the_big_batch_s(make):
         return flat(learn.model)
     assert torch.allclose(one_step('plain', []), one_step('half', [GradientAccumulation(64)]), atol=1e-6)
 
-class StopAt(Callback):
+class StopInStep(Callback):
     "Raise `error` in the fourth training batch, while the rates are those of the step"
     order = 70
     def __init__(self, error): self.error = error
     def before_step(self):
         if self.training and self.iter==3: raise self.error
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), CancelFitException(), CancelTrainException(), CancelBatchException()])
+@ends
 def test_clean_after_an_end(error):
     teacher = net((32,)).train()
     teacher.fc1.eval()
     learn = learner(to_variational(net()), cbs=VariationalSparsifier())
     splitter,lr = learn.splitter,None
-    try: quiet(learn, 1, 1e-3, cbs=[KnowledgeDistillation(teacher), StopAt(error)])
+    try: quiet(learn, 1, 1e-3, cbs=[KnowledgeDistillation(teacher), StopInStep(error)])
     except (KeyboardInterrupt,RuntimeError): pass
     learn.remove_cb(learn.variational_sparsifier)
     assert learn.metrics.attrgot('name')==['accuracy']
@@ -150,28 +138,12 @@ def test_cached_teacher_gives_the_same_weights():
     run = lambda cache: flat(quiet(learner(net(), 'index', cbs=SampleIndex()), 3, 1e-3, cbs=KnowledgeDistillation(TEACHER, cache=cache)).model)
     assert torch.allclose(run(True), run(False), atol=1e-5)
 
-def test_gamma_has_its_own_rate_and_no_decay():
-    lrs = []
-    class Look(Callback):
-        order = 1
-        def before_step(self): lrs.append([h['lr'] for h in self.opt.hypers])
-    learn = quiet(learner(to_variational(net()), cbs=[VariationalSparsifier(gamma_lr=7), Look()]), 1, 1e-3, fit='fit_one_cycle')
-    assert all(abs(b/a-7)<1e-9 for a,b in lrs)
-    assert learn.opt.hypers[-1]['wd']==0 and len(learn.opt.param_lists)==2
-    assert sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
-
 def test_fused_torch_optimizer():
     learn = learner(to_variational(net()), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=VariationalSparsifier())
     assert flat(quiet(learn, 1, 1e-3).model).isfinite().all() and learn.opt.hypers[-1]['wd']==0
 
 def test_other_fastai_data():
     "Plain fastai DataLoaders, per-item, with a two-input model"
-    class Two(nn.Module):
-        def __init__(self): super().__init__(); self.l = nn.Linear(2,3)
-        def forward(self, a, b): return self.l(torch.cat([a,b], 1))
-    items = [(torch.randn(1),torch.randn(1),torch.tensor(i%3)) for i in range(50)]
-    dls = DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16), device='cpu')
-    dls.n_inp = 2
-    learn = Learner(dls, to_variational(Two()), loss_func=CrossEntropyLossFlat(), cbs=VariationalSparsifier())
+    learn = Learner(per_item(), to_variational(Two()), loss_func=CrossEntropyLossFlat(), cbs=VariationalSparsifier())
     quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(Two()))
     assert type(learn.compress()) is Two

@@ -6,6 +6,7 @@ import pytest
 import torchvision.models as tvm
 from torch.nn.utils import parametrize
 from fastai.vision.all import OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
+from common import quiet
 from kdnb.all import *
 from kdnb.channels import _removable, _silence, _some
 
@@ -411,7 +412,7 @@ def masked_learner(opt_func, attach=parametrized):
 @pytest.mark.parametrize('opt', OPTS)
 def test_training_goes_on_in_the_shrunken_network(opt, attach):
     learn = masked_learner(OPTS[opt], attach)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, slice(1e-3,1e-2))
+    quiet(learn, 1, slice(1e-3,1e-2))
     m,old = learn.model,learn.opt
     with learn.no_bar(), learn.no_logging(): s = learn.shrink()
     assert learn.model is s and learn.opt is not old and n_params(s)<.6*n_params(m)
@@ -425,13 +426,14 @@ def test_training_goes_on_in_the_shrunken_network(opt, attach):
         ref = shrink(m, x).state_dict()
         for k,v in s.state_dict().items():
             assert ref[k].shape==v.shape and torch.allclose(ref[k].float(), v.float(), atol=1e-6), k
-    with learn.no_bar(), learn.no_logging(): learn.fit(1); learn.validate()
+    quiet(learn, 1)
+    quiet(learn, fit='validate')
 
 def test_shrinking_a_learner_that_has_not_trained():
     learn = masked_learner(SGD)
     s = learn.shrink(update_bn=3)
     assert learn.opt is None and learn.model is s and s[1].num_batches_tracked==3
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    quiet(learn, 1)
 
 def test_shrinking_a_frozen_learner():
     learn = masked_learner(Adam)

@@ -1,18 +1,13 @@
 "Every distillation term in every kind of training: exact, clean afterwards, equal on two processes, and refused with a sentence where it cannot work."
-import os, random, subprocess, sys
-from pathlib import Path
-
 import pytest
 import timm
 from fastai.callback.schedule import *
 from fastai.vision.models.xresnet import xresnet18
 from torchvision.models import mobilenet_v2, resnet18
 import two_processes as ddp
+from common import CPUAutocast, StopAt, X, Y, data, ends, flat, quiet, seeded
 from kdnb.all import *
 
-X,Y = (o[:201] for o in (image_dls('digits').train.dataset.x, image_dls('digits').train.dataset.y))   # three batches are left for training
-
-def data(**kwargs): return from_arrays(X, Y, device='cpu', **kwargs)
 DLS = data()
 
 TERMS = dict(kd=KD(), standardized=KD(T=2, standardize=True)*9, logitsmse=LogitsMSE(), dkd=DKD(), dist=DIST(), lwf=LwF(), old_head=LwF('fc3'),
@@ -29,30 +24,8 @@ def student(): set_seed(1); return create('lenet5', DLS)
 def make_teacher(): set_seed(2); return create('lenet5_caffe', DLS)
 TEACHER = make_teacher()
 
-def learner(dls=None, model=None, **kwargs):
-    set_seed(0)
-    dls = dls or data()
-    dls.train.rng = random.Random(0)
-    learn = Learner(dls, model or student(), metrics=accuracy, loss_func=CrossEntropyLossFlat(), **kwargs)
-    learn.recorder.add_time = False
-    return learn
-
-def quiet(learn, *args, fit='fit', **kwargs):
-    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
-    return learn
-
-def flat(model): return nn.utils.parameters_to_vector(model.parameters()).detach()
+def learner(dls=None, model=None, **kwargs): return seeded(dls or data(), model or student(), **kwargs)
 def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for model in models for m in model.modules())
-
-
-class CPUAutocast(Callback):
-    "What fastai's MixedPrecision does on a GPU, in bf16 on the CPU"
-    order = 10
-    def before_batch(self):
-        self.autocast = torch.autocast('cpu', torch.bfloat16)
-        self.autocast.__enter__()
-    def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_loss(self): self.autocast.__exit__(None, None, None)
 
 @every
 @pytest.mark.parametrize('cbs', [lambda: [MixUp()], lambda: [GradientAccumulation(128)], lambda: [CPUAutocast(), GradientClip(100.)]],
@@ -178,8 +151,7 @@ class StopAt(Callback):
     def after_pred(self):
         if self.training and self.iter==1: raise self.error
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), CancelFitException(), CancelEpochException(), CancelTrainException(), CancelBatchException()],
-                         ids=lambda e: type(e).__name__)
+@ends
 @pytest.mark.parametrize('cache', [False,True])
 @pytest.mark.parametrize('stays', [False,True])
 def test_clean_after_an_end(error, cache, stays):
@@ -346,10 +318,7 @@ def test_teacher_assistant():
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('ranks')
-    runs = [subprocess.Popen([sys.executable, ddp.__file__, str(r), '2', folder, *ddp.TERMS], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
-    assert [p.wait(300) for p in runs]==[0,0]
-    return [torch.load(folder/f'{r}.pth', weights_only=True) for r in (0,1)]
+    return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.TERMS)
 
 @pytest.mark.parametrize('name', ddp.TERMS)
 def test_two_processes_equal_one(name, two_processes):

@@ -1,5 +1,5 @@
 "Counts are exact, masks hold in every kind of training and copy, scores and penalties equal slow sums in double precision."
-import os, random, subprocess, sys
+import os, random
 from decimal import ROUND_CEILING, Decimal
 from types import SimpleNamespace
 
@@ -7,11 +7,10 @@ import pytest
 from fastai.callback.schedule import *
 from torch.optim.swa_utils import AveragedModel
 import two_processes as ddp
+from common import CPUAutocast, StopAt, Two, X, Y, data, ends, per_item, quiet, same, seeded, state
 from kdnb.all import *
 from kdnb.channels import channel_groups
 
-X,Y = (o[:201] for o in (image_dls('digits').train.dataset.x, image_dls('digits').train.dataset.y))   # three batches are left for training
-def data(**kwargs): return from_arrays(X, Y, device='cpu', **kwargs)
 
 def net(drop=0.):
     "360 + 36 weights, a BatchNorm whose scales are not all 1"
@@ -20,20 +19,7 @@ def net(drop=0.):
     m.norm.weight.data.uniform_(.5, 1.5)
     return m
 
-def learner(model=None, dls=None, **kwargs):
-    set_seed(0)
-    dls = dls or data()
-    dls.train.rng = random.Random(0)
-    learn = Learner(dls, model or net(), metrics=accuracy, loss_func=CrossEntropyLossFlat(), **kwargs)
-    learn.recorder.add_time = False
-    return learn
-
-def quiet(learn, *args, fit='fit', **kwargs):
-    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(*args, **kwargs)
-    return learn
-
-def state(model): return {k: v.detach().clone() for k,v in unwrap(model).state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def learner(model=None, dls=None, **kwargs): return seeded(dls or data(), model or net(), **kwargs)
 def part_of(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 def n_gone(model): return sum(int((m==0).sum()) for m in masks(model).values())
 def decimal_ceil(s, n): return int((Decimal(str(s))*n).to_integral_value(ROUND_CEILING))
@@ -48,15 +34,6 @@ def by_hand(model, x):
     w = {k: s[k]*m[k] if k in m else s[k] for k in ('conv.weight','fc.weight')}
     z = F.batch_norm(F.conv2d(x, w['conv.weight'], s['conv.bias'], stride=2), s['norm.running_mean'], s['norm.running_var'], s['norm.weight'], s['norm.bias'], eps=1e-5)
     return F.linear(z.relu().flatten(1), w['fc.weight'], s['fc.bias'])
-
-class CPUAutocast(Callback):
-    "What fastai's MixedPrecision does on a GPU, in bf16 on the CPU"
-    order = 10
-    def before_batch(self):
-        self.autocast = torch.autocast('cpu', torch.bfloat16)
-        self.autocast.__enter__()
-    def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_loss(self): self.autocast.__exit__(None, None, None)
 
 
 # how many go
@@ -297,16 +274,12 @@ def test_around_training(tmp_path, criterion, trained):
     quiet(learn, 1, 1e-3)
     assert n_gone(learn.model)==198
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('boom'), CancelFitException(), CancelEpochException(), CancelTrainException(), CancelBatchException()],
-                         ids=lambda e: type(e).__name__)
+@ends
 @pytest.mark.parametrize('stays', [False,True])
 def test_clean_after_an_end(error, stays):
-    class StopAt(Callback):
-        def after_pred(self):
-            if self.training and self.iter==1: raise error
     learn,pruner = learner(),Pruner(.5)
     if stays: learn.add_cb(pruner)
-    try: quiet(learn, 1, 1e-3, cbs=StopAt() if stays else [pruner, StopAt()])
+    try: quiet(learn, 1, 1e-3, cbs=StopAt(error) if stays else [pruner, StopAt(error)])
     except (KeyboardInterrupt,RuntimeError): pass
     assert learn.metrics.attrgot('name')==['accuracy'] and learn._do_epoch.__func__ is Learner._do_epoch and n_gone(learn.model)==198
     if stays: learn.remove_cb(pruner)
@@ -346,10 +319,7 @@ def test_scores_do_not_see_mixed_labels(criterion, cb):
 @pytest.mark.parametrize('name', ['magnitude','snip'])
 def test_two_processes_equal_one(name, tmp_path):
     "SNIP looks at the first process's batch, so there the two equal each other only"
-    runs = [subprocess.Popen([sys.executable, ddp.__file__, str(r), '2', tmp_path, name], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
-    one = ddp.train(name)
-    assert [p.wait(300) for p in runs]==[0,0]
-    first,second = (torch.load(tmp_path/f'{r}.pth', weights_only=True)[name] for r in (0,1))
+    one,first,second = ddp.train(name),*(o[name] for o in ddp.both(tmp_path, name))
     n = decimal_ceil(.8, sum(v.numel() for k,v in one.items() if k.endswith('_mask')))
     for k,v in one.items():
         assert torch.equal(first[k], second[k]), k
@@ -540,13 +510,7 @@ def test_masked_weights_are_worth_nothing(criterion):
 @DRIVEN
 def test_scores_of_plain_fastai_data(criterion):
     "Per item, with a network of two inputs"
-    class Two(nn.Module):
-        def __init__(self): super().__init__(); self.l = nn.Linear(2,3)
-        def forward(self, a, b): return self.l(torch.cat([a,b], 1))
-    items = [(torch.randn(1),torch.randn(1),torch.tensor(i%3)) for i in range(50)]
-    dls = DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16), device='cpu')
-    dls.n_inp = 2
-    learn = Learner(dls, Two(), loss_func=CrossEntropyLossFlat())
+    learn = Learner(per_item(), Two(), loss_func=CrossEntropyLossFlat())
     assert n_gone(quiet(learn, 2, 1e-3, cbs=Pruner(.5, criterion)).model)==3
 
 def test_a_criterion_of_one_s_own():

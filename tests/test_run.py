@@ -2,6 +2,7 @@
 import json, subprocess, sys
 
 import pytest
+from common import quiet
 from kdnb.all import *
 from kdnb.cli import main
 
@@ -48,7 +49,7 @@ def test_the_same_seed_gives_the_same_network(tmp_path):
 def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
     dls = image_dls('digits', device='cpu')
     teacher = Learner(dls, create('lenet300', dls), metrics=accuracy)
-    with teacher.no_bar(),teacher.no_logging(): teacher.fit_one_cycle(5, 3e-3)
+    quiet(teacher, 5, 3e-3, fit='fit_one_cycle')
     before = deepcopy(teacher.model.state_dict())
     student = nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
     student.arch = dict(name='mine', kwargs={})
