@@ -50,6 +50,10 @@ def _check_fractions(warmup, cooldown):
     if cooldown is not None and not (len(cooldown)==2 and 0 <= cooldown[0] < cooldown[1] <= 1):
         raise ValueError(f'cooldown is {cooldown}, expected (start, end): two rising fractions of training.')
 
+def _check_number(w, what):
+    if callable(w): raise ValueError(f'{what} is a schedule, expected a number. `weight` takes a schedule.')
+    check_weight(w, what)
+
 def _by_gate(model, weights):
     "`{gate: weight}` of `{path: weight}`"
     gates = noise_groups(model)
@@ -68,9 +72,9 @@ class VariationalSparsifier(LossTerm):
         cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
         gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's
         cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
-        check_weight(weight); check_weight(theta_weight, 'theta_weight')
-        for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]: check_weight(w, 'gamma_weight')
-        check_weight(gamma_lr, 'gamma_lr'); _check_fractions(warmup, cooldown)
+        check_weight(weight); _check_fractions(warmup, cooldown)
+        for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]: _check_number(w, 'gamma_weight')
+        _check_number(theta_weight, 'theta_weight'); _check_number(gamma_lr, 'gamma_lr')
         super().__init__(self._kl, weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown), name='kl')
         self.gamma_weight,self.theta_weight,self.gamma_lr,self.cap,self.cooldown,self.log_alphas = (
             gamma_weight,theta_weight,gamma_lr,cap,cooldown,[])
@@ -108,6 +112,8 @@ def _caps(model, cap):
     caps = cap if isinstance(cap, dict) else {n: cap for n in list(layers)[:1]} if cap else {}
     if odd := caps.keys()-layers.keys():
         raise ValueError(f'cap names {sorted(odd)[0]!r}. Layers whose weights have a variance: {", ".join(layers) or "none"}.')
+    for c in caps.values():
+        if not (isinstance(c, (int,float)) and c>0): raise ValueError(f'cap is {c!r}, expected a standard deviation over 0.')
     return [(p, 2*math.log(c)) for n,c in caps.items()
             for p in (layers[n].weight_logvar, layers[n]._parameters.get('bias_logvar')) if p is not None]
 
@@ -124,8 +130,10 @@ def _put_lr_back(self:VariationalSparsifier):
     self._lrs = None
 
 @patch
+def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()
+
+@patch
 def before_batch(self:VariationalSparsifier):
-    self._put_lr_back()
     if self.training and self.cooldown and not self._closed and self.pct_train>=self.cooldown[0]: self._close()
 
 @patch

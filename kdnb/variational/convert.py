@@ -95,8 +95,8 @@ def to_variational(model, # Trained network
         raise ValueError(f'{type(model).__name__} has no {"nn.Linear" if groups=="neurons" else "nn.Linear or nn.Conv2d"} '
                          f'layer whose inputs could be removed: there is nothing to group.{hint}')
     for path,m in list(model.named_modules()):
+        if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue
-        if not init_from_pretrained: m.reset_parameters()
         _convert(m, gates.get(path), noise, groups=='weights')
     return model
 
@@ -157,13 +157,15 @@ def kept(model, # Variational network
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
         raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. Use a smaller learning rate.')
     limits = _limits(las, model, T)
-    masks = {n: (o < limits[n]) & getattr(model.get_submodule(n), 'open', torch.ones_like(o)).bool() for n,o in las.items()}
+    for n,o in las.items():
+        if (open := getattr(model.get_submodule(n), 'open', None)) is not None: las[n] = o.masked_fill(open==0, math.inf)
+    masks = {n: o < limits[n] for n,o in las.items()}
     for n,mask in masks.items():
         if not mask.any():
             if not (T is None or isinstance(T, str)):
                 raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is {las[n].min():.2f}. '
                                  'Choose a larger threshold, or None for the valley.')
-            mask.view(-1)[las[n].argmin()] = True      # at μ = 0 log α is large: an open one is found first
+            mask.view(-1)[las[n].argmin()] = True
     return masks
 
 # %% ../../nbs/21_variational.convert.ipynb #fe0a9f37
@@ -204,21 +206,22 @@ def accuracy_threshold(model, # Variational network
 def weight_variance(layer):
     "Posterior variance of each weight of a variational layer, in its shape"
     if isinstance(layer, VDLayer): return layer.weight_logvar.exp()
-    mean = layer.scaled(lambda g: g.mean)[0]
-    square = layer.weight**2 + (0. if layer.weight_logvar is None else layer.weight_logvar.exp())
-    return square*layer.scales(lambda g: (g.gamma**2 + g.gamma_logvar.exp())*g.open)[0] - mean**2
+    def square(g): return (g.gamma.double()**2 + g.gamma_logvar.double().exp())*g.open   # float32 has too few digits
+    w = layer.weight.double()
+    var = w**2 + (0. if layer.weight_logvar is None else layer.weight_logvar.double().exp())
+    return (var*layer.scales(square)[0] - (w*layer.scales(lambda g: g.mean.double())[0])**2).to(layer.weight)
 
 def weight_bits(model, # Variational network
     T=None): # Threshold on log α, see `kept`
     "`DataFrame` of weights kept, bits for each and bytes in all, a row per variational layer and a total"
     rows,plain = {},to_deterministic(model, T)
     for n,m in variational_layers(model).items():
-        w = plain.get_submodule(n).weight
+        w = plain.get_submodule(n).weight.detach()
         alive = w!=0
         if not alive.any(): continue
-        step = (12*weight_variance(m)[alive].mean()).sqrt()
-        bits = max(1, math.ceil(torch.log2(2*w.abs().max()/step + 1)))
+        steps = (2*w.abs().max()/(12*weight_variance(m)[alive].mean()).sqrt()).item()
+        bits = min(32, math.ceil(math.log2(steps+1))) if math.isfinite(steps) else 32
         rows[n] = dict(weights=int(alive.sum()), bits=bits, bytes=math.ceil(int(alive.sum())*bits/8))
-    df = pd.DataFrame.from_dict(rows, orient='index').rename_axis('layer')
+    df = pd.DataFrame.from_dict(rows, orient='index', dtype=float).rename_axis('layer')
     df.loc['total'] = [df.weights.sum(), round(df.bytes.sum()*8/df.weights.sum(), 1), df.bytes.sum()]
     return df.astype(dict(weights=int, bytes=int))

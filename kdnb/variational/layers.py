@@ -74,7 +74,7 @@ class Gate(nn.Module):
     "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers that share a gate see one draw in a pass"
     def __init__(self, n):
         super().__init__()
-        self.n,self._normal,self._seen = n,None,set()
+        self.n,self._normal,self._first,self._seen = n,None,None,set()
         self.gamma,self.gamma_logvar = nn.Parameter(torch.ones(n)),nn.Parameter(torch.full((n,), -9.))
         self.register_buffer('open', torch.ones(n))     # 0 where a group is closed for good
 
@@ -94,7 +94,10 @@ class Gate(nn.Module):
 
     def draw(self, layer, *bs):
         "γ for `layer` in this pass (n,), or of every example (bs, n)"
-        if id(layer) in self._seen or self._normal is None or self._normal.shape[:-1]!=bs or self._normal.device!=self.gamma.device:
+        self._first = self._first or id(layer)      # where a pass begins
+        again = id(layer) in self._seen and torch._C._current_graph_task_id()==-1     # not activation checkpointing
+        if (id(layer)==self._first or again or self._normal is None or self._normal.shape[:-1]!=bs
+            or self._normal.device!=self.gamma.device):
             self._normal,self._seen = torch.randn(*bs, self.n, device=self.gamma.device, dtype=self.gamma.dtype),set()
         self._seen.add(id(layer))
         return Draw.apply(self.gamma, self.gamma_logvar, self._normal, self.open)
@@ -102,7 +105,7 @@ class Gate(nn.Module):
     def of(self, f):
         "`f(gate)`, a number for each group, on the axis that it scales"
         return f(self)
-    def __getstate__(self): return self.__dict__ | dict(_normal=None, _seen=set())
+    def __getstate__(self): return self.__dict__ | dict(_normal=None, _first=None, _seen=set())
     def extra_repr(self): return str(self.n)
 
 # %% ../../nbs/20_variational.layers.ipynb #b8da0b83
@@ -129,7 +132,8 @@ class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient instead of three"
     @staticmethod
     def forward(ctx, mean, var):
-        normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + 1e-12)
+        tiny = 1e-6 if var.dtype==torch.float16 else 1e-12     # 1/σ must fit
+        normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + tiny)
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
@@ -246,7 +250,8 @@ def kl(model, # Variational network, or the list of its modules
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
     modules,weight = list(model.modules()) if isinstance(model, nn.Module) else model,weight or {}
     gates,singles,layers = [[m for m in modules if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
-    groups = sum(GroupKL.apply(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles)
+    if not gates+singles+layers: raise ValueError('there is no variational layer. Convert the network with to_variational.')
+    groups = sum((GroupKL.apply(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles), torch.tensor(0.))
     if gates:
         mu,logvar = (torch.cat([getattr(m, o) for m in gates]) for o in ('gamma','gamma_logvar'))
         each = torch.cat([mu.new_full((m.n,), weight.get(m, 1.)) for m in gates]) if weight else 1.
