@@ -2,7 +2,7 @@
 Bayesian compression without a teacher. Rows are added to variational.jsonl as they are done; rows that are there are not run again.
 Give names of methods to run only these."""
 import json, os, random, sys, time, warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,14 +16,22 @@ SEEDS = 0,1,2
 EPOCHS = 15,85         # of a student before it is made sparse, and while it is; networks that are not made sparse get the sum
 TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; trained on images shifted by up to a pixel
 LR = 1e-3
-# `gamma_weight` is the size wanted; `shift`: students see images shifted by up to a pixel, labelled by the teacher
-VBGS = {'VBGS-KD, small': dict(gamma_weight=6000.), 'VBGS-KD, accurate': dict(gamma_weight=1000.)}
+# What VBGS-KD is asked for; `shift`: students see images shifted by up to a pixel, labelled by the teacher; `tune`: epochs of
+# distillation of the small network afterwards, which is a row of its own
+BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4, shift=False, bs=256, lr=1e-3, gamma_lr=10., theta_weight=10.,
+            epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6, tune=0)
+SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
+CAFFE = {'conv2.inputs': 33600., 'fc1.inputs.gates.0': 8400., 'fc1.inputs.gates.1': 1960., 'fc2.inputs': 5600.}
+VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': dict(gamma_weight=1950., epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5),
+        'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
+        'VBGS-KD, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=CAFFE, epochs=(3,16),
+                                               warmup=.7, cooldown=None, pct_start=.9, tune=50)}
 
-def data(name, shift=False):
+def data(name, shift=False, bs=256):
     warnings.filterwarnings('ignore', category=FutureWarning)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)   # weights under a group penalty die through denormal numbers, which cost 4 times as much
-    return image_dls(name, bs=256, valid_pct=1/12, device='cpu', pad=int(shift))
+    return image_dls(name, bs=bs, valid_pct=1/12, device='cpu', pad=int(shift))
 
 def train(dls, model, n_epoch, seed, cbs=(), lr=LR, fit='fit_flat_cos', **kwargs):
     set_seed(seed)
@@ -74,21 +82,33 @@ def baseline(method, data_name, seed):
     return [row(masked if method=='SparseVD' else shrink(masked, dls), dls)]
 
 def vbgs(method, data_name, seed):
-    o = dict(student='lenet300', teacher='lenet5', lam=.9, T=4, shift=False, groups='neurons', tune=0, warmup=.4, cooldown=(.5,.8), epochs=EPOCHS, gamma_lr=10.) | VBGS[method]
-    dls = data(data_name, o['shift'])
-    soft = KnowledgeDistillation(teacher(o['teacher'], data_name, seed), KD(T=o['T'])*o['lam'], task=1-o['lam'], cache=True, n_views=18 if o['shift'] else None)
+    o = BASE | VBGS[method]
+    dls = data(data_name, o['shift'], o['bs'])
+    soft = KnowledgeDistillation(teacher(o['teacher'], data_name, seed), KD(T=o['T'])*o['lam'], task=1-o['lam'], cache=True, n_views=9 if o['shift'] else None)
     set_seed(seed)
     dense = create(o['student'], dls)
-    train(dls, dense, o['epochs'][0], seed, soft)
-    sparsifier = VariationalSparsifier(1-o['lam'], o['gamma_weight'], warmup=o['warmup'], cooldown=o['cooldown'], gamma_lr=o['gamma_lr'])
-    learn = train(dls, to_variational(dense, dls, o['groups']), o['epochs'][1], seed, [soft, sparsifier], pct_start=.6)
+    train(dls, dense, o['epochs'][0], seed, soft, o['lr'])
+    sparsifier = VariationalSparsifier(1-o['lam'], **{k: o[k] for k in ('gamma_weight','theta_weight','warmup','cooldown','gamma_lr')})
+    learn = train(dls, to_variational(dense, dls, o['groups']), o['epochs'][1], seed, [soft, sparsifier], o['lr'], pct_start=o['pct_start'])
     small = learn.compress()
-    rows = [row(small, dls)]
-    if o['tune']: rows.append(row(train(dls, small, o['tune'], seed, soft).model, dls, tuned=o['tune']))
+    rows = [row(small, dls, tuned=0)]
+    if o['tune']: rows.append(row(train(dls, small, o['tune'], seed, soft, o['lr'], pct_start=.2).model, dls, tuned=o['tune']))
     return rows
 
 def job(method, data_name, seed):
     start = time.perf_counter()
     rows = (vbgs if method in VBGS else baseline)(method, data_name, seed)
-    head = dict(method=method, data=data_name, seed=seed, settings=VBGS.get(method, {}))
+    head = dict(method=method, data=data_name, seed=seed, settings=BASE | VBGS[method] if method in VBGS else {})
     return [head | r | dict(seconds=round(time.perf_counter()-start)) for r in rows]
+
+BASELINES = 'plain','KD',*PENALTY,'Han','SparseVD','BC-GNJ'
+
+def main(only=()):
+    done = {(o['method'], o['data'], o['seed']) for o in map(json.loads, ROWS.read_text().splitlines())} if ROWS.exists() else set()
+    jobs = [(m, d, s) for d in ('mnist','fashion_mnist') for m in (*VBGS, *BASELINES) for s in SEEDS
+            if (m, d, s) not in done and (m in only or m.startswith(tuple(only)) if only else d=='mnist' or 'LeNet-5-Caffe' not in m)]
+    with ProcessPoolExecutor(min(2, os.cpu_count()), get_context('spawn')) as pool:
+        for future in as_completed([pool.submit(job, *o) for o in jobs]):
+            with ROWS.open('a') as f: f.writelines(json.dumps(o)+'\n' for o in future.result())
+
+if __name__=='__main__': main(sys.argv[1:])

@@ -66,18 +66,20 @@ class VariationalSparsifier(LossTerm):
     own_group,_lrs = True,None
     def __init__(self,
         weight=1., # Weight of KL/N (paper 000: 1-λ), or a schedule of it
-        gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{path of a gate: weight}`, 1 for others
+        gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`, 1 for others
         theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup=.2, # Fraction of training over which the weight rises from 0
         cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
         gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's
         cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
         check_weight(weight); _check_fractions(warmup, cooldown)
-        for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]: _check_number(w, 'gamma_weight')
+        for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]:
+            _check_number(w, 'gamma_weight')
         _check_number(theta_weight, 'theta_weight'); _check_number(gamma_lr, 'gamma_lr')
-        super().__init__(self._kl, weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown), name='kl')
-        self.gamma_weight,self.theta_weight,self.gamma_lr,self.cap,self.cooldown,self.log_alphas = (
-            gamma_weight,theta_weight,gamma_lr,cap,cooldown,[])
+        schedule = weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown)
+        super().__init__(self._kl, schedule, name='kl')
+        self.gamma_weight,self.theta_weight,self.gamma_lr = gamma_weight,theta_weight,gamma_lr
+        self.cap,self.cooldown,self.log_alphas = cap,cooldown,[]
 
     @staticmethod
     def _kl(self):
@@ -111,9 +113,11 @@ def _caps(model, cap):
     layers = {n: m for n,m in variational_layers(model).items() if m.weight_logvar is not None}
     caps = cap if isinstance(cap, dict) else {n: cap for n in list(layers)[:1]} if cap else {}
     if odd := caps.keys()-layers.keys():
-        raise ValueError(f'cap names {sorted(odd)[0]!r}. Layers whose weights have a variance: {", ".join(layers) or "none"}.')
+        raise ValueError(f'cap names {sorted(odd)[0]!r}. Layers whose weights have a variance: '
+                         f'{", ".join(layers) or "none"}.')
     for c in caps.values():
-        if not (isinstance(c, (int,float)) and c>0): raise ValueError(f'cap is {c!r}, expected a standard deviation over 0.')
+        if not (isinstance(c, (int,float)) and c>0):
+            raise ValueError(f'cap is {c!r}, expected a standard deviation over 0.')
     return [(p, 2*math.log(c)) for n,c in caps.items()
             for p in (layers[n].weight_logvar, layers[n]._parameters.get('bias_logvar')) if p is not None]
 
@@ -156,12 +160,14 @@ def put_back(self:VariationalSparsifier):
 # %% ../../nbs/22_variational.callback.ipynb #198354c3
 @patch
 def columns(self:VariationalSparsifier):
-    def masks(): return {m: o for m,o in zip(noise_groups(self._noisy).values(), kept(self._noisy).values())}
-    def groups(): return float(sum(o.sum() for o in masks().values()))
-    return super(VariationalSparsifier, self).columns() | dict(sparsity=lambda: cut_fraction(self._noisy, masks()), groups=groups)
+    def masks(): return dict(zip(noise_groups(self._noisy).values(), kept(self._noisy).values()))
+    own = dict(sparsity=lambda: cut_fraction(self._noisy, masks()),
+               groups=lambda: float(sum(o.sum() for o in masks().values())))
+    return super(VariationalSparsifier, self).columns() | own
 
-def cut_fraction(model, masks):
-    "Fraction of the weights of variational layers that `masks` of gates (and of layers of single weights) cut"
+def cut_fraction(model, # Variational network
+    masks): # `{gate or layer of single weights: mask}` of what stays
+    "Fraction of the weights of variational layers that `masks` cut"
     layers = variational_layers(model).values()
     left = sum(m.weight.numel()*float(m.scales(lambda g: masks[g].float())[0].mean() if m.inputs or m.outputs else 1.)
                if isinstance(m, GroupLayer) else float(masks[m].sum()) for m in layers)
@@ -173,8 +179,8 @@ def after_epoch(self:VariationalSparsifier):
     las = {n: m.log_alpha.detach().cpu().clone() for n,m in noise_groups(self._noisy).items()}
     self.log_alphas.append(las)
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
-        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): training has '
-                                 'diverged. Use a smaller learning rate, gamma_lr or gamma_weight.')
+        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): training '
+                                 'has diverged. Use a smaller learning rate, gamma_lr or gamma_weight.')
     empty = [n for n,o in las.items() if (o>0).all()]
     if empty: self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
                          'Use a smaller gamma_weight, or a longer warmup.')
@@ -222,10 +228,11 @@ def plot_kept(log_alphas, # `VariationalSparsifier.log_alphas`
     "Share of its groups that each gate keeps, over the epochs; returns the axes"
     T = threshold(log_alphas[-1]) if T is None else T
     ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
-    for n in log_alphas[0]:
+    for n,last in log_alphas[-1].items():
         share = [(las[n]<T).float().mean().item() for las in log_alphas]
-        ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((log_alphas[-1][n]<T).sum())} of {log_alphas[-1][n].numel()}')
-    ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02)); ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
+        ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((last<T).sum())} of {last.numel()}')
+    ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02))
+    ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
 def _picture(w):
@@ -243,17 +250,20 @@ def plot_weights(model, # Masked network (`to_deterministic`)
     figsize=None):
     "Weight matrices, outputs down, inputs across, white where cut (paper 000, Figure 5); returns the axes"
     found = {n: m for n,m in model.named_modules() if isinstance(m, weighted) and getattr(m, 'groups', 1)==1}
-    chain = dict(zip(found, list(found.values())[1:])) if isinstance(model, torch.nn.Sequential) and not any('.' in n for n in found) else {}
+    is_chain = isinstance(model, torch.nn.Sequential) and not any('.' in n for n in found)
+    chain = dict(zip(found, list(found.values())[1:])) if is_chain else {}
     found = {n: found[n] for n in layers} if layers else found
     rows,cols = math.ceil(len(found)/4),min(len(found), 4)
-    axs = plt.subplots(rows, cols, figsize=figsize or (3.2*cols, 2.8*rows), squeeze=False, layout='constrained')[1].ravel()
+    figsize = figsize or (3.2*cols, 2.8*rows)
+    axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')[1].ravel()
     for ax,(name,m) in zip(axs, found.items()):
         w = _picture(m.weight).clone()
         if name in chain: w[_unread(w, chain[name])] = 0
         w,kernels = w.numpy(),m.weight.ndim>2
         top = np.quantile(np.abs(w), .99) or 1.
         cmap = plt.get_cmap('Reds' if kernels else 'RdBu_r').with_extremes(bad='white')
-        ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if kernels else -top, vmax=top, aspect='auto', interpolation='nearest')
+        ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if kernels else -top, vmax=top, aspect='auto',
+                  interpolation='nearest')
         ax.set(title=f'{name}: {(w!=0).any(1).sum()} × {(w!=0).any(0).sum()} kept', xlabel='inputs', ylabel='outputs')
     for ax in axs[len(found):]: ax.remove()
     return axs[:len(found)]
@@ -290,7 +300,8 @@ class ThresholdExplorer:
     def widget(self):
         "Slider and text, as an ipywidgets box; needs ipywidgets"
         import ipywidgets as w
-        slider = w.SelectionSlider(options=[(f'{t:.2f}', t) for t in self.curve.index], value=self.T, description='log α <')
+        options = [(f'{t:.2f}', t) for t in self.curve.index]
+        slider = w.SelectionSlider(options=options, value=self.T, description='log α <')
         text = w.HTML(self.describe())
         def moved(change): self.T,text.value = change['new'],self.describe(change['new'])
         slider.observe(moved, 'value')

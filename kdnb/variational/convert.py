@@ -62,12 +62,12 @@ def _refuse(model, data):
     owners = {}
     for path,m in model.named_modules(remove_duplicate=False):
         if isinstance(m, _odd):
-            raise ValueError(f'{path or "the network"} is a {type(m).__name__}: recurrent and attention layers use their '
-                             'weights where no γ reaches them. Sparsify the part of the network without them, '
-                             'or prune this one.')
+            raise ValueError(f'{path or "the network"} is a {type(m).__name__}: recurrent and attention layers use '
+                             'their weights where no γ reaches them. Sparsify the part of the network without '
+                             'them, or prune this one.')
         if _linears(m) or isinstance(m, nn.Conv2d):
             if (first := owners.setdefault(id(m.weight), path)) != path:
-                raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve the inputs of both. '
+                raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve both. '
                                  'Give each a weight of its own.')
     if data is None: return
     ran = layer_shapes(model, inputs(data, model)).index
@@ -75,6 +75,7 @@ def _refuse(model, data):
         raise ValueError(f'layer {twice[0]!r} runs more than once in a pass: one γ cannot serve all of its inputs. '
                          'Use a layer for each place.')
 
+# %% ../../nbs/21_variational.convert.ipynb #5a319e15
 def to_variational(model, # Trained network
     data=None, # `DataLoaders` or a batch to trace with; `groups='channels'` needs it
     groups='neurons', # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'
@@ -92,8 +93,9 @@ def to_variational(model, # Trained network
     gates = _coupled(model, data) if groups=='channels' else _each(model, which) if groups!='weights' else {}
     if not gates and (groups!='weights' or not any(map(which, model.modules()))):
         hint = " Try groups='channels'." if groups=='neurons' and any(map(_dense, model.modules())) else ''
-        raise ValueError(f'{type(model).__name__} has no {"nn.Linear" if groups=="neurons" else "nn.Linear or nn.Conv2d"} '
-                         f'layer whose inputs could be removed: there is nothing to group.{hint}')
+        kinds = 'nn.Linear' if groups=='neurons' else 'nn.Linear or nn.Conv2d'
+        raise ValueError(f'{type(model).__name__} has no {kinds} layer whose inputs could be removed: '
+                         f'there is nothing to group.{hint}')
     for path,m in list(model.named_modules()):
         if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue
@@ -148,7 +150,7 @@ def _limits(las, model, T):
     return dict.fromkeys(las, 3.) | dict.fromkeys(gates, threshold(gates, T or 'valley') if gates else None)
 
 def kept(model, # Variational network
-    T=None): # Threshold on log α: a number, one for each gate in a dict, 'valley' or 'gap' of all gates; None is 'valley'
+    T=None): # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
     "`{path of a gate: mask}` of the groups that stay, those with log α below `T`"
     las = {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
     if not las:
@@ -158,7 +160,8 @@ def kept(model, # Variational network
         raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. Use a smaller learning rate.')
     limits = _limits(las, model, T)
     for n,o in las.items():
-        if (open := getattr(model.get_submodule(n), 'open', None)) is not None: las[n] = o.masked_fill(open==0, math.inf)
+        open = getattr(model.get_submodule(n), 'open', None)
+        if open is not None: las[n] = o.masked_fill(open==0, math.inf)
     masks = {n: o < limits[n] for n,o in las.items()}
     for n,mask in masks.items():
         if not mask.any():
@@ -184,13 +187,15 @@ def threshold_curve(model, # Variational network
     dl, # Validation data; never the test set
     n=20): # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
     "`DataFrame` by threshold T: groups kept, weights of the shrunken network, and its accuracy on `dl`"
-    las,xb = {k: m.log_alpha.detach() for k,m in noise_groups(model).items()},split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))[0]
-    low,high,rows = max(o.min() for o in las.values()).item(),max(o.max() for o in las.values()).item(),[]
+    xb,_ = split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))
+    las,rows = {k: m.log_alpha.detach() for k,m in noise_groups(model).items()},[]
+    low,high = (max(f(o) for o in las.values()).item() for f in (torch.min, torch.max))
     Ts = torch.linspace(low, high+1e-3, n+1)[1:].tolist() + [o for o in [threshold(las)] if low<o<high]
     for T in sorted(Ts):
         small = shrink(to_deterministic(model, T), xb)
         groups = {k: int(o.sum()) for k,o in kept(model, T).items()}
-        rows.append(dict(T=T, groups=sum(groups.values()), weights=n_weights(small), accuracy=accuracy_on(small, dl), **groups))
+        rows.append(dict(T=T, groups=sum(groups.values()), weights=n_weights(small),
+                         accuracy=accuracy_on(small, dl), **groups))
     return pd.DataFrame(rows).set_index('T')
 
 def accuracy_threshold(model, # Variational network

@@ -224,7 +224,8 @@ class VDLayer(NoisyLayer):
 
     def forward(self, x):
         mean = self._product(x, self.weight, self.bias)
-        return AddNoise.apply(mean, self._product(x**2, self.weight_logvar.exp(), None)) if self.training else mean
+        if not self.training: return mean
+        return AddNoise.apply(mean, self._product(x**2, self.weight_logvar.exp(), None))
 
 class VDLinear(VDLayer, nn.Linear):
     "`nn.Linear` under sparse variational dropout (Molchanov et al. 2017, eq. 14)"
@@ -239,7 +240,9 @@ class VDConv2d(VDLayer, nn.Conv2d):
         self._add_noise()
 
 # %% ../../nbs/20_variational.layers.ipynb #db96730f
-def variational_layers(model): "`{path: layer}`"; return {n: m for n,m in model.named_modules() if isinstance(m, NoisyLayer)}
+def variational_layers(model):
+    "`{path: layer}` of noisy layers"
+    return {n: m for n,m in model.named_modules() if isinstance(m, NoisyLayer)}
 
 def noise_groups(model):
     "`{path: module}` of all that has a `log_alpha`: gates, and layers with one α per weight"
@@ -250,7 +253,8 @@ def kl(model, # Variational network, or the list of its modules
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
     modules,weight = list(model.modules()) if isinstance(model, nn.Module) else model,weight or {}
     gates,singles,layers = [[m for m in modules if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
-    if not gates+singles+layers: raise ValueError('there is no variational layer. Convert the network with to_variational.')
+    if not gates+singles+layers:
+        raise ValueError('there is no variational layer. Convert the network with to_variational.')
     groups = sum((GroupKL.apply(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles), torch.tensor(0.))
     if gates:
         mu,logvar = (torch.cat([getattr(m, o) for m in gates]) for o in ('gamma','gamma_logvar'))
