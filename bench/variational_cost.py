@@ -42,7 +42,7 @@ def deployed():
     dense,x = lenet300().eval(),torch.randn(256,1,28,28)
     v = to_variational(dense)
     with torch.no_grad():
-        for g,n in zip(noise_groups(v).values(), (97,71,23)): g.gamma_logvar[torch.randperm(g.n)[n:]] = 9.
+        for g,n in zip(noise_groups(v).values(), (97,65,22)): g.gamma_logvar[torch.randperm(g.n)[n:]] = 9.
     small = shrink(to_deterministic(v, 0.), x).eval()
     fs = {'eager': [partial(m, x) for m in (dense,small)]} | ({'onnxruntime': [session(m, x) for m in (dense,small)]} if onnxruntime else {})
     for name,pair in fs.items():
