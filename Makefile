@@ -28,6 +28,7 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 
 results: $(READY)  ## train for the numbers in results/
 	$(BIN)/python results/vbgs_kd.py
+	$(BIN)/python results/variational.py
 
 # freed memory stays in the process: else page faults fall on one variant or another
 bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000
