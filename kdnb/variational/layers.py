@@ -200,17 +200,21 @@ def _full(self:GroupLayer, x):
     if self.outputs is not None: mean,var = mean*(s := scale(self.outputs, mean)),var*s**2
     return AddNoise.apply(mean, var)
 
+def _gate_on(axis, n_in, n_out):
+    if axis not in ('inputs','outputs'): raise ValueError(f"axis is {axis!r}, expected 'inputs' or 'outputs'.")
+    return {axis: Gate(n_in if axis=='inputs' else n_out)}
+
 class GroupLinear(GroupLayer, nn.Linear):
     "`nn.Linear` with a gate on its inputs (`axis='inputs'`) or outputs; `noise` is 'group' or 'full'"
     def __init__(self, in_features, out_features, bias=True, noise='group', axis='inputs'):
         nn.Linear.__init__(self, in_features, out_features, bias)
-        self._add_noise(noise, **{axis: Gate(in_features if axis=='inputs' else out_features)})
+        self._add_noise(noise, **_gate_on(axis, in_features, out_features))
 
 class GroupConv2d(GroupLayer, nn.Conv2d):
     "`nn.Conv2d` with a gate on its filters (`axis='outputs'`) or on its inputs; `noise` is 'group' or 'full'"
     def __init__(self, in_channels, out_channels, kernel_size, *args, noise='group', axis='outputs', **kwargs):
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, *args, **kwargs)
-        self._add_noise(noise, **{axis: Gate(in_channels if axis=='inputs' else out_channels)})
+        self._add_noise(noise, **_gate_on(axis, in_channels, out_channels))
 
 # %% ../../nbs/20_variational.layers.ipynb #358b3f22
 class VDLayer(NoisyLayer):
