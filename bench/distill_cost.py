@@ -109,8 +109,5 @@ def habits():
               f'after training {sum(p.grad is not None for p in cb.teacher.parameters())} of the teacher\'s parameters hold a gradient')
 
 if __name__=='__main__':
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {torch.__version__}, '
-          + (f'fasterai {peer_version}' if fasterai else 'fasterai is not in bench/.peers and left out'))
+    begin(f'fasterai {peer_version}' if fasterai else 'fasterai is not in bench/.peers and left out')
     mlps(); resnets(); losses(); habits()

@@ -70,8 +70,5 @@ def session(model, xb):
     return lambda: run.run(None, feed)
 
 if __name__=='__main__':
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {torch.__version__}'
-          + (f', onnxruntime {onnxruntime.__version__}' if onnxruntime else '') + '; one thread, in turn, processor time')
+    begin(*([f'onnxruntime {onnxruntime.__version__}'] if onnxruntime else []))
     steps(), scoring(), shrinking()

@@ -22,8 +22,8 @@ def stepper(model, cbs=(), teacher=None, opt_func=Adam, shape=(1,28,28), bs=256)
         learn.one_batch(0, batches[i[0]%8])
     return step
 
-def begin():
+def begin(*more):
     "One thread; Adam's averages of vanishing gradients are slow on either side of a ratio, so denormal numbers are flushed"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {torch.__version__}; one thread, in turn, processor time')
+    print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, torch {torch.__version__}', *more, 'one thread, in turn, processor time', sep='; ')

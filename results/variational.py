@@ -106,7 +106,7 @@ BASELINES = 'plain','KD',*PENALTY,'Han','SparseVD','BC-GNJ'
 def main(only=()):
     done = {(o['method'], o['data'], o['seed']) for o in map(json.loads, ROWS.read_text().splitlines())} if ROWS.exists() else set()
     jobs = [(m, d, s) for d in ('mnist','fashion_mnist') for m in (*VBGS, *BASELINES) for s in SEEDS
-            if (m, d, s) not in done and (m in only or m.startswith(tuple(only)) if only else d=='mnist' or 'LeNet-5-Caffe' not in m)]
+            if (m, d, s) not in done and (m.startswith(tuple(only)) if only else d=='mnist' or 'LeNet-5-Caffe' not in m)]
     with ProcessPoolExecutor(min(2, os.cpu_count()), get_context('spawn')) as pool:
         for future in as_completed([pool.submit(job, *o) for o in jobs]):
             with ROWS.open('a') as f: f.writelines(json.dumps(o)+'\n' for o in future.result())

@@ -18,7 +18,7 @@ from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import Gate,GroupLayer,NoisyLayer,kl,noise_groups,variational_layers
+from .layers import Gate,GroupLayer,NoisyLayer,kl,log_alphas,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
@@ -176,7 +176,7 @@ def cut_fraction(model, # Variational network
 @patch
 def after_epoch(self:VariationalSparsifier):
     if not self._trained: return
-    las = {n: m.log_alpha.detach().cpu().clone() for n,m in noise_groups(self._noisy).items()}
+    las = {n: o.cpu().clone() for n,o in log_alphas(self._noisy).items()}
     self.log_alphas.append(las)
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
         raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): training '
@@ -289,7 +289,7 @@ class ThresholdExplorer:
         n=20): # Number of thresholds
         self.learn,model = learn,unwrap(learn.model)
         self.curve = threshold_curve(model, learn.dls.valid, n)
-        self.T = float(self.curve.index[abs(self.curve.index-_valley_of(model)).argmin()])
+        self.T = float(self.curve.index[abs(self.curve.index-threshold(log_alphas(model))).argmin()])
 
     def describe(self, T=None):
         "What is left at the threshold of the curve that is nearest to `T`, in words"
@@ -314,8 +314,6 @@ class ThresholdExplorer:
         from IPython.display import display
         try: display(self.widget())
         except ImportError: print(self.describe()); self.plot()
-
-def _valley_of(model): return threshold({n: m.log_alpha for n,m in noise_groups(model).items()})
 
 # %% ../../nbs/22_variational.callback.ipynb #23b677b5
 def paper_optimizer(lr=.003): # Learning rate

@@ -15,7 +15,7 @@ from ..channels import channel_groups,plain_copy,shrink
 from ..features import layer_shapes
 from ..measure import accuracy_on,inputs,n_weights,split_batch
 from .layers import (Gate,Gates,GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,
-                                     noise_groups,variational_layers)
+                                     log_alphas,noise_groups,variational_layers)
 
 # %% ../../nbs/21_variational.convert.ipynb #48b0fddc
 def _linears(m): return type(m) is nn.Linear
@@ -152,7 +152,7 @@ def _limits(las, model, T):
 def kept(model, # Variational network
     T=None): # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
     "`{path of a gate: mask}` of the groups that stay, those with log α below `T`"
-    las = {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
+    las = log_alphas(model)
     if not las:
         raise ValueError('this network has no variational layer. '
                          'Convert it with to_variational(model) and train it first.')
@@ -188,7 +188,7 @@ def threshold_curve(model, # Variational network
     n=20): # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
     "`DataFrame` by threshold T: groups kept, weights of the shrunken network, and its accuracy on `dl`"
     xb,_ = split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))
-    las,rows = {k: m.log_alpha.detach() for k,m in noise_groups(model).items()},[]
+    las,rows = log_alphas(model),[]
     low,high = (max(f(o) for o in las.values()).item() for f in (torch.min, torch.max))
     Ts = torch.linspace(low, high+1e-3, n+1)[1:].tolist() + [o for o in [threshold(las)] if low<o<high]
     for T in sorted(Ts):

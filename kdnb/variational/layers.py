@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['group_kl', 'log_alpha', 'GroupKL', 'Draw', 'HalfSquare', 'Gate', 'Gates', 'AddNoise', 'NoisyLayer', 'GroupLayer',
-           'GroupLinear', 'GroupConv2d', 'VDLayer', 'VDLinear', 'VDConv2d', 'variational_layers', 'noise_groups', 'kl']
+           'GroupLinear', 'GroupConv2d', 'VDLayer', 'VDLinear', 'VDConv2d', 'variational_layers', 'noise_groups',
+           'log_alphas', 'kl']
 
 # %% ../../nbs/20_variational.layers.ipynb #6ffa83c3
 import math
@@ -251,6 +252,10 @@ def variational_layers(model):
 def noise_groups(model):
     "`{path: module}` of all that has a `log_alpha`: gates, and layers with one α per weight"
     return {n: m for n,m in model.named_modules() if isinstance(m, (Gate,VDLayer))}
+
+def log_alphas(model):
+    "`{path: log α}` of all that has one, without gradient"
+    return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
 def kl(model, # Variational network, or the list of its modules
     weight=None): # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
