@@ -180,6 +180,19 @@ def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, 
            for i,o in enumerate(sets)]
     return ArrayDataLoaders(*dls, device=device or default_device())
 
+# %% ../nbs/00_data.ipynb #1cf7167c
+@patch
+def few(self:ArrayDataLoaders,
+    n_per_class, # Training samples that stay of each class
+    seed=42): # Which ones
+    "The same data with a smaller training set"
+    dl = self.train
+    i = torch.from_numpy(_spread(dl.dataset.y.cpu().numpy(), int(n_per_class), np.random.default_rng(seed)))
+    i,ds = i.to(dl.dataset.x.device),dl.dataset
+    small = ArrayDataset(ds.x[i], ds.y[i], ds.vocab, ds.split_idx)
+    train = dl.new(small, bs=min(dl.bs, len(small)), index=dl.index)
+    return type(self)(train, *self.loaders[1:], device=self.device)
+
 # %% ../nbs/00_data.ipynb #6e87c7ce
 def data_path(path=None): return Path(path or os.environ.get('KDNB_DATA') or Path.home()/'.kdnb'/'data')
 
