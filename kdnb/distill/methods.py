@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['usual_weights', 'Term', 'Terms', 'LogitTerm', 'KD', 'LogitsMSE', 'DKD', 'DIST', 'LwF', 'LayerTerm', 'AT', 'NST', 'SP',
            'PKT', 'RKD', 'HeadTerm', 'as_map', 'FSP', 'FitNet', 'GaussianHead', 'VID', 'VIDLP', 'ContrastHead', 'CRD',
-           'ConnectorHead', 'rest_of', 'SRRL', 'CrossLayerHead', 'SemCKD', 'SimKD', 'method_names', 'named_term']
+           'ConnectorHead', 'rest_of', 'SRRL', 'CrossLayerHead', 'SemCKD', 'SimKD', 'simkd_student', 'method_names',
+           'named_term']
 
 # %% ../../nbs/11_distill.methods.ipynb #73f1e417
 import math
+from collections import OrderedDict
 from copy import copy,deepcopy
 from difflib import get_close_matches
 from functools import partial
+from types import SimpleNamespace
 import torch
 from torch import nn,fx
 import torch.nn.functional as F
 import torch.distributed as tdist
-from ..features import as_pairs,cut,last_map,match_stages,penultimate
+from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
+from ..models import architecture,create
 from ..terms import check_weight,weight_at
 from .losses import *
 
@@ -444,7 +448,11 @@ class SimKD(LayerTerm):
         rest = rest_of(o.teacher, t, f_s, f_t)
         small = same_size(f_s, f_t)[0]
         pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
-        return _chain(cut(o.student, s)[0], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
+        new = _chain(cut(o.student, s)[0], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
+        archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
+        if all(archs):
+            new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm))
+        return new
 
     def projector(self, c_s, c_t):
         mid,layers = max(c_t//self.factor, 1),[]
@@ -454,11 +462,24 @@ class SimKD(LayerTerm):
 
 def _chain(body, projector, head):
     "One plain module of three, which takes what `body` takes"
-    root,g = nn.Module(),fx.Graph()
-    root.body,root.projector,root.head = body,projector,head
-    x = g.call_module('body', tuple(g.placeholder(n.target) for n in body.graph.nodes if n.op=='placeholder'))
+    takes = [n.target for n in body.graph.nodes if n.op=='placeholder']
+    root = nn.Sequential(OrderedDict(body=body, projector=projector, head=head))
+    if len(takes)==1: return root      # unlike a graph, its copies keep `arch`
+    g = fx.Graph()
+    x = g.call_module('body', tuple(g.placeholder(o) for o in takes))
     g.output(g.call_module('head', (g.call_module('projector', (x,)),)))
     return fx.GraphModule(root, g, 'SimKDStudent')
+
+@architecture
+def simkd_student(student, # What `create` noted of the student, `dict(name=..., kwargs=...)`
+    teacher, # and of the teacher
+    layers, # `{student's last map: teacher's last map}`
+    factor=2, norm=True): # As in `SimKD`
+    "The network that `SimKD` makes of two others"
+    s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
+    xb,(pair,) = torch.zeros(2, *student['kwargs']['in_shape']),as_pairs(layers)
+    f_s,f_t = (hear(m, [p], xb)[1] for m,p in zip((s, t), pair))
+    return SimKD(layers, factor=factor, norm=norm).rebuild(SimpleNamespace(student=s, teacher=t, f_s=f_s, f_t=f_t))
 
 # %% ../../nbs/11_distill.methods.ipynb #f361fc4b
 usual_weights = dict(KD=.9, LogitsMSE=1., DKD=1., DIST=1., LwF=1., AT=1000., NST=50., SP=3000., PKT=30000., RKD=1., FSP=50.,
