@@ -7,6 +7,7 @@ from kdnb.features import *
 from kdnb.channels import *
 from kdnb.terms import *
 from kdnb.checkpoint import *
+from kdnb.processes import *
 from kdnb.distill.losses import *
 from kdnb.distill.methods import *
 from kdnb.distill.callback import *
@@ -20,4 +21,6 @@ from kdnb.prune.student import *
 from kdnb.export import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
+from kdnb.recipes.prune_then_distill import *
+from kdnb.recipes.prue import *
 from kdnb.report import *

@@ -57,7 +57,7 @@ def compress(args):
     from kdnb.report import load_lines,stage_rows,verdict
     dls = image_dls(args.data, bs=args.bs or (64 if args.data=='digits' else 256))
     settings = {} if args.gamma_weight is None else dict(gamma_weight=args.gamma_weight)
-    run = vbgs_kd(dls, args.teacher, args.student, args.out, args.epochs, args.seed, args.data,
+    run = vbgs_kd(dls, args.teacher, args.student, args.out, args.epochs, (args.seed,), args.data,
                   force=args.force, show=not args.quiet, **settings)
     run.report()
     print('\n'.join(['', *text_table(stage_rows(run.stages)), '', verdict(run.stages), '',

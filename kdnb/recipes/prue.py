@@ -19,8 +19,8 @@ from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
 from ..prune.criteria import check_criterion,check_sparsity
 from ..prune.masks import mask_model,masks
-from .core import Run,check_settings
-from .prune_then_distill import called,check_epochs,fit_in_drops,untrained
+from .core import Run,check_settings,name_of,network_for
+from .prune_then_distill import check_epochs,fit_in_drops,untrained
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d
 prue_defaults = dict(
@@ -68,6 +68,8 @@ def _term(method, s, student, teacher, dls):
     return _methods[method](s, student, teacher, dls),1-s['lam'] if method.startswith('Logits') else 1.
 
 # %% ../../nbs/53_recipes.prue.ipynb #ad7ac41c
+def _named(criterion): return criterion if isinstance(criterion, str) else getattr(criterion, '__name__', 'own')
+
 def _check(s):
     for o in s['sparsities']: check_sparsity(o, 'each of sparsities')
     for c in s['criteria']:
@@ -103,11 +105,11 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher = ('resnet14' if quick else 'resnet56') if teacher is None else teacher
     nets = dict(teacher=teacher, student=student)
     if 'TA' in s['methods'].values(): nets['assistant'] = ('resnet8' if quick else 'resnet20') if assistant is None else assistant
+    _refuse(dls, nets, s)
     names = dict(methods={k: m if isinstance(m, str) else repr(m) for k,m in s['methods'].items()},
-                 criteria=[called(c) for c in s['criteria']])
-    run = Run(path, 'prue', dls, data, seeds, force, show, **{k: called(o) for k,o in nets.items()}, epochs=epochs, quick=quick,
+                 criteria=[_named(c) for c in s['criteria']])
+    run = Run(path, 'prue', dls, data, seeds, force, show, **{k: name_of(o) for k,o in nets.items()}, epochs=epochs, quick=quick,
               **s | names)
-    _refuse(run, nets, s)
     teachers = _teachers(run, teacher, epochs, s)
     lessons = _lessons(run, nets, teachers, epochs, s)
     for _ in run.each_seed():
@@ -118,11 +120,11 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     _show(run, teachers, s)
     return run.finish(run.models[_best(run)], of=teachers['teacher'])
 
-def _refuse(run, nets, s):
+def _refuse(dls, nets, s):
     "Say what will not do before anything is trained"
-    built = {k: o.model if isinstance(o, Learner) else run.network(o) for k,o in nets.items()}
+    built = {k: o.model if isinstance(o, Learner) else network_for(dls, o) for k,o in nets.items()}
     for m in s['methods'].values():
-        if m!='TA': _term(m, s, built['student'], built['teacher'], run.dls)
+        if m!='TA': _term(m, s, built['student'], built['teacher'], dls)
 
 def _masks(model, sparsity, criterion, dls):
     return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls)).items()}
@@ -140,9 +142,9 @@ def _teachers(run, teacher, epochs, s):
         loss = LabelSmoothingCrossEntropyFlat(eps=s['smoothing']*c/(c-1))
         res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=loss, more=soft)
     for c,sparsity in product(s['criteria'], s['sparsities']):
-        stage = f'{called(c)} {sparsity:.4g}'
+        stage = f'{_named(c)} {sparsity:.4g}'
         net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls))
-        more = partial(_soft_pruned, run.dls.train, called(c), sparsity)
+        more = partial(_soft_pruned, run.dls.train, _named(c), sparsity)
         res[stage] = fit_in_drops(run, stage, net, epochs[1], s, 'tune_', of=dense, more=more)
     return res
 
@@ -216,7 +218,7 @@ def _lines(run):
 def _predictions(run, teachers, s):
     "The picture of the teachers' answers to three classes"
     y = predictions(teachers['teacher'], run.test)[-1]
-    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(called(s['criteria'][0]))] if s['criteria'] else []
+    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(_named(s['criteria'][0]))] if s['criteria'] else []
     shown = {k: teachers[k] for k in ['teacher','smoothed',*pruned] if k in teachers}
     if sum(int((y==c).sum()) for c in classes)<4: return
     df = run.value('answers', embed_predictions, shown, run.test, s['n_points'], classes)
