@@ -21,4 +21,6 @@ from kdnb.prune.student import *
 from kdnb.export import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
+from kdnb.recipes.prune_then_distill import *
+from kdnb.recipes.prue import *
 from kdnb.report import *

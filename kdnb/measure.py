@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weighted', 'n_params', 'n_bytes', 'n_weights', 'inputs', 'evaluating', 'median_ms', 'latency', 'macs', 'cost',
            'in_order', 'split_batch', 'predictions', 'accuracy_on', 'uncertainty', 'agreement', 'smoothness',
-           'find_breakpoint', 'plot_breakpoint', 'plot_predictions']
+           'find_breakpoint', 'plot_breakpoint', 'embed_predictions', 'plot_predictions']
 
 # %% ../nbs/02_measure.ipynb #4c48e4b2
 import time
@@ -243,28 +243,39 @@ def plot_breakpoint(curves, # `DataFrame` as in `find_breakpoint`, or `{name: Da
     return ax
 
 # %% ../nbs/02_measure.ipynb #7f67c192
-def plot_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
+def embed_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
     dl, # `DataLoader` or iterable of `(inputs, labels)`
-    n=300, # Samples shown, drawn at random from those of `classes`
-    classes=None, # Numbers of the classes shown; all if None
-    seed=0, # For the draw and for t-SNE
-    figsize=None):
-    "t-SNE of the probabilities, and the uncertainty on all of `dl` (paper 002, Figures 1 to 3); returns the axes"
+    n=300, # Samples, drawn at random from those of `classes`
+    classes=None, # Numbers of the classes; all if None
+    seed=0): # For the draw and for t-SNE
+    "t-SNE of the probabilities (paper 002, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number"
     from sklearn.manifold import TSNE
     models = models if isinstance(models, dict) else {type(models).__name__: models}
     *probs,y = predictions(models.values(), dl, lambda *o: (*(z.double().softmax(1) for z in o[:-1]), o[-1]))
     here = torch.arange(len(y)) if classes is None else torch.isin(y, torch.tensor(classes)).nonzero()[:,0]
     if len(here)<4: raise ValueError(f'{len(here)} samples of the classes {classes} are there, t-SNE needs at least 4.')
     here = here[torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))[:n]]
-    c,names = probs[0].shape[1],getattr(dl, 'vocab', None)
+    def panel(name, p):
+        xy = TSNE(perplexity=min(30, (len(here)-1)/3), init='random', random_state=seed).fit_transform(p[here].numpy())
+        return pd.DataFrame(dict(panel=name, x=xy[:,0], y=xy[:,1], label=y[here]))
+    return pd.concat(map(panel, models, probs), ignore_index=True)
+
+def plot_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
+    dl, # `DataLoader` or iterable of `(inputs, labels)`
+    n=300, # Samples shown, drawn at random from those of `classes`
+    classes=None, # Numbers of the classes shown; all if None
+    seed=0, # For the draw and for t-SNE
+    figsize=None):
+    "`embed_predictions` as a picture, with the uncertainty on all of `dl`; returns the axes"
+    models = models if isinstance(models, dict) else {type(models).__name__: models}
+    df,names = embed_predictions(models, dl, n, classes, seed),getattr(dl, 'vocab', None)
+    c = df.label.max()+1 if names is None else len(names)
     cmap = plt.get_cmap('tab10' if c<=10 else 'nipy_spectral', c)
     figsize = figsize or (3.5*len(models),3.5)
     axs = plt.subplots(1, len(models), figsize=figsize, squeeze=False, layout='constrained')[1][0]
-    for ax,name,p in zip(axs, models, probs):
-        xy = TSNE(perplexity=min(30, (len(here)-1)/3), init='random', random_state=seed).fit_transform(p[here].numpy())
-        for k in y[here].unique().tolist():
-            ax.scatter(*xy[y[here]==k].T, s=8, color=cmap(k), label=str(names[k]) if names is not None else k)
-        delta = _class_variance(p.gather(1, y[:,None])[:,0], y)
-        ax.set(title=f'{name}\nuncertainty {100*delta:.2f} · 10⁻²', xticks=[], yticks=[])
+    for ax,(name,model) in zip(axs, models.items()):
+        for k,o in df[df.panel==name].groupby('label'):
+            ax.scatter(o.x, o.y, s=8, color=cmap(k), label=str(names[k]) if names is not None else k)
+        ax.set(title=f'{name}\nuncertainty {100*uncertainty(model, dl):.2f} · 10⁻²', xticks=[], yticks=[])
     if c<=20: axs[-1].legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False, markerscale=2)
     return axs

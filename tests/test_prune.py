@@ -461,14 +461,14 @@ def test_snip_and_taylor(criterion, batch_stats, n):
 @pytest.mark.parametrize('bs,kw', [(7,{}), (21,{}), (4, dict(shuffle=True)), (4, dict(shuffle=True, drop_last=True))], ids=str)
 def test_prue(mode, bs, kw):
     m = Small()
-    close(scores(m, partial(prue, mode=mode), small_dls(bs, **kw)), slow_prue(m, mode))
+    close(scores(m, partial(prue_worth, mode=mode), small_dls(bs, **kw)), slow_prue(m, mode))
 
 def test_prue_modes_differ():
     paper,code = (slow_prue(Small(), mode) for mode in ('paper','code'))
     assert torch.equal(all_of(scores(Small(), 'prue', small_dls())).argsort(), all_of(paper).argsort())
     assert not torch.equal(all_of(paper).argsort(), all_of(code).argsort())
 
-@pytest.mark.parametrize('criterion', ['prue', 'taylor', partial(prue, mode='code')], ids=['prue','taylor','code'])
+@pytest.mark.parametrize('criterion', ['prue', 'taylor', partial(prue_worth, mode='code')], ids=['prue','taylor','code'])
 def test_scores_see_the_images_as_they_are(criterion):
     "Augmentation and shuffling are not for scores"
     m = net(.5)
@@ -733,7 +733,7 @@ def empty_learner(tmp_path):
         ("by is 'filter'", lambda: Pruner(.5, by='filter')),
     ("by is 'filter'", lambda: prune_model(net(), by='filter')), ("scope is 'all'", lambda: prune_model(net(), scope='all')),
     ('this criterion needs training data', lambda: prune_model(net(), .5, 'snip')), ('this criterion needs training data', lambda: scores(net(), 'prue', data=XB)),
-    ("mode is 'papers'", lambda: scores(net(), partial(prue, mode='papers'), data())),
+    ("mode is 'papers'", lambda: scores(net(), partial(prue_worth, mode='papers'), data())),
     ("'bn_scale' scores channels", lambda: prune_model(net(), .5, 'bn_scale')), ("'group_lasso' scores channels", lambda: prune_model(net(), .5, 'group_lasso')),
     ("rewind is 'weight'", lambda: iterative_prune(learner(), .5, rewind='weight')),
     ('rewind_to is 10, expected an epoch before 10', lambda: iterative_prune(learner(), .5, rewind='weights', rewind_to=10)),
