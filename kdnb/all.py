@@ -23,4 +23,6 @@ from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
 from kdnb.recipes.prune_then_distill import *
 from kdnb.recipes.prue import *
+from kdnb.recipes.sequential import *
+from kdnb.recipes.vid import *
 from kdnb.report import *

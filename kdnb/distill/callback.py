@@ -297,8 +297,8 @@ def check_terms(terms, # A term or a sum of terms
     student, teacher, # Networks, trained or not
     dls): # `DataLoaders` that both can read
     "Raise the error that `distill` would raise, if `terms` do not fit these networks"
-    kd = KnowledgeDistillation(teacher, terms)
-    learn = Learner(dls, deepcopy(student), CrossEntropyLossFlat(), cbs=kd)
+    kd,p = KnowledgeDistillation(teacher, terms),next(teacher.parameters(), torch.zeros(0))
+    learn = Learner(dls, deepcopy(student).to(p.device), CrossEntropyLossFlat(), cbs=kd)
     if kd._fault is not None: raise kd._fault
     if kd._paths('student_layers')!=kd._paths('probe_layers'): return     # the student has been replaced
     with undisturbed(learn.model), torch.no_grad():

@@ -176,7 +176,9 @@ class Run(Record):
     @property
     def test(self):
         "The data on which stages are measured, and nothing is chosen: the test set, or the validation set if there is none"
-        return self.dls[2] if self.has_test else self.dls.valid
+        return self.test_of(self.dls)
+    @staticmethod
+    def test_of(dls): return dls[2] if len(dls.loaders)>2 else dls.valid
     @property
     def models(self):
         "The networks of the first seed, by stage"
@@ -246,10 +248,10 @@ class StageBar(Callback):
 
 # %% ../../nbs/50_recipes.core.ipynb #5c33e450
 @patch
-def _measure(self:Run, model, of):
-    weights = n_weights(model, nonzero=True)
-    return dict(test_accuracy=accuracy_on(model, self.test), valid_accuracy=accuracy_on(model, self.dls.valid),
-                weights=weights, weights_kept=weights/n_weights(of or model), params=n_params(model), macs=macs(model, self.dls)[''],
+def _measure(self:Run, model, of, dls=None):
+    dls,weights = dls or self.dls,n_weights(model, nonzero=True)
+    return dict(test_accuracy=accuracy_on(model, self.test_of(dls)), valid_accuracy=accuracy_on(model, dls.valid),
+                weights=weights, weights_kept=weights/n_weights(of or model), params=n_params(model), macs=macs(model, dls)[''],
                 bytes=n_bytes(model))
 
 @patch
@@ -311,7 +313,7 @@ def fit(self:Run,
     learn.opt = None     # as it is if the result was read
     model = result(unwrap(learn.model)).eval()
     if 'test_accuracy' not in record:
-        record |= self._measure(model, of) | ((more(model) if callable(more) else more) or {})
+        record |= self._measure(model, of, learn.dls) | ((more(model) if callable(more) else more) or {})
         self._keep(id_, record)
     if self.rank==0: shutil.rmtree(self._checkpoints(id_, mark), ignore_errors=True)
     return self._enter(id_, record, model)

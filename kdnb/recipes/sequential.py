@@ -17,6 +17,7 @@ from ..features import get_layer,hear,last_linear
 from ..measure import find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
 from ..prune.criteria import check_criterion,check_sparsity
+from ..prune.masks import fold
 from .core import Run,check_settings,name_of,network_for
 from .prune_then_distill import check_epochs
 
@@ -63,11 +64,11 @@ def _sweep(run, name, model, s, **kwargs):
     tune = _TuneLast(s['sweep_epochs'], s['tune_lr']) if s['sweep_epochs'] else None
     return run.value(f'sweep {name}', sweep_sparsity, run.learner(model), s['levels'], s['repeats'], tune, seed=run.seed, **kwargs)
 
-def _free(model): return model.requires_grad_(True)
+def _folded(model): return fold(model.requires_grad_(True))
 
 def _tune_last(run, stage, model, n_epoch, s, of, **more):
     learn = run.learner(only_last(model, run.dls), cbs=BnFreeze())
-    return run.fit(stage, learn, n_epoch, s['tune_lr'], result=_free, of=of, more=more)
+    return run.fit(stage, learn, n_epoch, s['tune_lr'], result=_folded, of=of, more=more)
 
 def _cut(run, model, sparsity, s):
     return prune_model(deepcopy(model), sparsity, s['criterion'], run.dls, scope=s['scope'])
@@ -77,7 +78,7 @@ def _small(run, student, sparsity, n_epoch, s, teacher):
     fraction = channel_fraction(sparsity)
     cut = prune_model(deepcopy(student), fraction, s['criterion'], run.dls, by='channel')
     more = dict(sparsity=sparsity, channels_removed=fraction)
-    cut = run.fit('channels', run.learner(cut), n_epoch, s['tune_lr'], of=teacher, more=more)
+    cut = run.fit('channels', run.learner(cut), n_epoch, s['tune_lr'], result=fold, of=teacher, more=more)
     return run.enter('small', shrink(cut, run.dls).eval(), of=teacher, **more)
 
 # %% ../../nbs/54_recipes.sequential.ipynb #1a7caac4
@@ -114,7 +115,7 @@ def _check(dls, teacher, student, s):
     if len(s['levels'])<2 or min(s['levels'])!=0 or max(s['levels'])==1:
         raise ValueError(f"levels are {s['levels']}, expected fractions from 0 to below 1, such as (0,.3,.6,.9).")
     check_criterion(s['criterion'])
-    t,m = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher),network_for(dls, student)
+    t,m = network_for(dls, teacher.model if isinstance(teacher, Learner) else teacher),network_for(dls, student)
     n_t,n_s = (hear(o, [], dls)[0].shape[1] for o in (t, m))
     if n_t!=n_s: raise ValueError(f'teacher gives {n_t} outputs, student {n_s}. Give a teacher of the same classes.')
     for name in s['method']: check_terms(_term(name, m, t, dls, s), m, t, dls)
@@ -145,11 +146,13 @@ def _curves(run, teacher, students, s):
 
 def _compress(run, teacher, students, curves, best, n_epoch, s):
     "Prune to the breakpoints, fine-tune, show; returns the network to keep"
-    at = {k: float(find_breakpoint(curves[k]).sparsity) for k in ('teacher','student')}
+    found = {k: find_breakpoint(curves[k]).sparsity for k in ('teacher','student')}
+    at = {k: min(s['levels'], key=lambda o: abs(o-x)) for k,x in found.items()}      # as it was asked for
     _tune_last(run, 'teacher tuned', _cut(run, teacher, at['teacher'], s), n_epoch, s, teacher, sparsity=at['teacher'])
     for seed in run.each_seed():
         more = dict(sparsity=at['student'], method=best)
-        pruned = run.enter('pruned', _cut(run, students[seed], at['student'], s), of=teacher, **more)
+        pruned = _cut(run, students[seed], at['student'], s)
+        run.enter('pruned', fold(deepcopy(pruned)), of=teacher, **more)
         model = _tune_last(run, 'tuned', pruned, n_epoch, s, teacher, **more)
         if s['channels']: model = _small(run, students[seed], at['student'], n_epoch, s, teacher)
         if seed==run.seeds[0]: kept = model
@@ -163,20 +166,21 @@ def compression_table(record): # `Record` or `Run` of `sequential`
     g = df.groupby('name', sort=False)
     acc,weights = 100*g.test_accuracy.mean(),g.weights.mean()
     whole = weights['teacher']
-    return pd.DataFrame({'accuracy (%)': acc.round(2), 'spread': (100*g.test_accuracy.std()).round(2), 'weights': weights.round().astype(int),
-                         'percentage decrease (%)': (100*(1-weights/whole)).round(2), 'compression rate': (whole/weights).round(2),
-                         'MACs': g.macs.mean().round().astype(int), 'pruned of its weights (%)': 100*g.sparsity.mean()})
+    res = pd.DataFrame({'accuracy (%)': acc.round(2), 'spread': (100*g.test_accuracy.std()).round(2), 'weights': weights.round().astype(int),
+                        'percentage decrease (%)': (100*(1-weights/whole)).round(2), 'compression rate': (whole/weights).round(2),
+                        'MACs': g.macs.mean().round().astype(int)})
+    return res if len(record.seeds)>1 else res.drop(columns='spread')
 
 def _sentence(run, table, stage):
     row = table.loc[stage]
-    return (f'{stage}: {row["accuracy (%)"]:.1f} % with {row["weights"]:,} weights, {row["percentage decrease (%)"]:.1f} % fewer than '
+    return (f'{stage}: {row["accuracy (%)"]:.1f} % with {int(row["weights"]):,} weights, {row["percentage decrease (%)"]:.1f} % fewer than '
             f'the teacher ({table.loc["teacher","accuracy (%)"]:.1f} %).')
 
 def _show(run, curves, best, s):
     table,last = compression_table(run),'small' if s['channels'] else 'tuned'
-    which,at = f'paper 003, as Figures 2 and 3',{k: find_breakpoint(o) for k,o in curves.items()}
+    which,at = 'paper 003, as Figures 2 and 3',{k: find_breakpoint(o) for k,o in curves.items()}
     if len(s['method'])>1:
-        methods = table.loc[list(s['method']),['accuracy (%)','spread','weights']]
+        methods = table.loc[list(s['method'])].drop(columns='MACs')
         run.exhibit('methods', 'table', methods, 'Ways to distil (as Tables 1 and 2 of paper 003)',
                     f'{best} was the best on the validation set, and goes on.')
     tuned = ' after the last layer was fine-tuned' if s['sweep_epochs'] else ''
