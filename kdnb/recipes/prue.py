@@ -42,7 +42,7 @@ prue_defaults = dict(
     n_points=300) # Samples in the picture of the teachers' answers
 
 _epochs = 160,40,160 # Teachers (Table 2), fine-tuning (not printed), students (Table 2)
-_quick = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','AT'))
+_quick = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','PKT'))
 
 # %% ../../nbs/53_recipes.prue.ipynb #0b3fadf6
 def _penultimate(model, dls):
@@ -129,6 +129,10 @@ def _refuse(dls, nets, s):
 def _masks(model, sparsity, criterion, dls):
     return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls)).items()}
 
+def _smoothed(alpha, c):
+    "Label smoothing (equation 4): fastai's spreads ε over all classes, the paper's α over the others"
+    return LabelSmoothingCrossEntropyFlat(eps=alpha*c/(c-1))
+
 def _soft(dl, model): return dict(uncertainty=uncertainty(model, dl))
 
 def _teachers(run, teacher, epochs, s):
@@ -138,9 +142,8 @@ def _teachers(run, teacher, epochs, s):
     else: dense = fit_in_drops(run, 'teacher', run.network(teacher), epochs[0], s, more=soft)
     res = {'teacher': dense}
     if s['smoothing'] is not None:
-        net,c = untrained(run, teacher),hear(dense, [], run.dls)[0].shape[1]
-        loss = LabelSmoothingCrossEntropyFlat(eps=s['smoothing']*c/(c-1))
-        res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=loss, more=soft)
+        net,c = untrained(run.dls, teacher, run.seed),hear(dense, [], run.dls)[0].shape[1]
+        res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=_smoothed(s['smoothing'], c), more=soft)
     for c,sparsity in product(s['criteria'], s['sparsities']):
         stage = f'{_named(c)} {sparsity:.4g}'
         net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls))
@@ -195,13 +198,15 @@ def methods_table(record): # `Record` or `Run` of `prue`
     return st.loc[list(names)].rename(names).round(2)
 
 # %% ../../nbs/53_recipes.prue.ipynb #31c51872
-def _correlation(x, y): return float(np.corrcoef(x, y)[0,1]) if len(x)>2 and x.std()>0 and y.std()>0 else float('nan')
+def _r(x, y):
+    if len(x)<3 or x.nunique()<2 or y.nunique()<2: return 'no r that could be computed'
+    return f'r = {np.corrcoef(x, y)[0,1]:.2f}'
 
 def _scatter(run):
     df = teachers_table(run)
     x,y = df['uncertainty'],df['student accuracy']
-    text = (f'Over {len(df)} teachers, the accuracy of students correlates with the uncertainty of their teachers at '
-            f'r = {_correlation(x, y):.2f}, and with the accuracy of their teachers at r = {_correlation(df["accuracy"], y):.2f}.')
+    text = (f'Over {len(df)} teachers, the accuracy of students correlates with the uncertainty of their teachers at {_r(x, y)}, '
+            f'and with the accuracy of their teachers at {_r(df["accuracy"], y)}.')
     run.exhibit('uncertainty', 'scatter', pd.DataFrame(dict(x=x, y=y, label=df.index)), 'Uncertain teachers and their students',
                 text, x='uncertainty of the teacher on the training set (10⁻²)', y='test accuracy of the student (%)')
 

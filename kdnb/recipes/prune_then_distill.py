@@ -56,12 +56,13 @@ def fit_in_drops(run, # `Run`
     learn = run.learner(model, opt_func=nesterov_sgd, loss_func=loss_func)
     return run.fit(stage, learn, n_epoch, lr, 'fit_drops', drops=drops, factor=factor, wd=wd, **kwargs)
 
-def untrained(run, # `Run`
-    teacher): # Name of a network, module, or trained `Learner`
-    "A new network like `teacher`, from the run's seed"
-    if isinstance(teacher, str): return run.network(teacher)
-    set_seed(run.seed)
-    return design_student(getattr(teacher, 'model', teacher), run.dls)    # of a network that lacks nothing: its like
+def untrained(dls, # Data whose images it must take
+    teacher, # Name of a network, module, or trained `Learner`
+    seed=0): # Of the random weights
+    "A new network like `teacher`"
+    if isinstance(teacher, str): return network_for(dls, teacher, seed)
+    set_seed(seed, reproducible=True)
+    return design_student(getattr(teacher, 'model', teacher), dls)    # of a network that lacks nothing: its like
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #31436e4b
 prune_then_distill_defaults = dict(
@@ -112,6 +113,7 @@ def _check(s, student):
         raise ValueError(f"sparsities are {s['sparsities']}, expected fractions between 0 and 1, such as (.36,.59,.79).")
     if not 0<check_sparsity(s['rate'], 'rate')<1: raise ValueError('rate is 0 or 1: pass the part that goes each round, such as .2.')
     check_sparsity(s['alpha'], 'alpha')
+    if not s['pairs']: raise ValueError(f'pairs is empty: nobody would be taught. There are {", ".join(_pairs)}.')
     for p in s['pairs']: check_choice('each of pairs', p, _pairs)
     if 'mismatched' in s['pairs'] and student!='designed':
         raise ValueError("pairs has 'mismatched', which is for students designed from pruned teachers. "
@@ -122,7 +124,7 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher=None, # Name of a network, a module to train, or a trained `Learner`; 'vgg19' (quick: 'resnet8') if None
     student='designed', # 'designed', 'self', name of a network, or a module
     path='runs/prune_then_distill', # Folder of the run
-    epochs=None, # Of the teacher, of each round of pruning, of each student; 200, 130, 200 (quick: 4, 1, 4) if None
+    epochs=None, # Of the teacher, of each round of pruning, of each student; 200, 130, 200 (quick: 4, 2, 4) if None
     seeds=1, # How many, or which: `(0,1,2)`
     data='user data', # Name of the data, for the record
     quick=False, # Two sparsities and few epochs: a look at the whole within a minute
@@ -131,7 +133,7 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     **settings): # Changes to `prune_then_distill_defaults`
     "Prune a teacher in rounds, then distil it (paper 001); returns the finished `Run`"
     s = check_settings('prune_then_distill', settings, prune_then_distill_defaults | (_quick if quick else {}))
-    epochs = check_epochs(epochs or ((4,1,4) if quick else _epochs), 'the teacher', 'each round of pruning', 'each student')
+    epochs = check_epochs(epochs or ((4,2,4) if quick else _epochs), 'the teacher', 'each round of pruning', 'each student')
     s['sparsities'] = tuple(sorted(s['sparsities']))
     _check(s, student)
     if teacher is None: teacher = 'resnet8' if quick else 'vgg19'
@@ -170,10 +172,11 @@ def _teachers(run, teacher, epochs, s):
 
 def _makers(run, teacher, student, teachers):
     "`{name of a student: (sparsity it is made for or None, function that makes it)}`"
-    def design(pruned): set_seed(run.seed); return design_student(pruned, run.dls)
+    def design(pruned): set_seed(run.seed, reproducible=True); return design_student(pruned, run.dls)
     if student=='designed':
         return {f'ST{100*o:.4g}': (o, partial(design, m)) for o,m in teachers.items() if o}
-    make = partial(untrained, run, teacher) if student=='self' else partial(run.network, student)
+    def like(): return untrained(run.dls, teacher, run.seed+1000)    # not the teacher's own beginning
+    make = like if student=='self' else partial(run.network, student)
     return {'student': (None, make)}
 
 def _teach(run, name, make, teachers, t, n_epoch, s):
