@@ -143,11 +143,15 @@ def test_plain_loaders_without_a_test_set(tmp_path):
     run = recipe(tmp_path/'run', dls, own, sparsities=(.5,), rate=.5, epochs=(1,1,1))
     assert not run.has_test and run.n_test==20 and len(taught_table(run))==3 and 'nan' not in run.exhibits['students'].text
 
+def test_nobody_teaches(tmp_path):
+    run = recipe(tmp_path/'run', student=net(1), sparsities=.2, pairs='alone')
+    assert list(taught_table(run).index)==[('student','nobody')] and [*run.exhibits['students_plot'].data]==['alone']
+
 @pytest.mark.parametrize('words,kwargs', [
     ("no setting 'lambda_'", dict(lambda_=.5)), ('expected 3 whole numbers', dict(epochs=(1,2))), ('expected 3 whole numbers', dict(epochs=(1,0,2))),
     ('fractions between 0 and 1', dict(sparsities=())), ('write 0.36', dict(sparsities=(36,))), ('rate is 0 or 1', dict(rate=0)),
     ('each of pairs', dict(pairs=('alone','pruned ones'))), ('designed from pruned teachers', dict(pairs=('mismatched',), student='self')),
-    ('pairs is empty', dict(pairs=())), ('no network is called', dict(student='resnet9')), ('no network is called', dict(teacher='vgg21')),
+    ('pairs is empty', dict(pairs=())), ('T is', dict(T=0.)), ('no network is called', dict(student='resnet9')), ('no network is called', dict(teacher='vgg21')),
     ('cannot take images', dict(student=lenet300(in_shape=(1,28,28)))), ('seeds is 0', dict(seeds=0))])
 def test_refused(tmp_path, monkeypatch, words, kwargs):
     forbid(monkeypatch)
