@@ -143,7 +143,7 @@ class _Digest:
         return [{k: v for k,v in vars(o).items() if k!='learn' and not (private and k.startswith('_')) and not isinstance(v, random.Random)}]
 
     def loader(self, dl):
-        tfms = [t for name in ('after_item','after_batch') for t in getattr(dl, name, None) or ()]
+        tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
         ds,items = dl.dataset,getattr(dl.dataset, 'items', None)
         known = ds if isinstance(ds, ArrayDataset) else list(map(str, items)) if items is not None else [len(ds), dl.one_batch() if not dl.shuffle else None]
         return dl.bs,getattr(dl, 'shuffle', None),getattr(dl, 'drop_last', None),[str(t) for t in tfms],known

@@ -44,7 +44,7 @@ def _sha256(tensors): return hashlib.sha256(st.save(tensors)).hexdigest()
 
 def _stats(dls):
     "Mean and standard deviation that the images were normalised with"
-    norm = [t for t in getattr(getattr(dls, 'valid', None), 'after_batch', []) if type(t).__name__=='Normalize']
+    norm = [t for t in getattr(getattr(getattr(dls, 'valid', None), 'after_batch', None), 'fs', []) if type(t).__name__=='Normalize']
     return [[round(v, 8) for v in o.flatten().tolist()] for o in (norm[0].mean, norm[0].std)] if norm else []
 
 # %% ../nbs/40_export.ipynb #4d75912b

@@ -6,10 +6,12 @@
 __all__ = ['prue_defaults', 'prue', 'teachers_table', 'methods_table']
 
 # %% ../../nbs/53_recipes.prue.ipynb #5b96c640
+import re
 from copy import deepcopy
 from functools import partial
 from itertools import product
 import numpy as np, pandas as pd
+from fastcore.basics import tuplify
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
@@ -42,7 +44,7 @@ prue_defaults = dict(
     n_points=300) # Samples in the picture of the teachers' answers
 
 _epochs = 160,40,160 # Teachers (Table 2), fine-tuning (not printed), students (Table 2)
-_quick = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','AT'))
+_quick = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','PKT'))
 
 # %% ../../nbs/53_recipes.prue.ipynb #0b3fadf6
 def _penultimate(model, dls):
@@ -57,15 +59,20 @@ def _stages(student, teacher, dls, middle=False):
     pairs = list(match_stages(student, teacher, dls, show=False).items())
     return dict(pairs[len(pairs)//2:][:1] if middle else pairs)
 
-_methods = {'Logits(1)': lambda s,*nets: KD(T=1)*s['lam'], 'Logits(4)': lambda s,*nets: KD(T=4)*s['lam'],
-            'FitNet': lambda s,*nets: FitNet(_stages(*nets, middle=True))*s['weights']['FitNet'],
+_methods = {'FitNet': lambda s,*nets: FitNet(_stages(*nets, middle=True))*s['weights']['FitNet'],
             'AT': lambda s,*nets: AT(_stages(*nets))*s['weights']['AT'],
             'PKT': lambda s,student,teacher,dls: PKT(_penultimate(student, dls), _penultimate(teacher, dls))*s['weights']['PKT']}
+
+def _tau(method):
+    "τ of a method that is called 'Logits(τ)', or None"
+    m = re.fullmatch(r'Logits\((\d*\.?\d+)\)', method) if isinstance(method, str) else None
+    return float(m[1]) if m else None
 
 def _term(method, s, student, teacher, dls):
     "Terms and weight of the labels of `method`, a name or a term"
     if isinstance(method, (Term,Terms)): return method,None
-    return _methods[method](s, student, teacher, dls),1-s['lam'] if method.startswith('Logits') else 1.
+    if tau := _tau(method): return KD(T=tau)*s['lam'],1-s['lam']
+    return _methods[method](s, student, teacher, dls),1.
 
 # %% ../../nbs/53_recipes.prue.ipynb #ad7ac41c
 def _named(criterion): return criterion if isinstance(criterion, str) else getattr(criterion, '__name__', 'own')
@@ -78,10 +85,10 @@ def _check(s):
             raise ValueError(f'{c!r} scores channels, and PrUE prunes single weights. Leave it out of criteria.')
     check_sparsity(s['lam'], 'lam')
     if s['smoothing'] is not None: check_sparsity(s['smoothing'], 'smoothing')
-    names = [*_methods, 'TA']
-    for k,m in s['methods'].items():
-        if not isinstance(m, (Term,Terms)) and m not in names:
-            raise ValueError(f'no method is called {m!r}. There are {", ".join(names)}; or give a term: '
+    KD(T=s['T'])
+    for m in s['methods'].values():
+        if not isinstance(m, (Term,Terms)) and m not in (*_methods, 'TA') and not _tau(m):
+            raise ValueError(f'no method is called {m!r}. There are Logits(τ) with a number, {", ".join(_methods)} and TA; or give a term: '
                              "methods={'my DKD': DKD()}.")
 
 # %% ../../nbs/53_recipes.prue.ipynb #5d2343a5
@@ -100,7 +107,9 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     "Prune a teacher for uncertainty, then distil it (paper 002); returns the finished `Run`"
     s = check_settings('prue', settings, prue_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((3,2,3) if quick else _epochs), 'the teachers', 'fine-tuning', 'each student')
+    for k in ('criteria','sparsities','methods'): s[k] = s[k] if isinstance(s[k], dict) else tuplify(s[k])
     if not isinstance(s['methods'], dict): s['methods'] = {m: m for m in s['methods']}
+    s['weights'] = prue_defaults['weights'] | s['weights']
     _check(s)
     teacher = ('resnet14' if quick else 'resnet56') if teacher is None else teacher
     nets = dict(teacher=teacher, student=student)
@@ -129,6 +138,10 @@ def _refuse(dls, nets, s):
 def _masks(model, sparsity, criterion, dls):
     return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls)).items()}
 
+def _smoothed(alpha, c):
+    "Label smoothing (equation 4): fastai's spreads ε over all classes, the paper's α over the others"
+    return LabelSmoothingCrossEntropyFlat(eps=alpha*c/(c-1))
+
 def _soft(dl, model): return dict(uncertainty=uncertainty(model, dl))
 
 def _teachers(run, teacher, epochs, s):
@@ -138,9 +151,8 @@ def _teachers(run, teacher, epochs, s):
     else: dense = fit_in_drops(run, 'teacher', run.network(teacher), epochs[0], s, more=soft)
     res = {'teacher': dense}
     if s['smoothing'] is not None:
-        net,c = untrained(run, teacher),hear(dense, [], run.dls)[0].shape[1]
-        loss = LabelSmoothingCrossEntropyFlat(eps=s['smoothing']*c/(c-1))
-        res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=loss, more=soft)
+        net,c = untrained(run.dls, teacher, run.seed),hear(dense, [], run.dls)[0].shape[1]
+        res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=_smoothed(s['smoothing'], c), more=soft)
     for c,sparsity in product(s['criteria'], s['sparsities']):
         stage = f'{_named(c)} {sparsity:.4g}'
         net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls))
@@ -157,7 +169,7 @@ def _lessons(run, nets, teachers, epochs, s):
     net,dense = run.network(nets['student']),teachers['teacher']
     for name,m in s['methods'].items():
         if m=='TA': res[f'by {name}'] = 'assistant',_assistant(run, nets['assistant'], dense, soft, epochs[2], s),*soft
-        elif m!=f"Logits({s['T']:g})": res[f'by {name}'] = 'teacher',dense,*_term(m, s, net, dense, run.dls)   # else 'from teacher'
+        elif _tau(m)!=s['T']: res[f'by {name}'] = 'teacher',dense,*_term(m, s, net, dense, run.dls)   # else 'from teacher'
     return res
 
 def _assistant(run, assistant, dense, soft, n_epoch, s):
@@ -195,13 +207,15 @@ def methods_table(record): # `Record` or `Run` of `prue`
     return st.loc[list(names)].rename(names).round(2)
 
 # %% ../../nbs/53_recipes.prue.ipynb #31c51872
-def _correlation(x, y): return float(np.corrcoef(x, y)[0,1]) if len(x)>2 and x.std()>0 and y.std()>0 else float('nan')
+def _r(x, y):
+    if len(x)<3 or x.nunique()<2 or y.nunique()<2: return 'no r that could be computed'
+    return f'r = {np.corrcoef(x, y)[0,1]:.2f}'
 
 def _scatter(run):
     df = teachers_table(run)
     x,y = df['uncertainty'],df['student accuracy']
-    text = (f'Over {len(df)} teachers, the accuracy of students correlates with the uncertainty of their teachers at '
-            f'r = {_correlation(x, y):.2f}, and with the accuracy of their teachers at r = {_correlation(df["accuracy"], y):.2f}.')
+    text = (f'Over {len(df)} teachers, the accuracy of students correlates with the uncertainty of their teachers at {_r(x, y)}, '
+            f'and with the accuracy of their teachers at {_r(df["accuracy"], y)}.')
     run.exhibit('uncertainty', 'scatter', pd.DataFrame(dict(x=x, y=y, label=df.index)), 'Uncertain teachers and their students',
                 text, x='uncertainty of the teacher on the training set (10⁻²)', y='test accuracy of the student (%)')
 
@@ -218,7 +232,7 @@ def _lines(run):
 def _predictions(run, teachers, s):
     "The picture of the teachers' answers to three classes"
     y = predictions(teachers['teacher'], run.test)[-1]
-    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(_named(s['criteria'][0]))] if s['criteria'] else []
+    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(f"{_named(s['criteria'][0])} ")] if s['criteria'] else []
     shown = {k: teachers[k] for k in ['teacher','smoothed',*pruned] if k in teachers}
     if sum(int((y==c).sum()) for c in classes)<4: return
     df = run.value('answers', embed_predictions, shown, run.test, s['n_points'], classes)

@@ -10,7 +10,7 @@ __all__ = ['prune_then_distill_defaults', 'nesterov_sgd', 'fit_in_drops', 'untra
 from copy import deepcopy
 from functools import partial
 import pandas as pd, torch
-from fastcore.basics import patch
+from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
@@ -56,12 +56,13 @@ def fit_in_drops(run, # `Run`
     learn = run.learner(model, opt_func=nesterov_sgd, loss_func=loss_func)
     return run.fit(stage, learn, n_epoch, lr, 'fit_drops', drops=drops, factor=factor, wd=wd, **kwargs)
 
-def untrained(run, # `Run`
-    teacher): # Name of a network, module, or trained `Learner`
-    "A new network like `teacher`, from the run's seed"
-    if isinstance(teacher, str): return run.network(teacher)
-    set_seed(run.seed)
-    return design_student(getattr(teacher, 'model', teacher), run.dls)    # of a network that lacks nothing: its like
+def untrained(dls, # Data whose images it must take
+    teacher, # Name of a network, module, or trained `Learner`
+    seed=0): # Of the random weights
+    "A new network like `teacher`"
+    if isinstance(teacher, str): return network_for(dls, teacher, seed)
+    set_seed(seed, reproducible=True)
+    return design_student(getattr(teacher, 'model', teacher), dls)    # of a network that lacks nothing: its like
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #31436e4b
 prune_then_distill_defaults = dict(
@@ -112,6 +113,8 @@ def _check(s, student):
         raise ValueError(f"sparsities are {s['sparsities']}, expected fractions between 0 and 1, such as (.36,.59,.79).")
     if not 0<check_sparsity(s['rate'], 'rate')<1: raise ValueError('rate is 0 or 1: pass the part that goes each round, such as .2.')
     check_sparsity(s['alpha'], 'alpha')
+    KD(T=s['T'])
+    if not s['pairs']: raise ValueError(f'pairs is empty: nobody would be taught. There are {", ".join(_pairs)}.')
     for p in s['pairs']: check_choice('each of pairs', p, _pairs)
     if 'mismatched' in s['pairs'] and student!='designed':
         raise ValueError("pairs has 'mismatched', which is for students designed from pruned teachers. "
@@ -122,7 +125,7 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher=None, # Name of a network, a module to train, or a trained `Learner`; 'vgg19' (quick: 'resnet8') if None
     student='designed', # 'designed', 'self', name of a network, or a module
     path='runs/prune_then_distill', # Folder of the run
-    epochs=None, # Of the teacher, of each round of pruning, of each student; 200, 130, 200 (quick: 4, 1, 4) if None
+    epochs=None, # Of the teacher, of each round of pruning, of each student; 200, 130, 200 (quick: 4, 2, 4) if None
     seeds=1, # How many, or which: `(0,1,2)`
     data='user data', # Name of the data, for the record
     quick=False, # Two sparsities and few epochs: a look at the whole within a minute
@@ -131,8 +134,8 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     **settings): # Changes to `prune_then_distill_defaults`
     "Prune a teacher in rounds, then distil it (paper 001); returns the finished `Run`"
     s = check_settings('prune_then_distill', settings, prune_then_distill_defaults | (_quick if quick else {}))
-    epochs = check_epochs(epochs or ((4,1,4) if quick else _epochs), 'the teacher', 'each round of pruning', 'each student')
-    s['sparsities'] = tuple(sorted(s['sparsities']))
+    epochs = check_epochs(epochs or ((4,2,4) if quick else _epochs), 'the teacher', 'each round of pruning', 'each student')
+    s['sparsities'],s['pairs'] = tuple(sorted({*tuplify(s['sparsities'])})),tuplify(s['pairs'])
     _check(s, student)
     if teacher is None: teacher = 'resnet8' if quick else 'vgg19'
     _refuse(dls, teacher, student)
@@ -168,12 +171,15 @@ def _teachers(run, teacher, epochs, s):
         if sparsity==station: res[sparsity] = model
     return res
 
+def _designed(sparsity): return f'ST{100*sparsity:.4g}'
+
 def _makers(run, teacher, student, teachers):
     "`{name of a student: (sparsity it is made for or None, function that makes it)}`"
-    def design(pruned): set_seed(run.seed); return design_student(pruned, run.dls)
+    def design(pruned): set_seed(run.seed, reproducible=True); return design_student(pruned, run.dls)
     if student=='designed':
-        return {f'ST{100*o:.4g}': (o, partial(design, m)) for o,m in teachers.items() if o}
-    make = partial(untrained, run, teacher) if student=='self' else partial(run.network, student)
+        return {_designed(o): (o, partial(design, m)) for o,m in teachers.items() if o}
+    def like(): return untrained(run.dls, teacher, run.seed+1000)    # not the teacher's own beginning
+    make = like if student=='self' else partial(run.network, student)
     return {'student': (None, make)}
 
 def _teach(run, name, make, teachers, t, n_epoch, s):
@@ -184,8 +190,8 @@ def _teach(run, name, make, teachers, t, n_epoch, s):
     fit_in_drops(run, f'{name} from {who}' if who else f'{name} alone', make(), n_epoch, s, cbs=kd, of=teachers[0], more=more)
 
 def _lesson(dl, student, taught_by, teacher_sparsity, teacher, model):
-    said = dict(agreement=agreement(model, teacher, dl), teacher_sparsity=teacher_sparsity) if teacher else {}
-    return dict(student=student, taught_by=taught_by or 'nobody') | said
+    said = dict(agreement=agreement(model, teacher, dl)) if teacher else {}
+    return dict(student=student, taught_by=taught_by or 'nobody', teacher_sparsity=teacher_sparsity) | said
 
 def _best(run):
     "Of the first seed's smallest students, those of pruned teachers if there are any, the best on the validation set"
@@ -224,12 +230,16 @@ def _sentence(run):
             f'One image more or less is {100/run.n_test:.2f} points.')
 
 def _lines(run, designed):
-    "Accuracy against size (designed students) or against the teacher's sparsity (a given student)"
+    "Accuracy against size (designed students, from their own teachers) or against the teacher's sparsity (a given student)"
     df = pd.DataFrame([o for o in run.stages if 'student' in o])
-    df['x'],df['kind'] = 100*(df.weights_kept if designed else df.teacher_sparsity),df.taught_by.map(_kind)
-    if not designed: df.loc[df.kind!='alone','kind'] = 'distilled'
-    alone = df[df.x.isna()]
-    df = pd.concat([df.dropna(subset='x'), *(alone.assign(x=x) for x in (0, 100*df.teacher_sparsity.max()))])
+    at,df['kind'] = pd.to_numeric(df.teacher_sparsity),df.taught_by.map(_kind)
+    if designed:
+        df = df[~(at>0) | (df.student==at.map(_designed))]
+        df['x'] = 100*df.weights_kept
+    else:
+        df['x'],df['kind'] = 100*at,df.kind.where(df.kind=='alone', 'distilled')
+        alone = df[at.isna()]
+        df = pd.concat([df[~at.isna()], *(alone.assign(x=x) for x in (0., 100*at.max()))])
     g = df.groupby(['kind','x']).test_accuracy
     res = pd.DataFrame(dict(y=100*g.mean(), err=100*g.std().fillna(0))).reset_index()
     return {k: o[['x','y','err']].reset_index(drop=True) for k,o in res.groupby('kind')}
@@ -247,7 +257,7 @@ def _show(run, teachers, student):
     run.exhibit('pruning', 'curve', {'teacher': _curve(run)}, 'What pruning costs the teacher',
                 'Each round is trained on with the learning rate rewound.')
     for t,pruned in teachers.items() if designed else ():
-        name = f'ST{100*t:.4g}'
+        name = _designed(t)
         if small := next((m for k,m in run.models.items() if k.startswith(f'{name} ')), None):
             run.exhibit(name, 'table', student_table(pruned, small), f'{name}, layer by layer (as Table 10 of paper 001)',
                         'Weights of the teacher, those left in it, and those of the student made for it.')
