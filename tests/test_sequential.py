@@ -46,6 +46,11 @@ def test_a_changed_setting_runs_what_follows(done, tmp_path):
     same = {k for k,v in took.items() if v and v==next(o['seconds'] for o in run.stages if (o['name'],o['seed'])==k)}
     assert same=={('teacher',0),('SimKD',0),('SimKD',1)}
 
+def test_nothing_to_prune_is_no_error(tmp_path):
+    "Where every level costs too much, the breakpoint is the whole network"
+    run = recipe(tmp_path/'run', levels=(0,.4,.8), criterion='random')
+    assert rows(run, 'tuned')[0]['sparsity']==0 and rows(run, 'small')[0]['weights']==rows(run, 'SimKD')[0]['weights']
+
 def test_a_trained_teacher_several_methods_and_data_without_a_test_set(tmp_path):
     x,y = image_dls('digits', device='cpu').test.dataset[torch.arange(200)]
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]
@@ -63,7 +68,8 @@ def test_a_trained_teacher_several_methods_and_data_without_a_test_set(tmp_path)
 
 @pytest.mark.parametrize('says,kwargs', [
     ("no method is called 'magic'", dict(method='magic')), ('expected fractions from 0', dict(levels=(.1,.5))),
-    ('each of levels is 2', dict(levels=(0,2))), ('expected 3 whole numbers', dict(epochs=(1,1))), ('no setting', dict(sparsity=.5)),
+    ('each of levels is 2', dict(levels=(0,2))), ('scores channels', dict(criterion='bn_scale')), ('scope is', dict(scope='net')),
+    ('no channels that can be removed', dict(method='KD', student=nn.Sequential(nn.Flatten(), nn.Linear(64,10)))), ('expected 3 whole numbers', dict(epochs=(1,1))), ('no setting', dict(sparsity=.5)),
     ('cannot take images of shape', dict(student=lenet5())), ('no maps', dict(student='lenet300')), ('no network is called', dict(teacher='vgg20'))])
 def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)

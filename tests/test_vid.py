@@ -44,6 +44,18 @@ def test_what_was_watched_is_there_when_nothing_is_trained(done):
     lone,plain = (again.models[k].state_dict() for k in ('Student, read by VID-I','Student, resnet8'))
     assert all(torch.equal(v, plain[k]) for k,v in lone.items())     # only q learns
 
+def test_a_run_that_is_stopped_shows_what_another_shows(tmp_path, monkeypatch):
+    def maps(path): return recipe(path, epochs=(1,4,1,1), experiments='maps').exhibits['likelihood'].data
+    whole = maps(tmp_path/'whole')
+    def stop(self):
+        if self.training and self.epoch==3: raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(LikelihoodWatch, 'before_batch', stop, raising=False)
+        maps(tmp_path/'stopped')
+    resumed = maps(tmp_path/'stopped')
+    assert list(resumed)==['image','epoch 1','epoch 2','epoch 4','student alone','|layer1|']
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
 def test_all_lambdas_are_tried_and_the_best_on_the_validation_set_is_shown(tmp_path):
     run = recipe(tmp_path/'run', experiments='mlp', hidden=(8,), mlp_methods=('KD',), weights=dict(KD=(1,10)), task=(1,.1), choose=True)
     tried = [o for o in run.stages if o.get('method')=='KD']

@@ -16,7 +16,7 @@ from ..distill.methods import method_names,named_term
 from ..features import get_layer,hear,last_linear
 from ..measure import find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
-from ..prune.criteria import check_criterion,check_sparsity
+from ..prune.criteria import Scoring,check_choice,check_criterion,check_sparsity
 from ..prune.masks import fold
 from .core import Run,check_settings,name_of,network_for
 from .prune_then_distill import check_epochs
@@ -115,10 +115,14 @@ def _check(dls, teacher, student, s):
     if len(s['levels'])<2 or min(s['levels'])!=0 or max(s['levels'])==1:
         raise ValueError(f"levels are {s['levels']}, expected fractions from 0 to below 1, such as (0,.3,.6,.9).")
     check_criterion(s['criterion'])
+    if s['criterion'] in ('bn_scale','group_lasso'):
+        raise ValueError(f"{s['criterion']!r} scores channels, and here single weights go, too. Choose another criterion.")
+    check_choice('scope', s['scope'], ('global','layer'))
     t,m = network_for(dls, teacher.model if isinstance(teacher, Learner) else teacher),network_for(dls, student)
     n_t,n_s = (hear(o, [], dls)[0].shape[1] for o in (t, m))
     if n_t!=n_s: raise ValueError(f'teacher gives {n_t} outputs, student {n_s}. Give a teacher of the same classes.')
     for name in s['method']: check_terms(_term(name, m, t, dls, s), m, t, dls)
+    if s['channels']: Scoring(m, dls, 'channel')      # are there any that can go?
 
 def _term(m, student, teacher, dls, s): return named_term(m, student, teacher, dls, options=dict(KD=dict(T=s['T'])))
 

@@ -228,7 +228,7 @@ def _teachers(run, teacher, student, source, plan, epochs, s):
         res = dict(distil=t, mlp=t)
     if 'transfer' not in kinds: return res
     t = _untrained(run.dls, teacher, source, s)
-    if not isinstance(source, DataLoaders): return res | dict(transfer=t.eval())
+    if not isinstance(source, DataLoaders): return res | dict(transfer=t.to(run.dls.device or 'cpu').eval())
     def learn(stage, model): return run.fit(stage, run.learner(model, nesterov_sgd, source), epochs[0], s['lr'], **fit)
     res['transfer'] = learn('Teacher of the source', run.network(s['source_teacher'] or teacher, source))
     if any(o.method=='fine-tuning' for o in plan.values()):
@@ -274,6 +274,8 @@ _columns = dict(samples='n_per_class', sizes='student', mlp='student', transfer=
 
 def _rows(record, experiment):
     "The stages of an experiment; of several λs the best on the validation set"
+    if experiment not in record.settings['experiments'] or experiment=='maps':
+        raise ValueError(f"there is no table of {experiment!r} in this run: its experiments are {', '.join(record.settings['experiments'])}.")
     df = pd.DataFrame(record.stages)
     df = df[df.kind==dict(samples='distil', sizes='distil').get(experiment, experiment)]
     if experiment=='samples': df = df[df.student==record.settings['student']]
