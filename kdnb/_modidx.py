@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kdnb.checkpoint._is_plain': ('checkpoint.html#_is_plain', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._keeps_state': ('checkpoint.html#_keeps_state', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._memory': ('checkpoint.html#_memory', 'kdnb/checkpoint.py'),
+                                 'kdnb.checkpoint._one_tensor': ('checkpoint.html#_one_tensor', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._pack': ('checkpoint.html#_pack', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._remember': ('checkpoint.html#_remember', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._set_generators': ('checkpoint.html#_set_generators', 'kdnb/checkpoint.py'),
