@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['image_sets', 'ArrayDataset', 'TensorDL', 'take_index', 'SampleIndex', 'CropFlip', 'ArrayDataLoaders', 'from_arrays',
-           'data_path', 'image_dls']
+           'data_path', 'folder_dls', 'image_dls', 'data_table']
 
 # %% ../nbs/00_data.ipynb #7d89f786
-import gzip,hashlib,os,random,tarfile
+import gzip,hashlib,os,random,tarfile,warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pandas as pd, torch
+from PIL import Image,ImageOps,UnidentifiedImageError
 from torch import nn
 import torch.nn.functional as F
 from fastai.vision.all import *
@@ -134,6 +136,7 @@ def _images(x, y, what):
         raise ValueError(f'{what} images must be one array (N, C, H, W) or (N, H, W), all of one size: {e}') from None
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4: raise ValueError(f'{what} images have shape {tuple(x.shape)}, expected (N, C, H, W) or (N, H, W).')
+    if not len(x): raise ValueError(f'there are no {what} images.')
     if len(x)!=len(y): raise ValueError(f'{len(x)} {what} images but {len(y)} labels: one label per image is needed.')
     return x,y
 
@@ -147,6 +150,7 @@ def _spread(y, n, rng):
 def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, W); labels (N,)
     test=None, # `(x, y)` of the test set
     bs=64, # Samples in a batch
+    valid=None, # `(x, y)` of the validation set; cut from the training images if None
     valid_pct=.1, # Fraction of every class that becomes the validation set
     n_per_class=None, # Keep only so many training samples of each class
     pad=0, # Shift training images by up to so many pixels
@@ -160,21 +164,25 @@ def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, 
 ):
     "`ArrayDataLoaders` from a user's own images and labels"
     x,y = _images(x, y, 'training')
-    test = test and _images(*test, 'test')
-    if test and test[0].shape[1:]!=x.shape[1:]:
-        raise ValueError(f'test images are {tuple(test[0].shape[1:])}, training images {tuple(x.shape[1:])}: '
-                         'resize one of them.')
+    test,valid = test and _images(*test, 'test'),valid and _images(*valid, 'validation')
+    for o,what in ((test,'test'), (valid,'validation')):
+        if o and o[0].shape[1:]!=x.shape[1:]:
+            raise ValueError(f'{what} images are {tuple(o[0].shape[1:])}, training images {tuple(x.shape[1:])}: '
+                             'resize one of them.')
     if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
     vocab = CategoryMap(list(range(int(y.max())+1)) if vocab is None else vocab, sort=False)
     rng,yn = np.random.default_rng(seed),y.numpy()
-    valid = _spread(yn, float(valid_pct), rng)
-    train = np.setdiff1d(np.arange(len(y)), valid)
+    cut = np.arange(0) if valid else _spread(yn, float(valid_pct), rng)
+    if not (valid or len(cut)):
+        raise ValueError(f'{valid_pct} of each class is less than half an image: nothing would be left to validate on. '
+                         'Pass valid=(x, y), a larger valid_pct or more images.')
+    train = np.setdiff1d(np.arange(len(y)), cut)
     if n_per_class: train = train[_spread(yn[train], n_per_class, rng)]
     scale = 255. if x.dtype==torch.uint8 else 1.
     mean,std = stats or [(f(x[train].float()/scale, dim=(0,2,3))+1e-7).tolist() for f in (torch.mean, torch.std)]
     tfms = [IntToFloatTensor(div=scale), Normalize.from_stats(mean, std, cuda=False)]
     aug = [CropFlip(pad, flip)] if pad or flip else []
-    sets = [(x[train],y[train]), (x[valid],y[valid])] + ([test] if test else [])
+    sets = [(x[train],y[train]), valid or (x[cut],y[cut])] + ([test] if test else [])
     dls = [TensorDL(ArrayDataset(*o, vocab=vocab, split_idx=min(i,1)), bs=bs, shuffle=i==0, index=index and i==0,
                     drop_last=drop_last and i==0, after_batch=Pipeline((aug if i==0 else []) + tfms))
            for i,o in enumerate(sets)]
@@ -257,6 +265,120 @@ def _original_order(x, y):
     for c in range(len(x)): out[y==c] = x[c]
     return out
 
+# %% ../nbs/00_data.ipynb #aa57ba73
+_suffixes = {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}
+_splits = dict(train='train', valid='valid', val='valid', validation='valid', test='test')
+
+def _shown(path): return not path.name.startswith('.') and path.name!='Thumbs.db'
+
+def _in_classes(root):
+    "`[(file, class)]` of a folder of class folders, in the order of their names"
+    here = sorted(o for o in root.iterdir() if _shown(o))
+    items,odd = [],[o for o in here if o.is_file()]
+    for folder in (o for o in here if o.is_dir()):
+        files = sorted(o for o in folder.rglob('*') if o.is_file() and _shown(o))
+        images = [o for o in files if o.suffix.lower() in _suffixes]
+        if not images: raise ValueError(f'the class folder {folder} holds no image. Fill it or remove it.')
+        items += [(o, folder.name) for o in images]
+        odd += [o for o in files if o.suffix.lower() not in _suffixes]
+    if not items:
+        raise ValueError(f'{root} holds neither class folders, nor train/ and test/, nor labels.csv with name,label: '
+                         'nothing says what its images show.')
+    _leave_out(odd, root, 'are no images in class folders')
+    return items
+
+def _leave_out(files, root, why):
+    if files: warnings.warn(f'left out of {root}, {len(files)} that {why}: {_few(files)}.')
+
+def _few(files):
+    names = [Path(o).name for o in files]
+    return ', '.join(names[:3] + ['…']*(len(names)>3))
+
+def _in_csv(f):
+    "`{split: [(file, class)]}` of a table with the columns name, label and perhaps split"
+    try: df = pd.read_csv(f, dtype=str, keep_default_na=False)
+    except (ValueError,pd.errors.ParserError) as e: raise ValueError(f'{f} is no readable table: {e}') from None
+    if missing := {'name','label'}-set(df):
+        raise ValueError(f'{f} has the columns {", ".join(df)}, but no {" and no ".join(sorted(missing))}. '
+                         'Its first line must be name,label or name,label,split.')
+    if len(twice := df.name[df.name.duplicated()]): raise ValueError(f'{f} names {twice.iloc[0]} more than once.')
+    if len(gone := [o for o in df.name if not (f.parent/o).is_file()]):
+        raise ValueError(f'{len(gone)} of the {len(df)} files in {f} are not there: {_few(gone)}. '
+                         f'Names are taken from the folder {f.parent}.')
+    if len(blank := df.name[df.label.str.strip()=='']): raise ValueError(f'{f} has no label for {blank.iloc[0]}.')
+    split = df['split'].replace('', 'train') if 'split' in df else pd.Series('all', df.index)
+    if odd := set(split)-_splits.keys() if 'split' in df else None:
+        raise ValueError(f'{f} has the split {sorted(odd)[0]!r}, expected train, valid or test.')
+    there,listed = (o for o in f.parent.rglob('*') if o.suffix.lower() in _suffixes),{f.parent/o for o in df.name}
+    _leave_out(sorted({o for o in there if _shown(o)}-listed), f.parent, f'are not in {f.name}')
+    groups = df.groupby(split.replace(_splits), sort=False)
+    return {k: [(f.parent/n, label) for n,label in zip(g.name, g.label)] for k,g in groups}
+
+def _folder_items(path):
+    "`{split: [(file, class)]}` of a user's folder; the split is 'all' where nothing says what is for what"
+    csv = path if path.suffix=='.csv' else path/'labels.csv'
+    if csv.is_file(): return _in_csv(csv)
+    if not path.is_dir(): raise ValueError(f'{path} is no folder. Pass a folder of images, or its labels.csv.')
+    splits = {_splits[o.name]: o for o in sorted(path.iterdir()) if o.is_dir() and o.name in _splits}
+    if splits: return {k: _in_classes(o) for k,o in splits.items()}
+    return dict(all=_in_classes(path))
+
+# %% ../nbs/00_data.ipynb #dd4aceb2
+def _look(f, see):
+    "`see` of the image in file `f`, upright"
+    try:
+        with Image.open(f) as im: return see(im)
+    except (UnidentifiedImageError,OSError,SyntaxError,Image.DecompressionBombError) as e:
+        raise ValueError(f'{f} is corrupt or no image: {e}. Replace or remove it.') from None
+
+def _measure(im):
+    if im.mode[0] in 'IF': raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
+    turned = im.getexif().get(0x112, 1)>4    # a camera held upright
+    return im.size[::-1 if turned else 1],im.mode in ('1','L','LA','La')
+
+def _read_images(files, size=None):
+    "The images as one array (N, C, H, W) of bytes; `size` is a number or `(height, width)`"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seen = list(pool.map(lambda f: _look(f, _measure), files))
+        sizes,mode = {wh: f for f,(wh,_) in zip(files, seen)},'L' if all(grey for _,grey in seen) else 'RGB'
+        if size is None and len(sizes)>1:
+            (a,f),*_,(b,g) = sorted(sizes.items())
+            raise ValueError(f'the images have {len(sizes)} sizes, from {a[0]}×{a[1]} ({f.name}) to {b[0]}×{b[1]} '
+                             f'({g.name}). Pass the one they are to have, such as size=64.')
+        h,w = next(iter(sizes))[::-1] if size is None else (size,size) if isinstance(size, int) else size
+        def pixels(im):
+            im = ImageOps.exif_transpose(im).convert(mode)
+            return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR))
+        x = np.empty((len(files),h,w,len(mode)), np.uint8)
+        for i,o in enumerate(pool.map(lambda f: _look(f, pixels), files)): x[i] = o
+    return x.transpose(0,3,1,2)
+
+@delegates(from_arrays, but=['test','valid','vocab'])
+def folder_dls(path, # Folder of images, or its table of labels
+    size=None, # Pixels of an edge, or `(height, width)`; the images' own if they are all equal
+    bs=64, # Samples in a batch
+    test_pct=.2, # Fraction of every class that becomes the test set, where nothing says what is for what; 0 for none
+    seed=42, # For the splits
+    **kwargs):
+    "`ArrayDataLoaders` of a folder of images: `train`/`valid`/`test`, class folders, or `labels.csv`"
+    items = _folder_items(Path(path))
+    if not items.keys() & {'train','all'}: raise ValueError(f'{path} has {", ".join(items)} but no images to train on.')
+    vocab = sorted({c for _,c in items.get('train') or items['all']})
+    if len(vocab)<2: raise ValueError(f'{path} has images of {vocab[0]!r} only: there is nothing to tell apart.')
+    for k,o in items.items():
+        if odd := {c for _,c in o}-set(vocab):
+            raise ValueError(f'the class {sorted(odd)[0]!r} is in {k} but not in train. Train on all classes.')
+    sets,x = {},_read_images([f for o in items.values() for f,_ in o], size)
+    for k,o in items.items():
+        sets[k],x = (x[:len(o)],np.array([vocab.index(c) for _,c in o])),x[len(o):]
+    if 'all' in sets:
+        x,y = sets['all']
+        test = _spread(y, float(test_pct), np.random.default_rng(seed))
+        train = np.setdiff1d(np.arange(len(y)), test)
+        sets = dict(train=(x[train],y[train]), test=(x[test],y[test]) if test_pct else None)
+    return from_arrays(*sets['train'], test=sets.get('test'), valid=sets.get('valid'), bs=bs, vocab=vocab, seed=seed,
+                       **kwargs)
+
 # %% ../nbs/00_data.ipynb #41ebef55
 def _tv(name): import torchvision.datasets as d; return getattr(d, name)
 _cifar_names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -266,13 +388,49 @@ image_sets = dict(digits=(_digits, None), mnist=(lambda p: _mnist(p, _tv('MNIST'
                   cifar10=(_cifar10, _cifar_names), cifar10_jpeg=(_cifar10_jpeg, _cifar_names))
 
 @delegates(from_arrays, but=['test','vocab'])
-def image_dls(name='digits', # One of `image_sets`
+def image_dls(name='digits', # One of `image_sets`, or the path of a folder as in `folder_dls`
     bs=64, # Samples in a batch
     path=None, # Folder that holds the data; `KDNB_DATA` if None
     **kwargs):
     "`ArrayDataLoaders` of a known image set, with its own test set at `dls.test`"
-    if name not in image_sets: raise ValueError(f'no image set is called {name!r}. There are {", ".join(image_sets)}; '
-                                                'for your own images use `from_arrays` or any fastai DataLoaders.')
+    if name not in image_sets:
+        if Path(name).exists(): return folder_dls(name, bs=bs, **kwargs)
+        raise ValueError(f'no image set is called {str(name)!r}, and no folder either. The sets are '
+                         f'{", ".join(image_sets)}; for your own images pass a folder, or use `from_arrays`.')
     read,vocab = image_sets[name]
     x,y,xt,yt = read(data_path(path))
     return from_arrays(x, y, test=(xt,yt), bs=bs, vocab=vocab, **kwargs)
+
+# %% ../nbs/00_data.ipynb #f0c8c51e
+_about = dict(digits='1,797 grey, 8×8', mnist='70,000 grey, 28×28', fashion_mnist='70,000 grey, 28×28',
+              cifar10='60,000 colour, 32×32', cifar10_jpeg='60,000 colour, 32×32 (JPEG)')
+
+def _files_of(name, root):
+    "`{file: MD5}` of an image set in the folder `root`"
+    if name=='digits': return {}
+    if name=='cifar10':
+        cls = _tv('CIFAR10')
+        return {root/cls.base_folder/f: md5 for f,md5 in [*cls.train_list,*cls.test_list]}
+    if name=='cifar10_jpeg':
+        sums = _md5sums(root) if (root/'MD5SUMS').exists() else {}
+        return {root/o: sums.get(o) for o in ('cifar10-jpeg.tar.xz','cifar10-labels-original-order.npz')}
+    cls = _tv(dict(mnist='MNIST', fashion_mnist='FashionMNIST')[name])
+    return {root/cls.__name__/'raw'/f: md5 for f,md5 in cls.resources}
+
+def _state(files):
+    "What is to be said of `{file: MD5}`"
+    if not files: return 'comes with scikit-learn'
+    gone = [f for f in files if not f.is_file()]
+    if gone: return 'missing' if len(gone)==len(files) else f'INCOMPLETE, missing {_few(gone)}'
+    if not all(files.values()): return 'no checksums (MD5SUMS)'
+    bad = [f for f,md5 in files.items() if hashlib.md5(f.read_bytes()).hexdigest()!=md5]
+    return f'CORRUPT: {_few(bad)}' if bad else 'checksums right'
+
+def data_table(path=None): # Folder that holds the data; `KDNB_DATA` if None
+    "`DataFrame` of the image sets: what they are, how many bytes are there, and whether the files are whole"
+    root,rows = data_path(path),[]
+    for name,images in _about.items():
+        files = _files_of(name, root)
+        n_bytes = sum(f.stat().st_size for f in files if f.is_file())
+        rows.append(dict(set=name, images=images, bytes=n_bytes, state=_state(files)))
+    return pd.DataFrame(rows).set_index('set')
