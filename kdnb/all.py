@@ -6,6 +6,8 @@ from kdnb.measure import *
 from kdnb.features import *
 from kdnb.channels import *
 from kdnb.terms import *
+from kdnb.checkpoint import *
+from kdnb.processes import *
 from kdnb.distill.losses import *
 from kdnb.distill.methods import *
 from kdnb.distill.callback import *

@@ -25,7 +25,7 @@ def data():
 def vbgs(seed, folder):
     "The recipe: a record, and for the pictures log α at four epochs and the masked weights"
     dls = data()
-    run = vbgs_kd(dls, path=f'{folder}/{seed}', data='mnist', seed=seed, epochs=EPOCHS, show=False, **SETTINGS)
+    run = vbgs_kd(dls, path=f'{folder}/{seed}', data='mnist', seeds=(seed,), epochs=EPOCHS, show=False, **SETTINGS)
     for name,model in run.models.items(): torch.save(model.state_dict(), f'{folder}/{seed}/{name}.pth') if name in ('teacher','student') else None
     shown = np.linspace(0, len(run.log_alphas)-1, 4).round().astype(int)
     figures = {f'log_alpha/{e+1}/{n}': o.half().numpy() for e in shown for n,o in run.log_alphas[e].items()}

@@ -14,13 +14,13 @@ def demo(tmp_path_factory):
 
 def test_what_is_written(demo):
     s = json.loads((demo/'summary.json').read_text())
-    assert list(s)==['recipe','data','seed','versions','stages'] and s['recipe']=='vbgs-kd' and s['data']=='digits'
+    assert list(s)==['recipe','data','seed','seeds','versions','stages'] and s['recipe']=='vbgs-kd' and s['data']=='digits'
     assert [o['name'] for o in s['stages']]==['teacher','student','sparse','small']
-    assert all(set(o)=={'name','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'} for o in s['stages'])
+    assert all(set(o)=={'name','seed','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'} for o in s['stages'])
     student,sparse,small = s['stages'][1:]
     assert small['weights_kept']<.25 and small['test_accuracy']>student['test_accuracy']-.03
     assert small['weights']==small['macs'] and small['weights_kept']==small['weights']/student['weights']
-    assert {'report.html','model.safetensors','summary.json','run.json','log_alpha.npz','checkpoints'}<={o.name for o in demo.iterdir()}
+    assert {'report.html','model.safetensors','summary.json','run.json','stages'}<={o.name for o in demo.iterdir()}
 
 def test_the_saved_network_is_the_measured_one(demo):
     s,dls = json.loads((demo/'summary.json').read_text()),image_dls('digits', device='cpu')
@@ -28,10 +28,10 @@ def test_the_saved_network_is_the_measured_one(demo):
     assert accuracy_on(m, dls.test)==s['stages'][-1]['test_accuracy'] and n_weights(m)==s['stages'][-1]['weights']
     assert not any(type(o).__module__.startswith('kdnb') for o in m.modules())
 
-def test_an_existing_folder_is_not_overwritten(demo, capsys, tmp_path):
-    before = (demo/'summary.json').read_bytes()
-    assert main(['compress','--out',str(demo),'--quiet'])==1
-    assert 'exists already' in capsys.readouterr().err and (demo/'summary.json').read_bytes()==before
+def test_a_folder_is_taken_up_or_left_alone(demo, capsys, tmp_path):
+    before = {f: f.read_bytes() for f in (demo/'stages').iterdir()}
+    assert main(['compress','--data','digits','--epochs','8,8,120','--out',str(demo),'--quiet'])==0       # nothing is trained again
+    assert {f: f.read_bytes() for f in (demo/'stages').iterdir()}==before
     (tmp_path/'thesis.txt').touch()
     assert main(['compress','--out',str(tmp_path),'--force','--quiet'])==1
     assert 'not the folder of a run' in capsys.readouterr().err and (tmp_path/'thesis.txt').exists()
@@ -42,7 +42,7 @@ def test_data_that_says_which_sample_is_which(tmp_path):
 
 def test_the_same_seed_gives_the_same_network(tmp_path):
     dls = image_dls('digits', device='cpu')
-    a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seed=s, show=False).models['sparse'] for i,s in enumerate((0,0,1)))
+    a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seeds=(s,), show=False).models['sparse'] for i,s in enumerate((0,0,1)))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.fc1.weight, c.fc1.weight)
 
@@ -67,7 +67,7 @@ def test_a_student_without_groups(tmp_path):
 
 def test_a_nan_stops_the_run_and_the_last_good_weights_stay(tmp_path):
     dls = image_dls('digits', device='cpu')
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch \d+, batch \d+ of stage 'teacher'"):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch \d+, batch \d+ of training 'teacher'"):
         vbgs_kd(dls, path=tmp_path/'run', epochs=(3,1,1), teacher_lr=1e30, show=False)
     assert json.loads((tmp_path/'run'/'run.json').read_text())['stages']==[]
 

@@ -8,18 +8,14 @@ __all__ = ['vbgs_kd_defaults', 'epochs_for', 'vbgs_kd']
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #113bc588
 import math
 from functools import partial
-import numpy as np, torch
-from torch import nn
+import torch
 from fastai.learner import Learner
-from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD
-from ..models import create,in_shape
-from .core import Run
+from .core import Run,check_settings,name_of,network_for
 from ..terms import check_weight
-from ..variational.callback import VariationalSparsifier,train_size
+from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
 from ..variational.convert import threshold,to_deterministic,to_variational
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
@@ -37,9 +33,10 @@ vbgs_kd_defaults = dict(
     teacher_lr=3e-3) # Adam, one cycle
 
 def epochs_for(dls,
-    epochs=None): # `(teacher, student, sparse)`; by default small sets get more epochs, so γ has 4,500 steps to move
+    epochs=None, # `(teacher, student, sparse)`; by default small sets get more epochs, so γ has 4,500 steps to move
+    quick=False): # Few epochs, for a try
     "Epochs of the three trainings"
-    if epochs is None: return 20,20,max(60, math.ceil(4500/len(dls.train)))
+    if epochs is None: return (5,5,100) if quick else (20,20,max(60, math.ceil(4500/len(dls.train))))
     if len(tuple(epochs))!=3 or any(not isinstance(o, int) or o<1 for o in epochs):
         raise ValueError(f'epochs is {epochs}, expected three whole numbers: '
                          'for the teacher, the student and the sparse stage.')
@@ -48,54 +45,45 @@ def epochs_for(dls,
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #1769ec68
 def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher='lenet5', # Name of a network, a module to train, or a trained `Learner`
-    student='lenet300', # Name of a network, or a module with linear layers
-    path='runs/vbgs_kd', # Folder of the run
+    student='lenet300', # Name of a network, or a module with linear or convolution layers
+    path='runs/vbgs_kd', # Folder of the run; one that is there goes on
     epochs=None, # `(teacher, student, sparse)`
-    seed=0, # Seed of every stage
+    seeds=1, # How many repetitions, or their seeds
     data='user data', # Name of the data, for the record
     T_log_alpha=None, # Threshold on log α; the valley between the clusters if None
-    force=False, # Overwrite an earlier run in `path`
+    quick=False, # Few epochs, for a try
+    force=False, # Begin anew: delete the run in `path`
     show=True, # Progress bars
     **settings): # Changes to `vbgs_kd_defaults`
     "Distil, sparsify variationally, shrink (paper 000); returns the finished `Run`"
-    if odd := settings.keys()-vbgs_kd_defaults.keys():
-        raise ValueError(f'vbgs_kd has no setting {sorted(odd)[0]!r}. There are {", ".join(vbgs_kd_defaults)}.')
-    s,(n_teacher,n_student,n_sparse) = {**vbgs_kd_defaults, **settings},epochs_for(dls, epochs)
+    s,(n_teacher,n_student,n_sparse) = check_settings('vbgs_kd', settings, vbgs_kd_defaults),epochs_for(dls, epochs, quick)
     if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/135
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
-    sparsifier = VariationalSparsifier(task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
-    if not isinstance(teacher, Learner): teacher = _network(teacher, dls, seed)
-    student = _network(student, dls, seed)
     noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
-    noisy(student)    # refuses what cannot be sparsified before anything is trained
-    run = Run(path, 'vbgs-kd', dls, data, seed, force, show, epochs=[n_teacher,n_student,n_sparse], **s)
-    soft = lambda: KnowledgeDistillation(t, term, task, cache=run.cache)
-    if isinstance(teacher, Learner): t = teacher.model; run.enter('teacher', t)
-    else: t = run.fit('teacher', run.learner(teacher, metrics=accuracy), n_teacher, s['teacher_lr']).model
-    dense = run.fit('student', run.learner(student, metrics=accuracy), n_student, s['lr'], cbs=[soft()]).model
-    learn = run.learner(noisy(dense), metrics=accuracy, wd=0., cbs=sparsifier)
-    masked = lambda model: to_deterministic(model, T_log_alpha)
-    run.fit('sparse', learn, n_sparse, s['lr'], 'fit_flat_cos', cbs=[soft()], pct_start=s['pct_start'], as_stage=masked)
-    run.log_alphas = sparsifier.log_alphas
+    prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
+    prior(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
+    if not isinstance(teacher, Learner): network_for(dls, teacher)
+    run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
+              epochs=[n_teacher,n_student,n_sparse], T_log_alpha=T_log_alpha, quick=quick, **s)
+    found = []
+    for _ in run.each_seed():
+        t = run.teacher(teacher, n_teacher, s['teacher_lr'])
+        soft = partial(KnowledgeDistillation, t, term, task, cache=run.cache)
+        dense = run.fit('student', run.learner(run.network(student)), n_student, s['lr'], cbs=soft())
+        sparse = run.fit('sparse', run.learner(noisy(dense), wd=0.), n_sparse, s['lr'], 'fit_flat_cos', [soft(), kl := prior()],
+                         result=partial(to_deterministic, T=T_log_alpha), pct_start=s['pct_start'])
+        small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
+        found.append((dense, sparse, small, kl.log_alphas))
+    dense,sparse,small,run.log_alphas = found[0]
     run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
-    _save_log_alphas(run)
-    small = shrink(run.models['sparse'], dls).eval()
-    run.enter('small', small, of=dense)
-    return run.finish(small)
+    _show(run, sparse)
+    return run.finish(small, of=dense)
 
-def _network(name, dls, seed):
-    "The network called `name`, or the module itself, if it takes the images of `dls`"
-    set_seed(seed)
-    model,x = name if isinstance(name, nn.Module) else create(name, dls),torch.zeros(2, *in_shape(dls))
-    try:
-        with torch.no_grad(): model.to('cpu')(x)
-    except (RuntimeError,ValueError) as e:
-        raise ValueError(f'{type(model).__name__} cannot take images of shape {tuple(x.shape[1:])}: '
-                         f'{str(e).splitlines()[0]}. '
-                         'Build it for that shape, e.g. create(name, dls).') from None
-    return model
-
-def _save_log_alphas(run):
-    "log α of every epoch, a column per group, beside the run's record"
-    las = {n: torch.stack([o[n] for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}
-    np.savez_compressed(run.path/'log_alpha.npz', threshold=run.threshold, **las)
+def _show(run, sparse):
+    groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}
+    run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',
+                'log α of every group of weights while the network was sparsified. Right of the threshold noise is larger than signal, '
+                'and the group goes. The counts are logarithmic.')
+    run.exhibit('weights', 'weights', {n: w.astype('float16') for n,w in weight_pictures(sparse).items()}, 'What was cut (Figure 5)',
+                'The weights: a row is an output, a column one of its inputs; white is gone. Red is positive, blue negative; '
+                'of kernels the length is shown.')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_params', 'train_size', 'kl_schedule', 'VariationalSparsifier', 'cut_fraction', 'plot_log_alpha', 'plot_kept',
-           'plot_weights', 'plot_threshold', 'ThresholdExplorer', 'paper_optimizer']
+           'weight_pictures', 'plot_weights', 'plot_threshold', 'ThresholdExplorer', 'paper_optimizer']
 
 # %% ../../nbs/22_variational.callback.ipynb #1887d1ed
 import math,warnings
@@ -245,25 +245,28 @@ def _unread(w, reader):
     alive = reader.weight.detach().cpu().ne(0).transpose(0, 1).flatten(1).any(1)
     return ~alive.view(len(w), -1).any(1) if len(alive)%len(w)==0 else torch.zeros(len(w), dtype=torch.bool)
 
-def plot_weights(model, # Masked network (`to_deterministic`)
-    layers=None, # Paths of linear layers and convolutions; all if None
-    figsize=None):
-    "Weight matrices, outputs down, inputs across, white where cut (paper 000, Figure 5); returns the axes"
+def weight_pictures(model, # Masked network (`to_deterministic`)
+    layers=None): # Paths of linear layers and convolutions; all if None
+    "`{layer: array}` of the weights as they act, outputs down, inputs across: 0 where cut, a kernel is one number, its norm"
     found = {n: m for n,m in model.named_modules() if isinstance(m, weighted) and getattr(m, 'groups', 1)==1}
     is_chain = isinstance(model, torch.nn.Sequential) and not any('.' in n for n in found)
     chain = dict(zip(found, list(found.values())[1:])) if is_chain else {}
-    found = {n: found[n] for n in layers} if layers else found
+    res = {n: _picture(found[n].weight).clone() for n in layers or found}
+    for n in res.keys()&chain.keys(): res[n][_unread(res[n], chain[n])] = 0
+    return {n: w.numpy() for n,w in res.items()}
+
+def plot_weights(model, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
+    layers=None, # Paths of linear layers and convolutions; all if None
+    figsize=None):
+    "Weight matrices, outputs down, inputs across, white where cut (paper 000, Figure 5); returns the axes"
+    found = model if isinstance(model, dict) else weight_pictures(model, layers)
     rows,cols = math.ceil(len(found)/4),min(len(found), 4)
     figsize = figsize or (3.2*cols, 2.8*rows)
     axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')[1].ravel()
-    for ax,(name,m) in zip(axs, found.items()):
-        w = _picture(m.weight).clone()
-        if name in chain: w[_unread(w, chain[name])] = 0
-        w,kernels = w.numpy(),m.weight.ndim>2
-        top = np.quantile(np.abs(w), .99) or 1.
-        cmap = plt.get_cmap('Reds' if kernels else 'RdBu_r').with_extremes(bad='white')
-        ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if kernels else -top, vmax=top, aspect='auto',
-                  interpolation='nearest')
+    for ax,(name,w) in zip(axs, found.items()):
+        top,norms = np.quantile(np.abs(w), .99) or 1.,w.min()>=0
+        cmap = plt.get_cmap('Reds' if norms else 'RdBu_r').with_extremes(bad='white')
+        ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if norms else -top, vmax=top, aspect='auto', interpolation='nearest')
         ax.set(title=f'{name}: {(w!=0).any(1).sum()} × {(w!=0).any(0).sum()} kept', xlabel='inputs', ylabel='outputs')
     for ax in axs[len(found):]: ax.remove()
     return axs[:len(found)]
