@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdnb.report._and': ('report.html#_and', 'kdnb/report.py'),
                              'kdnb.report._as_bytes': ('report.html#_as_bytes', 'kdnb/report.py'),
                              'kdnb.report._axes': ('report.html#_axes', 'kdnb/report.py'),
+                             'kdnb.report._by_path': ('report.html#_by_path', 'kdnb/report.py'),
                              'kdnb.report._colour': ('report.html#_colour', 'kdnb/report.py'),
                              'kdnb.report._curves': ('report.html#_curves', 'kdnb/report.py'),
                              'kdnb.report._differ': ('report.html#_differ', 'kdnb/report.py'),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # %% ../nbs/70_cli.ipynb #8603bce9
 _about = {
-    'vbgs-kd': 'teach the student, sparsify it with noise on groups of weights, cut what is noise, shrink (paper 000)',
+    'vbgs-kd': 'teach the student, sparsify it variationally, cut what is noise, shrink it (paper 000)',
     'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (paper 001)',
     'prue': 'prune the teacher so that it is less sure of itself, then let it teach (paper 002)',
     'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (paper 003)',
@@ -81,7 +81,6 @@ def _compress_parser(commands, text):
                             epilog=_compress_help,
                             description='Run a recipe and write the small network and a report into a folder.',
                             formatter_class=text)
-    c.set_defaults(run=compress)
     c.add_argument('--recipe', default='vbgs-kd', choices=_about, metavar='NAME',
                    help='how to compress, see below (vbgs-kd)')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
@@ -104,7 +103,6 @@ def _report_parser(commands, text):
     c = commands.add_parser('report', help='write the report of a run again, or compare runs', formatter_class=text,
                             description='Write the report of a run, from its folder alone; of several, side by side.',
                             epilog='examples:\n  kdnb report runs/mnist\n  kdnb report runs/a runs/b --out two.html')
-    c.set_defaults(run=write_report)
     c.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='folder of a run')
     c.add_argument('--out', type=Path, metavar='FILE', help='page to write (FOLDER/report.html, or compare.html)')
 
@@ -112,7 +110,6 @@ def _data_parser(commands, text):
     c = commands.add_parser('data', help='list the image sets and whether their files are whole', formatter_class=text,
                             description='List the image sets and check their files; or look into a folder of your own.',
                             epilog='Image sets are looked for in the folder KDNB_DATA, else in ~/.kdnb/data.')
-    c.set_defaults(run=show_data)
     c.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='images of your own')
     c.add_argument('--size', type=_whole, metavar='N', help='edge that its images are to have, or height,width')
 
@@ -121,7 +118,6 @@ def _sweep_parser(commands, text):
                             description='Run a recipe for every combination of a grid, on several processes or '
                                         'machines.\nWhat is finished is not run again.',
                             epilog='example:\n  kdnb sweep grid.toml --storage journal.log --workers 2')
-    c.set_defaults(run=run_sweep)
     c.add_argument('grid', type=Path, metavar='grid.toml', help='recipe, data, settings and the values to combine')
     c.add_argument('--storage', required=True, metavar='FILE|URL', help='what all workers share: a file or a database')
     c.add_argument('--out', type=Path, default=Path('runs/sweep'), metavar='FOLDER', help='for the runs (runs/sweep)')
@@ -139,7 +135,7 @@ def main(argv=None):
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', category=FutureWarning)
             warnings.showwarning = _say
-            return args.run(args)
+            return dict(compress=compress, report=write_report, data=show_data, sweep=run_sweep)[args.command](args)
     except (ValueError,OSError,FloatingPointError,ModuleNotFoundError) as e:
         _say(e)
         return 1
@@ -161,9 +157,10 @@ def compress(args):
     from kdnb.recipes.core import find_recipe
     from kdnb.report import how_to_load
     recipe,(dls,data) = find_recipe(args.recipe),_load(args)
-    given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None} | dict(args.set)
-    run = recipe(dls, path=args.out or Path('runs')/f'{args.recipe}-{data}', data=data, seeds=args.seeds,
-                 quick=args.quick, force=args.force, show=not args.quiet, **given)
+    given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
+    run = recipe(dls, **dict(path=args.out or Path('runs')/f'{args.recipe}-{data}', data=data, seeds=args.seeds,
+                             quick=args.quick, force=args.force, show=not args.quiet) | given | dict(args.set))
+    if run.rank: return 0    # the first of several processes speaks
     page = run.report()
     _print(run)
     print(f'\nReport: {page}\nTo load the small network:\n\n{how_to_load(run)}')

@@ -10,12 +10,13 @@ __all__ = ['colours', 'load_lines', 'human', 'percent', 'by_name', 'spread', 'st
 # %% ../nbs/60_report.ipynb #14a2a704
 import base64,html,io,math,re
 from contextlib import contextmanager
+from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from cycler import cycler
 from matplotlib.colors import to_hex
-from matplotlib.ticker import EngFormatter,MaxNLocator
+from matplotlib.ticker import EngFormatter,LogLocator,MaxNLocator,NullFormatter
 from PIL import Image
-from fastcore.basics import chunked,listify,patch
+from fastcore.basics import chunked,patch
 from . import __version__
 from .export import atomic_write
 from .measure import plot_breakpoint
@@ -150,7 +151,10 @@ def plot_sizes(runs, # `{name: rows of Record.stages}`
             ax.annotate(stage, (_mean(rows, 'weights'), 100*_mean(rows, 'test_accuracy')), xytext=(0,-6), va='top',
                         textcoords='offset points', ha='center', fontsize='small', color=line.get_color())
     ax.set(xscale='log', xlabel='weights that are not zero', ylabel='test accuracy (%)')
-    ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.margins(.15); ax.grid(alpha=.3); ax.legend()
+    ax.margins(.15); ax.grid(alpha=.3); ax.legend()
+    low,high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5) if high<50*low else (1,)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
 # %% ../nbs/60_report.ipynb #1fa6eabf
@@ -409,19 +413,31 @@ def _tiles(stages):
         one('bytes', 'size', lambda v: human(v, 'B'), 'larger', 'smaller', 'as large'),
         one('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms', 'slower', 'faster', 'as fast')]) + '</div>'
 
+_sums = 'weights','params','macs','bytes'
+def _by_path(rows, known=()):
+    "Layers by path; what stands where a layer of `known` stood (fc1.0, fc1.1 for fc1) is that layer"
+    found = {}
+    for o in rows: found.setdefault(next((k for k in known if o['path'].startswith(f'{k}.')), o['path']), []).append(o)
+    return {p: max(o, key=lambda l: l['params']) | {k: sum(l[k] for l in o) for k in _sums} for p,o in found.items()}
+
 def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
     "A dict of text for each layer, before → after"
-    before,after = ({o['path']: o for o in layers.get(k) or []} for k in ('before','after'))
+    before = _by_path(layers.get('before') or [])
+    after = _by_path(layers.get('after') or [], before)
     both = [o for o in (before,after) if o]
-    def show(key, path, f=human): return ' → '.join(f(o[path][key]) if path in o else '–' for o in both)
+    def show(key, path, f=human):
+        texts = [str(f(o[path][key])) if path in o else '–' for o in both]
+        return ' → '.join(texts) if any(texts) else ''
+    def _bytes(v): return human(v, 'B')
     def kept(path):
         a,b = (o.get(path, {}).get('weights') for o in (before,after))
         return percent(b/a) if a and b is not None else '–'
-    return [{'layer': p, 'kind': (after.get(p) or before[p])['kind'], 'shape': show('shape', p, str),
-             'weights': show('weights', p)} | ({'kept': kept(p)} if len(both)>1 else {})
-            | {'parameters': show('params', p), 'MACs': show('macs', p)}
-            | {'size': show('bytes', p, lambda v: human(v, 'B'))}
-            for p in dict.fromkeys([*before,*after])]
+    def row(p):
+        return ({'layer': p, 'kind': (before.get(p) or after[p])['kind'], 'shape': show('shape', p, str)}
+                | {'weights': show('weights', p)}
+                | ({'kept': kept(p)} if len(both)>1 else {})
+                | {'parameters': show('params', p), 'MACs': show('macs', p), 'size': show('bytes', p, _bytes)})
+    return [row(p) for p in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total')]
 
 load_lines = '''from kdnb.all import *
 model = load_model('{path}'{build}){why}
