@@ -228,7 +228,7 @@ def training_state(learn):
 def set_training_state(learn, state):
     "Go back to `state`, from `training_state`"
     set_tensors(learn.model, state['model'])
-    for k,p in unwrap(learn.model).named_parameters(): p.grad = state['grads'][k].to(p.device) if k in state['grads'] else None
+    for k,p in unwrap(learn.model).named_parameters(): p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     learn.train_iter = state['train_iter']
     set_callback_memory(learn.cbs, state['callbacks'])

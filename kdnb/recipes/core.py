@@ -140,6 +140,8 @@ def _claim(path, recipe, force):
         for o in path.iterdir():
             if o.is_dir(): shutil.rmtree(o)
             elif o.name!='.lock': o.unlink()
+    for o in path.rglob('.*.*'):      # half a file of a process that was killed
+        if o.suffix[1:].isdigit(): o.unlink()
     if not (path/'run.json').exists(): return
     o = _read_run(path)
     if o['recipe']!=recipe:

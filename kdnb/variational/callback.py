@@ -79,7 +79,7 @@ class VariationalSparsifier(LossTerm):
         schedule = weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown)
         super().__init__(self._kl, schedule, name='kl')
         self.gamma_weight,self.theta_weight,self.gamma_lr = gamma_weight,theta_weight,gamma_lr
-        self.cap,self.cooldown,self.log_alphas = cap,cooldown,[]
+        self.cap,self.cooldown,self.closed,self.log_alphas = cap,cooldown,False,[]
 
     @staticmethod
     def _kl(self):
@@ -95,11 +95,11 @@ class VariationalSparsifier(LossTerm):
                              'Convert it: Learner(dls, to_variational(model), ...).')
         self._parts = [m for m in self._noisy.modules() if isinstance(m, (Gate,NoisyLayer))]
         self._weights = _by_gate(self._noisy, self.gamma_weight) if isinstance(self.gamma_weight, dict) else None
-        self._N,self._caps,self._warned,self._closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
+        self._N,self._caps,self._warned,self.closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
         super().before_fit()
 
     def before_train(self):
-        if not self._trained: self.log_alphas = []
+        if not self._trained and self.epoch==0: self.log_alphas = []
         super().before_train()
         own = {id(p) for p in self.opt.param_lists[-1]}=={id(p) for p in noise_params(self.model)}
         if not own and self.gamma_lr!=1:
@@ -138,12 +138,12 @@ def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()
 
 @patch
 def before_batch(self:VariationalSparsifier):
-    if self.training and self.cooldown and not self._closed and self.pct_train>=self.cooldown[0]: self._close()
+    if self.training and self.cooldown and not self.closed and self.pct_train>=self.cooldown[0]: self._close()
 
 @patch
 def _close(self:VariationalSparsifier):
     "Close the groups that are noise at the present valley"
-    self._closed,masks = True,kept(self._noisy)
+    self.closed,masks = True,kept(self._noisy)
     for n,m in noise_groups(self._noisy).items():
         if isinstance(m, Gate): m.close(masks[n])
 

@@ -1,0 +1,53 @@
+"A run that is killed again and again, each time in a stage: killed.py folder seed. Children are forked, so that nothing is imported twice"
+import json, os, random, signal, sys, time, warnings
+from pathlib import Path
+
+warnings.filterwarnings('ignore')
+import torch
+torch.set_num_threads(1)
+import kdnb.recipes.core as core
+from kdnb.all import *
+
+KILLS,STAGES = 5,('teacher','student','sparse','small','finish')
+
+def work(path, pipe=None):
+    "The whole run; says on `pipe` which stage begins"
+    core.latency = lambda models, data: [1.]*len(models)     # times are never equal
+    def says(name, f):
+        def g(self, *args, **kwargs):
+            stage = 'finish' if name=='finish' else args[2] if name=='_train' else args[0]
+            if pipe is not None: os.write(pipe, f'{stage}\n'.encode())
+            return f(self, *args, **kwargs)
+        setattr(core.Run, name, g)
+    for name in ('_train','enter','finish'): says(name, getattr(core.Run, name))
+    dls = image_dls('digits', device='cpu', bs=256, pad=1)
+    vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), show=False).report()
+
+def attempt(path, stage, delay):
+    "Run until `stage` or a later one has begun and `delay` seconds have passed, then kill; True if it was in that stage"
+    out,inp = os.pipe()
+    if (pid := os.fork())==0:
+        try: work(path, inp); os._exit(0)
+        except BaseException:
+            import traceback; traceback.print_exc(); os._exit(1)
+    os.close(inp)
+    said = b''
+    wanted = {o.encode() for o in STAGES[STAGES.index(stage):]} if stage else set()
+    while not wanted & {*said.split(b'\n')} and (more := os.read(out, 1000)): said += more
+    time.sleep(delay)
+    if stage: os.kill(pid, signal.SIGKILL)
+    os.close(out)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status)==0, 'the run failed'
+    return os.WIFSIGNALED(status) and stage.encode() in said
+
+if __name__=='__main__':
+    folder,rng = Path(sys.argv[1]),random.Random(int(sys.argv[2]))
+    start = time.perf_counter()
+    attempt(folder/'whole', None, 0)
+    whole,kills = time.perf_counter()-start,{}
+    for stage in STAGES:
+        for _ in range(KILLS):
+            if attempt(folder/'killed', stage, rng.uniform(0, whole/40)): kills[stage] = kills.get(stage, 0)+1
+    attempt(folder/'killed', None, 0)
+    print(json.dumps(kills))

@@ -1,0 +1,203 @@
+"What survives a kill, a damaged file, a full disk, a changed setting; what several processes write."
+import json, os, re, resource, shutil, subprocess, sys
+
+import pytest
+from common import quiet
+from kdnb.all import *
+from kdnb.checkpoint import load_state, save_state
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+def content(path):
+    "All that a run has written, without the times"
+    res = {}
+    for f in sorted(o for o in path.rglob('*') if o.is_file() and o.name!='.lock'):
+        text = f.read_bytes() if f.suffix in ('.safetensors','.npz') else re.sub(r'"seconds": [\d.e-]+', '', f.read_text())
+        res[str(f.relative_to(path))] = text.replace(str(path), 'run') if isinstance(text, str) else text
+    return res
+
+def test_killed_in_every_stage_again_and_again(tmp_path):
+    out = subprocess.run([sys.executable, Path(__file__).parent/'killed.py', tmp_path, '0'], env=ENV, capture_output=True, text=True, timeout=500)
+    assert out.returncode==0, out.stderr[-3000:]
+    kills = json.loads(out.stdout.splitlines()[-1])
+    assert sum(kills.values())>=18 and kills.keys()=={'teacher','student','sparse','small','finish'}, kills
+    whole,killed = content(tmp_path/'whole'),content(tmp_path/'killed')
+    assert whole.keys()==killed.keys()
+    for k in whole: assert whole[k]==killed[k], k
+
+class Stop(Exception): pass
+class StopAt(Callback):
+    def __init__(self, epoch): self._at = epoch
+    def before_batch(self):
+        if self.training and self.epoch==self._at and self.iter==3: raise Stop('here')
+
+class Memory(Callback):
+    "Counts in public, as a user's callback may"
+    def __init__(self): self.n,self.seen = 0,[]
+    def after_batch(self):
+        if self.training: self.n += 1
+    def after_epoch(self): self.seen.append((self.epoch, self.n, float(self.learn.smooth_loss)))
+
+RICH = {
+    'dropout and MixUp': lambda: (dict(), [MixUp()]),
+    'accumulation': lambda: (dict(), [GradientAccumulation(300)]),
+    'fastai Adam': lambda: (dict(opt_func=Adam, moms=(.9,.8,.9)), []),
+    'lookahead': lambda: (dict(opt_func=ranger), []),
+    'SGD and weight decay': lambda: (dict(opt_func=SGD, wd=.1), [GradientClip(.1)]),
+    'gradual pruning': lambda: (dict(), [Pruner(.8, schedule='gradual', rounds=5)]),
+    'early stopping': lambda: (dict(), [EarlyStoppingCallback(patience=3, min_delta=.5)]),
+    'scheduled on plateau': lambda: (dict(), [ReduceLROnPlateau(patience=1, min_delta=.5)])}
+
+def training(path, kind, stop, fit='fit_one_cycle'):
+    set_seed(3, reproducible=True)
+    dls = image_dls('digits', device='cpu', bs=128, pad=1)
+    dls.train.rng = random.Random(0)
+    model = nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(.3), nn.Linear(216,10))
+    kwargs,cbs = RICH[kind]()
+    learn,memory = Learner(dls, model, metrics=accuracy, **kwargs),Memory()
+    with learn.no_bar(),learn.no_logging(): getattr(learn, fit)(5, 5e-3, cbs=[*cbs, memory, StopAt(stop), Checkpoint(path)])
+    return learn,memory
+
+@pytest.mark.parametrize('kind', RICH)
+def test_a_training_goes_on_exactly(kind, tmp_path):
+    whole,seen = training(tmp_path/'whole', kind, -1)
+    for stop in (1,3):
+        try: training(tmp_path/'killed', kind, stop)
+        except Stop: pass
+    again,seen_again = training(tmp_path/'killed', kind, -1)
+    a,b = tensors_in(whole.model),tensors_in(again.model)
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert seen.seen==seen_again.seen and whole.recorder.values==again.recorder.values
+    assert whole.recorder.lrs==again.recorder.lrs and torch.equal(torch.stack(list(whole.recorder.losses)), torch.stack(list(again.recorder.losses)))
+
+def test_two_fits_in_one_method(tmp_path):
+    whole,_ = training(tmp_path/'whole', 'fastai Adam', -1, 'fine_tune')
+    with pytest.raises(Stop): training(tmp_path/'killed', 'fastai Adam', 2, 'fine_tune')
+    again,_ = training(tmp_path/'killed', 'fastai Adam', -1, 'fine_tune')
+    assert all(torch.equal(p, q) for p,q in zip(whole.model.parameters(), again.model.parameters()))
+
+def small_run(path, lr=3e-3, seeds=1, stop=-1, width=30):
+    dls = image_dls('digits', device='cpu', bs=256)
+    run = Run(path, 'small', dls, seeds=seeds, show=False)
+    for _ in run.each_seed():
+        teacher = run.teacher('lenet300', 2, lr)
+        student = run.fit('student', run.learner(run.network(mlp(in_shape=dls.in_shape, hidden=width))), 4, 1e-3,
+                          cbs=[KnowledgeDistillation(teacher, KD(T=2), cache=run.cache), StopAt(stop)])
+        run.value('agreement', agreement, teacher, student, dls.valid)
+    return run.finish(student)
+
+def stamps(path): return {f.name: f.stat().st_mtime_ns for f in (path/'stages').glob('*.json')}
+
+def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path):
+    path = tmp_path/'run'
+    small_run(path)
+    first = stamps(path)
+    small_run(path)
+    assert stamps(path)==first
+    small_run(path, width=20)                   # the student alone
+    second = stamps(path)
+    assert second['teacher-seed0.json']==first['teacher-seed0.json'] and second['student-seed0.json']!=first['student-seed0.json']
+    small_run(path, lr=2e-3, width=20)          # the teacher, and so the student
+    third = stamps(path)
+    assert third['teacher-seed0.json']!=second['teacher-seed0.json'] and third['student-seed0.json']!=second['student-seed0.json']
+    small_run(path, lr=2e-3, width=20, seeds=2)
+    assert {k: v for k,v in stamps(path).items() if 'seed0' in k}==third and len(stamps(path))==4
+    small_run(path, lr=2e-3, width=20, seeds=2, stop=-2)       # a callback that is set otherwise
+    assert all(v!=third.get(k) for k,v in stamps(path).items() if 'student' in k)
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path):
+    whole = small_run(tmp_path/'whole')
+    with pytest.raises(Stop): small_run(tmp_path/'run', stop=2)
+    newest = sorted((tmp_path/'run'/'checkpoints').rglob('epoch-*'))[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    dls = image_dls('digits', device='cpu', bs=256)
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*Training 'student' goes on from the checkpoint before it"):
+        with pytest.raises(Stop): small_run(tmp_path/'run', stop=2)
+    state = tmp_path/'whole'/'stages'/'teacher-seed0.safetensors'
+    before = state.read_bytes()
+    state.write_bytes(before[:200])
+    with pytest.warns(UserWarning, match='This stage is trained again'): small_run(tmp_path/'whole')
+    assert state.read_bytes()==before
+
+FULL = '''
+import sys, warnings; warnings.filterwarnings('ignore')
+from kdnb.all import *
+dls = image_dls('digits', device='cpu', bs=256)
+run = Run(sys.argv[1], 'small', dls, show=False)
+run.fit('first', run.learner(run.network('lenet300')), 2, 1e-3)
+run.fit('big', run.learner(run.network(mlp(in_shape=dls.in_shape, hidden=4000))), 2, 1e-3)
+'''
+
+def test_a_full_disk_names_the_file_and_harms_nothing(tmp_path):
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    mounted = subprocess.run(['mount','-t','tmpfs','-o','size=3m','none',str(disk)], capture_output=True).returncode==0 if shutil.which('mount') else False
+    limit = None if mounted else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))   # where mounting is not allowed
+    try:
+        out = subprocess.run([sys.executable,'-c',FULL,disk/'run'], env=ENV, capture_output=True, text=True, preexec_fn=limit, timeout=200)
+        assert out.returncode!=0 and re.search(r'OSError: .*big-seed0-\w+/fit0/epoch-00000.safetensors could not be written', out.stderr, re.S), out.stderr[-1500:]
+        assert json.loads((disk/'run'/'run.json').read_text())['stages']==['first-seed0']
+        assert load_state(disk/'run'/'stages'/'first-seed0.safetensors')['model'] and not list((disk/'run').rglob('.*.safetensors.*'))
+    finally:
+        if mounted: subprocess.run(['umount',str(disk)])
+
+def test_other_folders_are_refused(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    Run(tmp_path/'a', 'one', dls, show=False)
+    with pytest.raises(ValueError, match='holds a run of one, this is two'): Run(tmp_path/'a', 'two', dls)
+    o = json.loads((tmp_path/'a'/'run.json').read_text())
+    (tmp_path/'a'/'run.json').write_text(json.dumps(o | dict(versions=o['versions'] | dict(kdnb='0.0.0'))))
+    with pytest.raises(ValueError, match='was made by kdnb 0.0.0, this is'): Run(tmp_path/'a', 'one', dls)
+    (tmp_path/'a'/'run.json').write_text('{')
+    with pytest.raises(ValueError, match='is damaged'): Record(tmp_path/'a')
+    with pytest.raises(FileNotFoundError, match='is not the folder of a run'): Record(tmp_path/'b')
+    Run(tmp_path/'a', 'two', dls, force=True, show=False)
+    for seeds in (0, -1, (), (1,1), (0,'1'), 1.5):
+        with pytest.raises((ValueError,TypeError)): Run(tmp_path/'c', 'one', dls, seeds=seeds)
+
+def test_one_process_writes_a_run(tmp_path):
+    hold = 'import sys\nfrom kdnb.all import *\nRun(sys.argv[1], "small", image_dls("digits", device="cpu"), show=False)\nprint("here", flush=True)\nsys.stdin.read()'
+    p = subprocess.Popen([sys.executable,'-W','ignore','-c',hold,tmp_path/'run'], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert 'here' in p.stdout.readline()
+    with pytest.raises(ValueError, match='another process is writing the run'): Run(tmp_path/'run', 'small', image_dls('digits', device='cpu'))
+    p.kill(); p.wait()
+    Run(tmp_path/'run', 'small', image_dls('digits', device='cpu'), show=False)     # a dead one holds nothing
+
+def test_state_is_plain_and_exact(tmp_path):
+    t = torch.randn(4,4)
+    o = dict(a=[1,2.5,None,True,'ä',float('inf')], b=(t[1:3], t[:2], t.T), c={(1,2): np.arange(3.), 'k': L(1,[2])}, d=torch.tensor(3, dtype=torch.bfloat16),
+             e=np.array(['x','yy']), f=pd.DataFrame([[1,.1],[2,.2]], index=pd.MultiIndex.from_tuples([('a',0),('b',1)], names=['n','s']), columns=['i','x']))
+    r = load_state(save_state(tmp_path/'s', o))
+    assert r['a']==o['a'] and all(torch.equal(x, y) for x,y in zip(r['b'], o['b'])) and torch.equal(r['d'], o['d'])
+    assert (r['c'][1,2]==o['c'][1,2]).all() and r['c']['k']==o['c']['k'] and isinstance(r['c']['k'], L) and (r['e']==o['e']).all()
+    pd.testing.assert_frame_equal(r['f'], o['f'])
+    raw = (tmp_path/'s').read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        b = bytearray(raw)
+        for i in rng.integers(len(b), size=3): b[i] = rng.integers(256)
+        (tmp_path/'x').write_bytes(bytes(b[:rng.integers(1, len(b)+1)]))
+        try: load_state(tmp_path/'x')
+        except ValueError: pass           # and nothing else
+
+TWO = '''
+import sys, warnings; warnings.filterwarnings('ignore')
+from kdnb.all import *
+torch.set_num_threads(1)
+dls = image_dls('digits', device='cpu', bs=128, drop_last=True)
+run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', sys.argv[1], (6,6,40), data='digits', gamma_weight=20., show=False)
+if run.rank==0: run.report()
+'''
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    (tmp_path/'s.py').write_text(TWO)
+    ps = [subprocess.Popen([sys.executable,*how,tmp_path/'s.py',tmp_path/name], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+          for name,how in (('one',[]), ('two',['-m','torch.distributed.run','--standalone','--nproc_per_node','2']))]
+    for p in ps: assert p.wait(300)==0, p.stdout.read()[-3000:]
+    one,two = Record(tmp_path/'one'),Record(tmp_path/'two')
+    a,b = one.stages,two.stages
+    assert [o['name'] for o in a]==[o['name'] for o in b]
+    for x,y in zip(a, b): assert abs(x['test_accuracy']-y['test_accuracy'])<.03 and abs(x['weights_kept']-y['weights_kept'])<.05, (x,y)
+    loss = [[o['curves'][-1]['valid_loss'] for o in s[:2]] for s in (a,b)]
+    np.testing.assert_allclose(*loss, rtol=1e-2)
+    assert {f.name for f in (tmp_path/'one').rglob('*')}=={f.name for f in (tmp_path/'two').rglob('*')}
