@@ -473,7 +473,7 @@ def _stages(r):
 
 def _layers(r):
     if not (rows := layer_rows(r.layers)): return []
-    order = 'Before → after. ' if r.layers.get('before') else ''
+    order = ('Before → after. ' if r.layers.get('before') else '') + (f'Seed {r.seeds[0]}. ' if len(r.seeds)>1 else '')
     return ['<h2>Layer by layer</h2>', html_table(rows),
             f'<p class=note>{order}MACs for one image; size with biases and buffers.</p>']
 
