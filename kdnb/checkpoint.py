@@ -7,7 +7,7 @@ __all__ = ['bookkeeping', 'atomic_write', 'save_state', 'load_state', 'fingerpri
            'callback_memory', 'set_callback_memory', 'training_state', 'set_training_state', 'Checkpoint']
 
 # %% ../nbs/06_checkpoint.ipynb #e4a2ef5e
-import hashlib,json,os,random,re,warnings
+import hashlib,json,math,os,random,re,time,warnings
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType,CodeType,FunctionType,MethodType
@@ -57,15 +57,25 @@ def _pack(o, tensors):
         return {'$frame': [[_pack(c, tensors), _pack(o[c].tolist(), tensors)] for c in o], 'index': _pack(o.index.tolist(), tensors),
                 'names': _pack(list(o.index.names), tensors), 'columns': _pack(list(o.columns.names), tensors)}
     if isinstance(o, dict): return {'$dict': [[_pack(k, tensors), _pack(v, tensors)] for k,v in o.items()]}
+    if (long := _one_tensor(o)) is not None: return {'$long': _pack(long, tensors), 'tensors': isinstance(o[0], torch.Tensor)}
     kind = {tuple: '$tuple', list: '$list', L: '$L'}.get(type(o))
     if kind is None: raise TypeError(f'{type(o).__name__} is no plain data')
     return {kind: [_pack(v, tensors) for v in o]}
+
+def _one_tensor(o):
+    "A long list of numbers or of scalar tensors as one tensor: a recorder has one of each for every batch"
+    if type(o) is not list or len(o)<16: return
+    kinds = {type(v) for v in o}
+    if kinds=={float}: return torch.tensor(o, dtype=torch.double)
+    if all(issubclass(k, torch.Tensor) for k in kinds) and {(v.dtype,v.ndim) for v in o}=={(o[0].dtype,0)}:
+        return torch.stack([v.detach().as_subclass(torch.Tensor) for v in o])
 
 def _unpack(o, tensors):
     if not isinstance(o, dict): return o
     (kind,v),*more = o.items()
     if kind=='$tensor': return tensors[v]
     if kind=='$array': return tensors[v].numpy()
+    if kind=='$long': return list(_unpack(v, tensors)) if o['tensors'] else _unpack(v, tensors).tolist()
     if kind=='$strings': return np.array(v)
     if kind=='$dict': return {_hashable(_unpack(a, tensors)): _unpack(b, tensors) for a,b in v}
     if kind=='$frame':
@@ -238,7 +248,8 @@ def set_training_state(learn, state):
 class Checkpoint(Callback):
     "Keep the state of a training in a folder, and go on from it if it is there"
     order = 99   # behind everything that may change weights or remember something
-    _learn = None
+    share = .02  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
+    _learn,_next = None,0.
     def __init__(self,
         path, # Folder for the checkpoints of this training
         name=None, # What the training is called in messages; the folder's name if None
@@ -256,10 +267,12 @@ class Checkpoint(Callback):
 
     def _newest(self):
         "The state in the newest whole file, or None"
-        for f in reversed(self._files()):
-            try: return load_state(f)
+        files = self._files()
+        while files:
+            try: return load_state(files.pop())
             except (ValueError,OSError) as e:
-                warnings.warn(f'{e} Training {self._name!r} goes on from the checkpoint before it.', stacklevel=2)
+                how = 'goes on from the checkpoint before it' if files else 'begins anew'
+                warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
 
     def _loop(self):
         learn = self.learn
@@ -282,13 +295,16 @@ class Checkpoint(Callback):
     learn = property(lambda self: self._learn, _set_learn)
 
     def after_loss(self):
-        if not self.training or torch.isfinite(self.learn.loss).all(): return
-        kept = f'The state after epoch {self.epoch-1} is in {self._here}. ' if self._files() else ''
+        if not self.training or math.isfinite(self.learn.loss.as_subclass(torch.Tensor).sum().item()): return
+        kept = f'What went before is in {self._here}. ' if self._files() else ''
         raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of training {self._name!r} '
                                  f'(both count from 0). {kept}Try a smaller learning rate.')
 
     def after_epoch(self):
-        if not self.run or not self._write: return
+        if not self.run or not self._write or (self.share and time.perf_counter()<self._next): return
         if not all(v.isfinite().all() for v in tensors_in(self.learn.model).values() if v.is_floating_point()): return
+        start = time.perf_counter()
         save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn))
         for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
+        end = time.perf_counter()
+        self._next = end + (end-start)/(self.share or 1)

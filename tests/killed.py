@@ -13,6 +13,7 @@ KILLS,STAGES = 5,('teacher','student','sparse','small','finish')
 def work(path, pipe=None):
     "The whole run; says on `pipe` which stage begins"
     core.latency = lambda models, data: [1.]*len(models)     # times are never equal
+    Checkpoint.share = .5
     def says(name, f):
         def g(self, *args, **kwargs):
             stage = 'finish' if name=='finish' else args[2] if name=='_train' else args[0]

@@ -59,7 +59,8 @@ def training(path, kind, stop, fit='fit_one_cycle'):
     return learn,memory
 
 @pytest.mark.parametrize('kind', RICH)
-def test_a_training_goes_on_exactly(kind, tmp_path):
+def test_a_training_goes_on_exactly(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
     whole,seen = training(tmp_path/'whole', kind, -1)
     for stop in (1,3):
         try: training(tmp_path/'killed', kind, stop)
@@ -70,7 +71,8 @@ def test_a_training_goes_on_exactly(kind, tmp_path):
     assert seen.seen==seen_again.seen and whole.recorder.values==again.recorder.values
     assert whole.recorder.lrs==again.recorder.lrs and torch.equal(torch.stack(list(whole.recorder.losses)), torch.stack(list(again.recorder.losses)))
 
-def test_two_fits_in_one_method(tmp_path):
+def test_two_fits_in_one_method(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
     whole,_ = training(tmp_path/'whole', 'fastai Adam', -1, 'fine_tune')
     with pytest.raises(Stop): training(tmp_path/'killed', 'fastai Adam', 2, 'fine_tune')
     again,_ = training(tmp_path/'killed', 'fastai Adam', -1, 'fine_tune')
@@ -105,7 +107,8 @@ def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path):
     small_run(path, lr=2e-3, width=20, seeds=2, stop=-2)       # a callback that is set otherwise
     assert all(v!=third.get(k) for k,v in stamps(path).items() if 'student' in k)
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
     whole = small_run(tmp_path/'whole')
     with pytest.raises(Stop): small_run(tmp_path/'run', stop=2)
     newest = sorted((tmp_path/'run'/'checkpoints').rglob('epoch-*'))[-1]
@@ -165,10 +168,10 @@ def test_one_process_writes_a_run(tmp_path):
 
 def test_state_is_plain_and_exact(tmp_path):
     t = torch.randn(4,4)
-    o = dict(a=[1,2.5,None,True,'ä',float('inf')], b=(t[1:3], t[:2], t.T), c={(1,2): np.arange(3.), 'k': L(1,[2])}, d=torch.tensor(3, dtype=torch.bfloat16),
+    o = dict(z=[.1*i for i in range(50)], y=[torch.tensor(.1*i) for i in range(50)], a=[1,2.5,None,True,'ä',float('inf')], b=(t[1:3], t[:2], t.T), c={(1,2): np.arange(3.), 'k': L(1,[2])}, d=torch.tensor(3, dtype=torch.bfloat16),
              e=np.array(['x','yy']), f=pd.DataFrame([[1,.1],[2,.2]], index=pd.MultiIndex.from_tuples([('a',0),('b',1)], names=['n','s']), columns=['i','x']))
     r = load_state(save_state(tmp_path/'s', o))
-    assert r['a']==o['a'] and all(torch.equal(x, y) for x,y in zip(r['b'], o['b'])) and torch.equal(r['d'], o['d'])
+    assert r['z']==o['z'] and r['y']==o['y'] and r['a']==o['a'] and all(torch.equal(x, y) for x,y in zip(r['b'], o['b'])) and torch.equal(r['d'], o['d'])
     assert (r['c'][1,2]==o['c'][1,2]).all() and r['c']['k']==o['c']['k'] and isinstance(r['c']['k'], L) and (r['e']==o['e']).all()
     pd.testing.assert_frame_equal(r['f'], o['f'])
     raw = (tmp_path/'s').read_bytes()

@@ -82,8 +82,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
 def _show(run, sparse):
     groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}
     run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',
-                'log α of every group of weights while the network was sparsified. Right of the threshold noise is larger than signal, '
-                'and the group goes. The counts are logarithmic.')
+                'log α of every group of weights while the network was sparsified; the fuller the colour, the more groups. '
+                'Above the dotted threshold noise is larger than signal, and the group goes.')
     run.exhibit('weights', 'weights', {n: w.astype('float16') for n,w in weight_pictures(sparse).items()}, 'What was cut (Figure 5)',
-                'The weights: a row is an output, a column one of its inputs; white is gone. Red is positive, blue negative; '
-                'of kernels the length is shown.')
+                'The weights: a row is an output, a column one of its inputs; what is left empty is gone. Red is positive, '
+                'blue negative; of kernels the length is shown.')

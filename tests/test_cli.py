@@ -1,0 +1,125 @@
+"The command line: what it says, what it hands on, and a folder of images from end to end."
+import subprocess, sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from common import X, Y
+from PIL import Image
+from kdnb import cli
+from kdnb.all import *
+from kdnb.cli import main
+
+def said(capsys, status, *argv):
+    "What the command with `argv` prints, if it ends with `status`"
+    assert main([str(o) for o in argv])==status
+    out = capsys.readouterr()
+    if status: assert out.err.startswith('kdnb: ') and out.err.count('\n')==1
+    return out.err if status else out.out
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "200 images and a table of labels"
+    root = tmp_path_factory.mktemp('photos')
+    for i in range(200): Image.fromarray(X[i,0].numpy()).save(root/f'{i:03}.png')
+    pd.DataFrame(dict(name=[f'{i:03}.png' for i in range(200)], label=[f'digit {int(y)}' for y in Y[:200]])).to_csv(root/'labels.csv', index=False)
+    return root
+
+@pytest.fixture(scope='module')
+def run(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'mine'
+    argv = ['compress','--data',photos,'--teacher','lenet300','--epochs','2,2,4','--seeds','2','--set','gamma_weight=20','lam=.5','--out',out,'--quiet']
+    assert main([str(o) for o in argv])==0
+    return out,argv
+
+def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
+    out,argv = run
+    r = Record(out)
+    assert (r.data,r.seeds,r.settings['lam'],r.settings['gamma_weight'],r.settings['epochs'])==(photos.name,(0,1),.5,20,[2,2,4])
+    assert r.n_test==40 and r.has_test and [o['seed'] for o in r.stages]==[0]*4+[1]*4
+    model = load_model(out/'model.safetensors')
+    dls = image_dls(photos, device='cpu')
+    assert accuracy_on(model, dls.test)==r.stages[3]['test_accuracy'] and dls.vocab[7]=='digit 7'
+    before = {f: f.read_bytes() for f in (out/'stages').iterdir()}
+    text = said(capsys, 0, *argv)                                                                 # again: nothing is trained
+    assert {f: f.read_bytes() for f in (out/'stages').iterdir()}==before
+    for o in ('teacher','small','±','Report: ',f"load_model('{out/'model.safetensors'}')",'means of 2 seeds'): assert o in text
+
+def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
+    out,_ = run
+    page = (out/'report.html').read_text()
+    (out/'report.html').unlink()
+    assert 'Report: ' in said(capsys, 0, 'report', out) and (out/'report.html').read_text()==page
+    shutil.copytree(out, tmp_path/'other')
+    assert str(tmp_path/'two.html') in said(capsys, 0, 'report', out, tmp_path/'other', '--out', tmp_path/'two.html')
+    assert 'mine and other' in (tmp_path/'two.html').read_text()
+    monkeypatch.chdir(tmp_path)
+    said(capsys, 0, 'report', out, 'other')
+    assert (tmp_path/'compare.html').exists()
+    assert 'is not the folder of a run' in said(capsys, 1, 'report', tmp_path)
+    assert 'more than once' in said(capsys, 1, 'report', out, out)
+
+def test_data(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('KDNB_DATA', str(tmp_path))
+    text = said(capsys, 0, 'data')
+    assert str(tmp_path) in text and all(o in text for o in image_sets) and 'missing' in text
+    (tmp_path/'MNIST'/'raw').mkdir(parents=True)
+    (tmp_path/'MNIST'/'raw'/'train-labels-idx1-ubyte.gz').write_bytes(b'x')
+    assert main(['data'])==1 and 'INCOMPLETE' in capsys.readouterr().out
+    text = said(capsys, 0, 'data', photos)
+    assert re.search(r'all +142 +18 +40', text) and 'digit 3' in text and '8×8 pixels, grey' in text
+    assert '16×12 pixels' in said(capsys, 0, 'data', photos, '--size', '16,12')
+    assert 'no folder' in said(capsys, 1, 'data', tmp_path/'none')
+
+def test_what_is_odd_in_a_folder_is_one_line(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path/'set')
+    Image.fromarray(X[0,0].numpy()).save(tmp_path/'set'/'more.png')
+    assert main(['data',str(tmp_path/'set')])==0
+    assert capsys.readouterr().err==f'kdnb: left out of {tmp_path/"set"}, 1 that are not in labels.csv: more.png.\n'
+
+@pytest.mark.parametrize('argv,says', [
+    (['--data','mnits'], "no image set is called 'mnits', and no folder either"), (['--student','lenet6'], 'no network is called'),
+    (['--set','nono=3'], 'nono'), (['--epochs','1,2'], 'epochs is (1, 2)'), (['--seeds','1,1'], 'seeds is'),
+    (['--set','lam=2'], '1-lam is -1')])
+def test_mistakes_are_sentences(argv, says, tmp_path, capsys):
+    assert says in said(capsys, 1, 'compress', '--out', tmp_path/'run', '--quiet', *argv)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('argv,says', [
+    (['compress','--epochs','a,b'], 'whole numbers'), (['compress','--seeds',''], 'whole numbers'), (['compress','--set','lam'], 'name=value'),
+    (['compress','--recipe','magic'], "choose from 'vbgs-kd'"), (['sweep','grid.toml'], '--storage'), ([], 'COMMAND')])
+def test_mistypings_are_status_2(argv, says, capsys):
+    with pytest.raises(SystemExit, match='2'): main(argv)
+    assert says in capsys.readouterr().err
+
+def test_recipes_are_those_of_the_engine():
+    from kdnb.recipes.core import recipes
+    assert list(cli._about)==list(recipes)
+
+def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
+    got = {}
+    def recipe(dls, **kwargs): got.update(kwargs, dls=dls); raise KeyboardInterrupt
+    monkeypatch.setattr('kdnb.recipes.core.find_recipe', lambda name: got.update(name=name) or recipe)
+    text = said(capsys, 130, 'compress', '--recipe', 'prue', '--quick', '--seeds', '4,5', '--set', 'levels=(.2,.5)', 'kind=l1', '--set', 'on=true',
+                '--bs', 32, '--pad', 1, '--flip', '--epochs', 7)
+    assert text=='kdnb: stopped. The same command goes on where it stopped.\n'
+    dls = got.pop('dls')
+    assert got==dict(name='prue', path=Path('runs/prue-digits'), data='digits', seeds=(4,5), quick=True, force=False, show=True, epochs=(7,),
+                     levels=(.2,.5), kind='l1', on=True)
+    assert dls.train.bs==32 and dls.train.augments
+
+def test_sweep_is_handed_on(monkeypatch, capsys):
+    sweep = lambda *args, **kwargs: (args, kwargs)
+    monkeypatch.setitem(sys.modules, 'kdnb.sweep', SimpleNamespace(sweep=sweep))
+    text = said(capsys, 0, 'sweep', 'grid.toml', '--storage', 'journal.log', '--workers', 2, '--quiet')
+    assert "'journal.log'" in text and "'workers': 2" in text and "'show': False" in text
+
+def test_help_teaches_and_is_quick():
+    code = '''import sys; from kdnb.cli import main
+for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['compress','--epochs','x']):
+    try: main(argv)
+    except SystemExit: pass
+assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
+    res = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
+    assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
