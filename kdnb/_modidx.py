@@ -856,6 +856,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdnb.recipes.vid._network': ('recipes.vid.html#_network', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid._plan': ('recipes.vid.html#_plan', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid._rows': ('recipes.vid.html#_rows', 'kdnb/recipes/vid.py'),
+                                  'kdnb.recipes.vid._says': ('recipes.vid.html#_says', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid._sentence': ('recipes.vid.html#_sentence', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid._several': ('recipes.vid.html#_several', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid._show': ('recipes.vid.html#_show', 'kdnb/recipes/vid.py'),

@@ -159,7 +159,9 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     if 'maps' in experiments: _show_maps(run, next(o for o in seen if o), known['distil'], epochs[1], s)
     for o in experiments:
         if o!='maps': _show(run, o)
-    return run.finish(_best(run))
+    kept,told = _best(run),[f'{_titles[o].partition(" (")[0]}: {_says(_rows(run, o))}' for o in experiments if o!='maps']
+    run.verdict = ' '.join([*told, f'Kept is “{kept}”, the best on the validation set.'])
+    return run.finish(run.models[kept])
 
 def _check_experiments(experiments, source):
     if experiments is None: return tuple(o for o in _experiments if o!='transfer' or source is not None)
@@ -263,11 +265,11 @@ def _network(run, job, known):
     return with_classes(known['student'], n_classes(run.dls), run.dls)
 
 def _best(run):
-    "The first seed's network to keep: of its student with all images, the best on the validation set"
+    "The first seed's stage whose network is kept: of the student with all images, the best on the validation set"
     rows = [o for o in run.stages if o.get('method') and o['seed']==run.seeds[0] and o['kind']!='maps']
     for wanted in (dict(student=run.settings['student'], n_per_class='all'), dict(n_per_class='all'), {}):
         if found := [o for o in rows if all(o[k]==v for k,v in wanted.items())]: break
-    return run.models[max(found, key=lambda o: o['valid_accuracy'])['name']]
+    return max(found, key=lambda o: o['valid_accuracy'])['name']
 
 # %% ../../nbs/55_recipes.vid.ipynb #92d07ca8
 _columns = dict(samples='n_per_class', sizes='student', mlp='student', transfer='n_per_class')
@@ -303,14 +305,17 @@ def vid_table(record, # `Record` or `Run` of `vid`
 _titles = dict(samples='Few images (as Tables 1 and 7 of paper 004)', sizes='Small students (as Tables 2 and 8 of paper 004)',
                mlp='From a CNN to an MLP (as Tables 4 and 12 of paper 004)', transfer='From other data (as Tables 3 and 5 of paper 004)')
 
-def _sentence(run, df):
+def _says(df):
     "The best method against the student alone, in the last column"
     last = df.column.iloc[-1]
     acc = 100*df[df.column==last].groupby('method').test_accuracy.mean()
     alone,best,at = acc.pop('Student'),acc.idxmax(),f'{last} images per class' if last.isdigit() else f'{last} images' if last=='all' else last
     says = f'{best} is the best at {at}: {acc[best]:.1f} %, the student alone has {alone:.1f} %.'
-    if acc[best]<=alone: says = f'At {at} nothing beats the student alone: {alone:.1f} %, {best} has {acc[best]:.1f} %.'
-    return says + f' {len(run.seeds)} seed{"s"*(len(run.seeds)>1)}; one image more or less is {100/run.n_test:.2f} points.'
+    if acc[best]<=alone: says = f'Nothing beats the student alone at {at}: {alone:.1f} %, {best} has {acc[best]:.1f} %.'
+    return says
+
+def _sentence(run, df):
+    return _says(df) + f' {len(run.seeds)} seed{"s"*(len(run.seeds)>1)}; one image more or less is {100/run.n_test:.2f} points.'
 
 def _show(run, experiment):
     df = _rows(run, experiment)
