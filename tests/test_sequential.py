@@ -5,7 +5,7 @@ from kdnb.all import *
 
 def recipe(path, dls=None, teacher='lenet5_caffe', student='lenet5_caffe', epochs=(15,20,2), **kwargs):
     kwargs = dict(levels=(0,.3,.6,.9), lr=1e-2, show=False) | kwargs
-    return sequential(dls or data(), teacher, student, path, epochs, **kwargs)
+    return distill_then_prune(dls or data(), teacher, student, path, epochs, **kwargs)
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory): return recipe(tmp_path_factory.mktemp('sequential')/'run', seeds=2)

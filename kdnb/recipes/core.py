@@ -95,6 +95,7 @@ def __repr__(self:Record):
 
 # %% ../../nbs/50_recipes.core.ipynb #a5729916
 recipes = {k: f'kdnb.recipes.{k.replace("-","_")}:{k.replace("-","_")}' for k in ('vbgs-kd','prune-then-distill','prue','sequential','vid')}
+recipes['sequential'] = 'kdnb.recipes.sequential:distill_then_prune'     # fastai has a `sequential`
 def find_recipe(name): # One of `recipes`
     "The function that runs the recipe called `name`"
     if name not in recipes: raise ValueError(f'there is no recipe {name!r}. There are {", ".join(recipes)}.')
