@@ -666,6 +666,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.recipes.core.Record': ('recipes.core.html#record', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.Record.__init__': ('recipes.core.html#record.__init__', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.Record.__repr__': ('recipes.core.html#record.__repr__', 'kdnb/recipes/core.py'),
+                                   'kdnb.recipes.core.Record._note': ('recipes.core.html#record._note', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.Record._take': ('recipes.core.html#record._take', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.Record.table': ('recipes.core.html#record.table', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.Run': ('recipes.core.html#run', 'kdnb/recipes/core.py'),
