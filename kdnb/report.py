@@ -77,10 +77,11 @@ def _times(a, b, more, less, same):
     return f'{r:.{0 if r>=9.95 else 1}f} times {word}'
 
 def ends(stages): # Rows of `Record.stages`
-    "`(name, rows)` of the stage with the most weights and of the one with the fewest"
+    "`(name, rows)` of the network that a run began with and of its result; of the most and of the fewest weights, if it does not say"
     names = by_name(stages)
-    first = max(names, key=lambda n: _mean(names[n], 'weights'))
-    last = min(reversed(names), key=lambda n: _mean(names[n], 'weights'))
+    role = {o.get('role'): n for n,(o,*_) in names.items()}
+    first = role.get('before') or max(names, key=lambda n: _mean(names[n], 'weights'))
+    last = role.get('after') or min(reversed(names), key=lambda n: _mean(names[n], 'weights'))
     return (first,names[first]),(last,names[last])
 
 def verdict(stages): # Rows of `Record.stages`

@@ -58,11 +58,11 @@ def test_the_numbers(demo):
     for k in df.index:
         assert row(demo, k)['uncertainty']==uncertainty(demo.models[k], dls.train)
         acc = [100*row(demo, f'from {k}', s)['test_accuracy'] for s in (0,1)]
-        assert df.loc[k,'student accuracy']==round(np.mean(acc), 2) and df.loc[k,'spread']==round(np.std(acc, ddof=1), 2)
+        assert df.loc[k,'student accuracy (%)']==round(np.mean(acc), 2) and df.loc[k,'spread']==round(np.std(acc, ddof=1), 2)
     e = demo.exhibits['uncertainty']
     assert f'r = {np.corrcoef(e.data.x, e.data.y)[0,1]:.2f}' in e.text and len(e.data)==6
     lines = demo.exhibits['criteria'].data
-    assert list(lines['snip'].x)==[0,20,90] and round(lines['snip'].y[2], 2)==df.loc['snip 0.9','student accuracy']
+    assert list(lines['snip'].x)==[0,20,90] and round(lines['snip'].y[2], 2)==df.loc['snip 0.9','student accuracy (%)']
     assert demo.exhibits['answers'].data.panel.nunique()==4 and {*demo.exhibits['answers'].data.label}<={str(o) for o in range(10)}
     read = Record(demo.path)
     assert teachers_table(read).equals(df) and methods_table(read).equals(methods_table(demo))
@@ -73,6 +73,7 @@ def test_the_student_that_is_kept(demo):
     small = load_model(demo.path/'model.safetensors', lambda: net(1, 4))
     acc = [row(demo, f'from prue {s}')['valid_accuracy'] for s in (.2,.9)]
     assert accuracy_on(small, data().valid)==max(acc)
+    assert f"{teachers_table(demo).loc['teacher','student accuracy (%)']:.2f} % from the unpruned teacher" in demo.verdict
 
 def test_found_again(demo, monkeypatch):
     forbid(monkeypatch)

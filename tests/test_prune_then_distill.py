@@ -89,9 +89,10 @@ def test_the_record(demo):
     table = taught_table(demo)
     acc = [100*o['test_accuracy'] for o in rows(demo, 'ST59 from pruned 0.79')]
     row = table.loc['ST59','pruned 0.79']
-    assert len(acc)==2 and row['student accuracy']==round(np.mean(acc), 2) and row['spread']==round(np.std(acc, ddof=1), 2)
-    assert row['teacher accuracy']==round(100*rows(demo, 'pruned 0.79')[0]['test_accuracy'], 2)
+    assert len(acc)==2 and row['student accuracy (%)']==round(np.mean(acc), 2) and row['spread']==round(np.std(acc, ddof=1), 2)
+    assert row['teacher accuracy (%)']==round(100*rows(demo, 'pruned 0.79')[0]['test_accuracy'], 2)
     assert table.equals(taught_table(Record(demo.path))) and rounds_table(demo).equals(rounds_table(Record(demo.path)))
+    assert demo.verdict.startswith('ST79 has 2') and f"{table.loc['ST79','nobody']['student accuracy (%)']:.2f} % alone" in demo.verdict
     small = load_model(demo.path/'model.safetensors')
     name = min(demo.stages, key=lambda o: (not o['name'].startswith('ST79 from pruned'), o['seed'], -o['valid_accuracy']))['name']
     assert accuracy_on(small, dls.test)==rows(demo, name)[0]['test_accuracy'] and n_weights(small)==rows(demo, name)[0]['weights']
@@ -117,7 +118,7 @@ def test_a_trained_learner_is_left_as_it_was(tmp_path):
     run = recipe(tmp_path/'run', dls, learn, student=net(1), sparsities=(.36,), pairs=('unpruned','pruned'))
     assert same(before, state(learn.model)) and run.models['teacher'] is learn.model and 'epochs' not in rows(run, 'teacher')[0]
     assert {o['name'] for o in run.stages}=={'teacher','pruned 0.2','pruned 0.36','student from teacher','student from pruned 0.36'}
-    assert 'Tables 1 and 3' in run.exhibits['students'].title and 'agreement' in taught_table(run)
+    assert 'Tables 1 and 3' in run.exhibits['students'].title and 'agreement (%)' in taught_table(run)
 
 @pytest.mark.parametrize('trained', [False,True])
 def test_self_distillation(tmp_path, trained):

@@ -59,7 +59,7 @@ def _read_run(path):
 
 class Record:
     "A run's folder, read"
-    latency,layers,verdict,loads = {},{},None,True
+    latency,layers,verdict,loads,ends = {},{},None,True,(None,None)
     def __init__(self, path): # Folder of a run
         self.path = Path(path)
         self._take(_read_run(self.path))
@@ -68,12 +68,17 @@ class Record:
         for k in _kept: setattr(self, k, o[k])
         self.seeds = tuple(self.seeds)
         self.stages = [json.loads((self.path/'stages'/f'{i}.json').read_text()) for i in o['stages']]
-        for s in self.stages:
-            if s['name'] in self.latency: s['latency_ms'] = self.latency[s['name']]
+        self._note()
         shown = [load_state(self.path/'exhibits'/f'{i}.safetensors') for i in o['exhibits']]
         self.exhibits = {e['name']: Exhibit(**e) for e in shown}
 
-_kept = ('recipe','data','seeds','settings','versions','machine','has_test','n_test','in_shape','bs','latency','layers','verdict','loads')
+    def _note(self):
+        "Write into the rows of the stages what is only known at the end"
+        for s in self.stages:
+            if s['name'] in self.latency: s['latency_ms'] = self.latency[s['name']]
+            s['role'] = next((role for role,name in zip(('before','after'), self.ends) if name==s['name']), None)
+
+_kept = ('recipe','data','seeds','settings','versions','machine','has_test','n_test','in_shape','bs','latency','layers','verdict','loads','ends')
 
 _columns = 'test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms'
 @patch
@@ -405,7 +410,8 @@ def finish(self:Run,
     "Save `model`, measure the first seed's stages against each other, write `summary.json`; returns the run"
     times = self.value('latency', _latencies, list(self.models.values()), self.dls)
     self.latency = dict(zip(self.models, times))
-    for s in self.stages: s['latency_ms'] = self.latency.get(s['name'])
+    self.ends = [next((k for k,m in self.models.items() if m is o), None) for o in (of, model)]
+    self._note()
     self.layers = dict(before=_rows(of, self.dls) if of is not None else [], after=_rows(model, self.dls))
     path = self.path/'model.safetensors'
     if self.rank==0:
@@ -414,7 +420,7 @@ def finish(self:Run,
         except ValueError: self.loads = False
         keys = 'name','seed','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'
         summary = dict(recipe=self.recipe, data=self.data, seed=self.seeds[0], seeds=self.seeds, versions=self.versions,
-                       stages=[{k: o[k] for k in keys} for o in self.stages])
+                       stages=[{k: o.get(k) for k in keys} for o in self.stages])
         atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
     self._write()
     if f := _locks.pop(self.path.resolve(), None): f.close()

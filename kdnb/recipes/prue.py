@@ -22,7 +22,7 @@ from ..prune.callback import prune_model
 from ..prune.criteria import check_criterion,check_sparsity
 from ..prune.masks import mask_model,masks
 from .core import Run,check_settings,name_of,network_for
-from .prune_then_distill import check_epochs,fit_in_drops,untrained
+from .prune_then_distill import accuracies,check_epochs,fit_in_drops,untrained
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d
 prue_defaults = dict(
@@ -127,7 +127,9 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
             fit_in_drops(run, stage, run.network(student), epochs[2], s, cbs=kd, of=teachers['teacher'],
                          more=dict(taught_by=taught_by))
     _show(run, teachers, s)
-    return run.finish(run.models[_best(run)], of=teachers['teacher'])
+    stages = {(best := _best(run)): best, 'from teacher': 'from the unpruned teacher', 'alone': 'alone'}
+    run.verdict = f"The student's test accuracy is {accuracies(run, stages)}."
+    return run.finish(run.models[best], of=teachers['teacher'])
 
 def _refuse(dls, nets, s):
     "Say what will not do before anything is trained"
@@ -184,22 +186,22 @@ def _best(run):
 
 # %% ../../nbs/53_recipes.prue.ipynb #7d0c0fe1
 def _students(record):
-    "Mean and spread (%) of the students' accuracy over seeds, by stage, and who taught them"
+    "Mean and spread of the students' accuracy over seeds, by stage, and who taught them"
     df = pd.DataFrame([o for o in record.stages if 'taught_by' in o])
     g = df.groupby('name', sort=False)
-    res = pd.DataFrame({'taught_by': g.taught_by.first(), 'student accuracy': 100*g.test_accuracy.mean()})
+    res = pd.DataFrame({'taught_by': g.taught_by.first(), 'student accuracy (%)': 100*g.test_accuracy.mean()})
     return res.assign(spread=100*g.test_accuracy.std()) if len(record.seeds)>1 else res
 
 def teachers_table(record): # `Record` or `Run` of `prue`
-    "Teachers: weights left (%), accuracy (%) and uncertainty (10⁻²), and the accuracy of their students (%)"
+    "Teachers: weights left, accuracy and uncertainty, and the accuracy of their students (Tables 3 and 4)"
     df = pd.DataFrame([o for o in record.stages if 'uncertainty' in o]).set_index('name')
     st = _students(record)
     st = st[st.index.str.startswith('from ')].set_index('taught_by')
-    return pd.DataFrame({'weights left': 100*df.weights_kept, 'accuracy': 100*df.test_accuracy,
-                         'uncertainty': 100*df.uncertainty}).join(st).round(2)
+    return pd.DataFrame({'weights left (%)': 100*df.weights_kept, 'accuracy (%)': 100*df.test_accuracy,
+                         'uncertainty (10⁻²)': 100*df.uncertainty}).join(st).round(2)
 
 def methods_table(record): # `Record` or `Run` of `prue`
-    "Accuracy (%) of the student by method, PrUE's sparsities among them: mean and spread over seeds (Table 5)"
+    "Accuracy of the student by method, PrUE's sparsities among them: mean and spread over seeds (Table 5)"
     st = _students(record).drop(columns='taught_by')
     names = {'alone': 'alone', 'from teacher': f"Logits({record.settings['T']:g})"}
     names |= {k: k.removeprefix('by ') for k in st.index if k.startswith('by ')}
@@ -213,9 +215,9 @@ def _r(x, y):
 
 def _scatter(run):
     df = teachers_table(run)
-    x,y = df['uncertainty'],df['student accuracy']
+    x,y = df['uncertainty (10⁻²)'],df['student accuracy (%)']
     text = (f'Over {len(df)} teachers, the accuracy of students correlates with the uncertainty of their teachers at {_r(x, y)}, '
-            f'and with the accuracy of their teachers at {_r(df["accuracy"], y)}.')
+            f'and with the accuracy of their teachers at {_r(df["accuracy (%)"], y)}.')
     run.exhibit('uncertainty', 'scatter', pd.DataFrame(dict(x=x, y=y, label=df.index)), 'Uncertain teachers and their students',
                 text, x='uncertainty of the teacher on the training set (10⁻²)', y='test accuracy of the student (%)')
 
@@ -238,7 +240,7 @@ def _predictions(run, teachers, s):
     df = run.value('answers', embed_predictions, shown, run.test, s['n_points'], classes)
     names = getattr(run.dls, 'vocab', None)
     if names is not None: df = df.assign(label=[str(names[int(k)]) for k in df.label])
-    deltas = teachers_table(run)['uncertainty']
+    deltas = teachers_table(run)['uncertainty (10⁻²)']
     df['panel'] = [f'{k}, δ = {deltas[k]:.2f} · 10⁻²' for k in df.panel]
     run.exhibit('answers', 'embedding', df, "The teachers' answers (as Figures 1 to 3 of paper 002)",
                 't-SNE of the probabilities for images of three classes from the test set; δ is the uncertainty on the training '
@@ -246,7 +248,7 @@ def _predictions(run, teachers, s):
 
 def _show(run, teachers, s):
     run.exhibit('teachers', 'table', teachers_table(run), 'Teachers and their students (as Tables 3 and 4 of paper 002)',
-                f"All students learn softened logits (τ = {s['T']:g}, λ = {s['lam']:g}); mean and spread over the seeds.")
+                f"All students learn softened logits (τ = {s['T']:g}, λ = {s['lam']:g}); spread is the standard deviation over seeds.")
     run.exhibit('methods', 'table', methods_table(run), 'The student by method (as Table 5 of paper 002)',
                 f'One image more or less is {100/run.n_test:.2f} points.')
     _scatter(run)

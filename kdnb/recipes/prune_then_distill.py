@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prune_then_distill_defaults', 'nesterov_sgd', 'fit_in_drops', 'untrained', 'check_epochs', 'pruning_rounds',
-           'prune_then_distill', 'taught_table', 'rounds_table']
+           'prune_then_distill', 'accuracies', 'taught_table', 'rounds_table']
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #c8f09a93
 from copy import deepcopy
@@ -147,7 +147,8 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
         for name,(own,make) in makers.items():
             for t in _lessons(own, s['sparsities'], s['pairs']): _teach(run, name, make, teachers, t, epochs[2], s)
     _show(run, teachers, student)
-    return run.finish(run.models[_best(run)], of=teachers[0])
+    run.verdict = _verdict(run, best := _best(run))
+    return run.finish(run.models[best], of=teachers[0])
 
 def _refuse(dls, teacher, student):
     "Say what will not do before anything is trained"
@@ -198,24 +199,36 @@ def _best(run):
     rows = [o for o in run.stages if 'student' in o and o['seed']==run.seeds[0]]
     rows = [o for o in rows if o['taught_by'].startswith('pruned')] or rows
     return min(rows, key=lambda o: (o['params'], -o['valid_accuracy']))['name']
+def accuracies(run, stages):
+    "What the test accuracy is in each of `stages` that are there, in words"
+    acc,seeds = run.table()['test_accuracy'],len(run.seeds)
+    said = [f'{100*acc[stage]:.2f} % {words}' for stage,words in stages.items() if stage in acc]
+    return ', '.join(said) + (f' (means of {seeds} seeds)' if seeds>1 else '')
+
+def _verdict(run, stage):
+    o = next(o for o in run.stages if o['name']==stage)
+    name = o['student']
+    stages = {stage: f'from {o["taught_by"]}', f'{name} from teacher': 'from the unpruned teacher', f'{name} alone': 'alone'}
+    if name=='student': name = 'The student'
+    return f"{name} has {100*o['weights_kept']:.1f} % of the teacher's weights. Its test accuracy is {accuracies(run, stages)}."
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #a8d8128e
 def taught_table(record): # `Record` or `Run` of `prune_then_distill`
-    "Accuracy (%) of each student by who taught it, and agreement (%) with the teacher: mean and spread over seeds"
+    "Accuracy of each student by who taught it, and agreement with the teacher: mean and spread (standard deviation) over seeds"
     df,several = pd.DataFrame(record.stages),len(record.seeds)>1
     teachers,g = df.groupby('name').test_accuracy.first(),df[df.student.notna()].groupby(['student','taught_by'], sort=False)
-    res = pd.DataFrame({'student accuracy': g.test_accuracy.mean()})
+    res = pd.DataFrame({'student accuracy (%)': g.test_accuracy.mean()})
     if several: res['spread'] = g.test_accuracy.std()
-    if 'agreement' in df: res['agreement'] = g.agreement.mean()
+    if 'agreement' in df: res['agreement (%)'] = g.agreement.mean()
     if 'agreement' in df and several: res['its spread'] = g.agreement.std()
-    res.insert(0, 'teacher accuracy', [teachers.get(o) for o in res.index.get_level_values(1)])
-    return (100*res).round(2)
+    res.insert(0, 'teacher accuracy (%)', [teachers.get(o) for o in res.index.get_level_values(1)])
+    return (100*res).round(2).rename_axis(['student','taught by'])
 
 def rounds_table(record): # `Record` or `Run` of `prune_then_distill`
-    "Teacher and pruned teachers: weights left, accuracy (%), uncertainty (10⁻²) and smoothness (nats, equation 7)"
+    "Teacher and pruned teachers: weights left, accuracy, uncertainty (paper 002) and smoothness (equation 7)"
     df = pd.DataFrame([o for o in record.stages if 'student' not in o]).set_index('name')
-    res = pd.DataFrame({'weights': df.weights, 'weights left': 100*df.weights_kept, 'accuracy': 100*df.test_accuracy})
-    if 'smoothness' in df: res = res.assign(uncertainty=100*df.uncertainty, smoothness=df.smoothness)
+    res = pd.DataFrame({'weights': df.weights, 'weights left (%)': 100*df.weights_kept, 'accuracy (%)': 100*df.test_accuracy})
+    res['uncertainty (10⁻²)'],res['smoothness (nats)'] = 100*df.uncertainty,df.smoothness
     return res.round(3)
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #882b8faf
@@ -248,7 +261,8 @@ def _show(run, teachers, student):
     designed,pairs = student=='designed',run.settings['pairs']
     where = ('Table 12' if 'mismatched' in pairs else 'Tables 4 and 5') if designed else 'Table 2' if student=='self' else 'Tables 1 and 3'
     run.exhibit('students', 'table', taught_table(run), f'Students by teacher (as {where} and 8 of paper 001)', _sentence(run))
-    run.exhibit('students_plot', 'lines', _lines(run, designed), 'Accuracy of the students', _sentence(run), y='test accuracy (%)',
+    run.exhibit('students_plot', 'lines', _lines(run, designed), 'Accuracy of the students',
+                'A line for each kind of teacher; bars are the spread over seeds.', y='test accuracy (%)',
                 x='weights (% of the teacher)' if designed else "pruned of the teacher's weights (%)")
     rounds = rounds_table(run)
     run.exhibit('teachers', 'table', rounds, 'The teacher and its pruned versions',
