@@ -182,6 +182,7 @@ def _sentence(run, table, stage):
 
 def _show(run, curves, best, s):
     table,last = compression_table(run),'small' if s['channels'] else 'tuned'
+    run.verdict = ' '.join(_sentence(run, table, o) for o in dict.fromkeys(('tuned',last)))
     which,at = 'paper 003, as Figures 2 and 3',{k: find_breakpoint(o) for k,o in curves.items()}
     if len(s['method'])>1:
         methods = table.loc[list(s['method'])].drop(columns='MACs')
@@ -192,8 +193,7 @@ def _show(run, curves, best, s):
     run.exhibit('curves', 'curve', curves, f'Accuracy against remaining weights ({which})',
                 f'Validation accuracy{tuned} at each level. Breakpoints: {says}.')
     run.exhibit('compression', 'table', table, 'Before and after (as Tables 3 and 4 of paper 003)',
-                ' '.join(_sentence(run, table, o) for o in dict.fromkeys(('tuned',last)))
-                + ' Zeros count as removed; only small has less to compute.')
+                run.verdict + ' Zeros count as removed; only small has less to compute.')
     names = {'teacher tuned': 'teacher, pruned', best: f'student by {best}', 'tuned': 'student, pruned', 'small': 'student, channels removed'}
     left = table.loc[[o for o in names if o in table.index],['weights']].rename(names).rename(columns=dict(weights='remaining weights'))
     run.exhibit('remaining', 'table', left, 'Ways to a small network (as Table 5 of paper 003)',

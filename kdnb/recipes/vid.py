@@ -161,7 +161,7 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
         if o!='maps': _show(run, o)
     kept,told = _best(run),[f'{_titles[o].partition(" (")[0]}: {_says(_rows(run, o))}' for o in experiments if o!='maps']
     run.verdict = ' '.join([*told, f'Kept is “{kept}”, the best on the validation set.'])
-    return run.finish(run.models[kept])
+    return run.finish(run.models[kept], known.get('distil'))
 
 def _check_experiments(experiments, source):
     if experiments is None: return tuple(o for o in _experiments if o!='transfer' or source is not None)
