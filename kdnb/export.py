@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'tensors_of', 'save_model', 'read_header', 'load_model']
 
 # %% ../nbs/40_export.ipynb #8db77953
 import hashlib,json
-from pathlib import Path
 import safetensors.torch as st, torch
 from safetensors import safe_open
 from torch import nn

@@ -10,7 +10,6 @@ __all__ = ['colours', 'load_lines', 'human', 'percent', 'by_name', 'spread', 'st
 # %% ../nbs/60_report.ipynb #14a2a704
 import base64,html,io,math,re
 from contextlib import contextmanager
-from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from cycler import cycler
 from matplotlib.colors import to_hex

@@ -21,8 +21,7 @@ from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
 from ..prune.criteria import check_criterion,check_sparsity
 from ..prune.masks import mask_model,masks
-from .core import Run,check_settings,name_of,network_for
-from .prune_then_distill import accuracies,check_epochs,fit_in_drops,untrained
+from .core import Run,accuracies,check_epochs,check_settings,fit_in_drops,name_of,network_for,untrained
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d
 prue_defaults = dict(

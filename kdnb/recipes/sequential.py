@@ -18,8 +18,7 @@ from ..measure import find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
 from ..prune.criteria import Scoring,check_choice,check_criterion,check_sparsity
 from ..prune.masks import fold
-from .core import Run,check_settings,name_of,network_for
-from .prune_then_distill import check_epochs
+from .core import Run,check_epochs,check_settings,name_of,network_for
 
 # %% ../../nbs/54_recipes.sequential.ipynb #8de88a19
 distill_then_prune_defaults = dict(

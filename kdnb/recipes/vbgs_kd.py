@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD
-from .core import Run,check_settings,name_of,network_for
+from .core import Run,check_epochs,check_settings,name_of,network_for
 from ..terms import check_weight
 from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
 from ..variational.convert import threshold,to_deterministic,to_variational
@@ -37,10 +37,7 @@ def epochs_for(dls,
     quick=False): # Few epochs, for a try
     "Epochs of the three trainings"
     if epochs is None: return (5,5,100) if quick else (20,20,max(60, math.ceil(4500/len(dls.train))))
-    if len(tuple(epochs))!=3 or any(not isinstance(o, int) or o<1 for o in epochs):
-        raise ValueError(f'epochs is {epochs}, expected three whole numbers: '
-                         'for the teacher, the student and the sparse stage.')
-    return tuple(epochs)
+    return check_epochs(epochs, 'the teacher', 'the student', 'the sparse stage')
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #1769ec68
 def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`

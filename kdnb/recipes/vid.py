@@ -9,7 +9,7 @@ __all__ = ['vid_defaults', 'mlp_pairs', 'with_classes', 'LikelihoodWatch', 'vid'
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
-import pandas as pd, torch
+import pandas as pd
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.training import BnFreeze,GradientClip
@@ -21,10 +21,8 @@ from ..data import ArrayDataLoaders
 from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
 from ..distill.methods import method_names,named_term,usual_weights
 from ..features import get_layer,last_linear,layer_shapes,stage_ends
-from ..measure import inputs
 from ..models import in_shape,n_classes
-from .core import Run,check_settings,name_of,network_for
-from .prune_then_distill import check_epochs,nesterov_sgd
+from .core import Run,check_epochs,check_settings,name_of,nesterov_sgd,network_for
 from ..terms import check_weight
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
