@@ -552,6 +552,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'kdnb.processes': { 'kdnb.processes.Processes': ('processes.html#processes', 'kdnb/processes.py'),
                                 'kdnb.processes.Processes.after_fit': ('processes.html#processes.after_fit', 'kdnb/processes.py'),
                                 'kdnb.processes.Processes.before_fit': ('processes.html#processes.before_fit', 'kdnb/processes.py'),
+                                'kdnb.processes.alone': ('processes.html#alone', 'kdnb/processes.py'),
                                 'kdnb.processes.join_processes': ('processes.html#join_processes', 'kdnb/processes.py'),
                                 'kdnb.processes.part_of': ('processes.html#part_of', 'kdnb/processes.py'),
                                 'kdnb.processes.part_of.__enter__': ('processes.html#part_of.__enter__', 'kdnb/processes.py'),

@@ -36,7 +36,7 @@ from ..measure import accuracy_on,cost,latency,macs,n_bytes,n_params,n_weights
 from ..models import create,in_shape
 from ..prune.masks import Masked,fold
 from ..prune.student import design_student
-from ..processes import Processes,join_processes,wait_for_all
+from ..processes import Processes,alone,join_processes,wait_for_all
 
 # %% ../../nbs/50_recipes.core.ipynb #de28794c
 RUN_FORMAT = 'kdnb-run-1'
@@ -443,7 +443,7 @@ def value(self:Run,
         return o if o['mark']==mark else None
     if self.rank==0 and known() is None:
         self._begin()
-        save_state(path, dict(mark=mark, value=f(*args, **kwargs)))
+        with alone(): save_state(path, dict(mark=mark, value=f(*args, **kwargs)))
     wait_for_all()
     return known()['value']
 
