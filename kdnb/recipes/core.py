@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'find_recipe', 'check_settings',
-           'name_of', 'check_epochs', 'check_seeds', 'Run', 'fused_adam', 'network_for', 'StageBar', 'nesterov_sgd',
-           'fit_in_drops', 'untrained']
+           'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for', 'StageBar',
+           'nesterov_sgd', 'fit_in_drops', 'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
 import hashlib,importlib,json,platform,random,re,shutil,time,warnings
@@ -151,12 +151,17 @@ def _lock(path):
     except BlockingIOError:
         f.close()
         raise ValueError(f'another process is writing the run in {path}. Wait for it, or choose another folder.') from None
+    except OSError: pass    # a drive without locks
     _locks[path] = f
+
+def release(path): # Folder of a run
+    "Let other processes write the run in `path`; `finish` does it, and this does after an error"
+    if f := _locks.pop(Path(path).resolve(), None): f.close()
 
 def _claim(path, recipe, force):
     "Make the folder `path` ours; its record if there is one to go on with"
     if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file. Choose another folder.')
-    if path.exists() and any(o.name!='.lock' for o in path.iterdir()) and not (path/'run.json').exists():
+    if path.exists() and any(o.name[0]!='.' for o in path.iterdir()) and not (path/'run.json').exists():
         raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so nothing is written there. Choose another one.')
     path.mkdir(parents=True, exist_ok=True)
     _lock(path.resolve())
@@ -486,5 +491,5 @@ def finish(self:Run,
                        stages=[{k: o.get(k) for k in keys} for o in self.stages])
         atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
     self._write()
-    if f := _locks.pop(self.path.resolve(), None): f.close()
+    release(self.path)
     return self
