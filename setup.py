@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(interpolation=None)
 ini.read_string(Path('settings.ini').read_text(encoding='utf-8'))
 cfg = ini['DEFAULT']
+sweep = cfg['sweep_requirements'].split()
 
 setup(
     **{o: cfg[o] for o in ('name', 'version', 'description', 'author')},
@@ -17,6 +18,6 @@ setup(
     classifiers=cfg['classifiers'].strip().splitlines(),
     packages=find_packages(include=['kdnb', 'kdnb.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'sweep': sweep, 'dev': [*cfg['dev_requirements'].split(), *sweep]},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['kdnb=kdnb._modidx:d']},
 )

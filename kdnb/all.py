@@ -26,3 +26,4 @@ from kdnb.recipes.prue import *
 from kdnb.recipes.sequential import *
 from kdnb.recipes.vid import *
 from kdnb.report import *
+from kdnb.sweep import *
