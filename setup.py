@@ -18,6 +18,6 @@ setup(
     classifiers=cfg['classifiers'].strip().splitlines(),
     packages=find_packages(include=['kdnb', 'kdnb.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={'sweep': sweep, 'dev': [*cfg['dev_requirements'].split(), *sweep]},
+    extras_require={'sweep': sweep, 'distributed': cfg['distributed_requirements'].split(), 'dev': [*cfg['dev_requirements'].split(), *sweep]},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['kdnb=kdnb._modidx:d']},
 )

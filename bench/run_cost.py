@@ -6,7 +6,7 @@ os.environ['OMP_NUM_THREADS'] = '1'
 warnings.filterwarnings('ignore')
 from kdnb.all import *
 
-ROUNDS,SETS = 3,{'digits, lenet300, 250 epochs': ('digits', 'lenet300', 250), 'mnist, lenet300, 12 epochs': ('mnist', 'lenet300', 12)}
+ROUNDS,SETS = 3,{'digits, lenet300, 500 epochs': ('digits', 'lenet300', 500), 'mnist, lenet300, 12 epochs': ('mnist', 'lenet300', 12)}
 
 def timed(f):
     start = time.thread_time(), time.perf_counter()

@@ -245,10 +245,12 @@ def set_training_state(learn, state):
     _set_generators(learn.dls, state['generators'])
 
 # %% ../nbs/06_checkpoint.ipynb #c6c25eee
+def _is_finite(t): return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()    # a sum is fast
+
 class Checkpoint(Callback):
     "Keep the state of a training in a folder, and go on from it if it is there"
     order = 99   # behind everything that may change weights or remember something
-    share = .02  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
+    share = .01  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
     _learn,_next = None,0.
     def __init__(self,
         path, # Folder for the checkpoints of this training
@@ -262,6 +264,10 @@ class Checkpoint(Callback):
         if not self.run: return
         self._here = self._path/f'fit{self._fits}'     # `fine_tune` is two fits
         self._fits += 1
+
+    def __call__(self, event_name):
+        "As in fastai, which searches learner and model for the events that are not here"
+        if hasattr(type(self), event_name): return super().__call__(event_name)
 
     def _files(self): return sorted(self._here.glob('epoch-*.safetensors'))
 
@@ -302,7 +308,7 @@ class Checkpoint(Callback):
 
     def after_epoch(self):
         if not self.run or not self._write or (self.share and time.perf_counter()<self._next): return
-        if not all(v.isfinite().all() for v in tensors_in(self.learn.model).values() if v.is_floating_point()): return
+        if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
         start = time.perf_counter()
         save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn))
         for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
