@@ -114,7 +114,7 @@ def test_plain_loaders_without_a_test_set(tmp_path):
 @pytest.mark.parametrize('words,kwargs', [
     ("no setting 'tau'", dict(tau=1)), ('expected 3 whole numbers', dict(epochs=10)), ('write 0.2', dict(sparsities=(20,))),
     ('criterion is', dict(criteria=('prude',))), ("'bn_scale' scores channels", dict(criteria=('bn_scale',))), ('no method is called', dict(methods=('KD',))), ('no method is called', dict(methods='Logits(four)')), ('T is', dict(T=0.)),
-    ('lam is', dict(lam=2.)), ('smoothing is', dict(smoothing=1.5)), ('no maps of equal size', dict(methods=('AT',), student=lenet300(in_shape=(1,8,8)))),
+    ('lam is', dict(lam=2.)), ('smoothing is', dict(smoothing=1.5)), ('has no maps', dict(methods=('AT',), student=lenet300(in_shape=(1,8,8)))),
     ('no network is called', dict(student='resnet9')), ('no network is called', dict(assistant='resnet9')),
     ('no linear layer', dict(methods=('PKT',), student=nn.Sequential(nn.Conv2d(1,10,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())))])
 def test_refused(tmp_path, monkeypatch, words, kwargs):

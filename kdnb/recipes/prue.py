@@ -15,8 +15,8 @@ from fastcore.basics import tuplify
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
-from ..distill.methods import AT,KD,PKT,FitNet,Term,Terms
-from ..features import hear,layer_shapes,match_stages
+from ..distill.methods import KD,Term,Terms,method_names,named_term
+from ..features import hear,match_stages
 from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
 from ..prune.criteria import check_criterion,check_sparsity
@@ -46,21 +46,10 @@ _epochs = 160,40,160 # Teachers (Table 2), fine-tuning (not printed), students (
 _quick = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','PKT'))
 
 # %% ../../nbs/53_recipes.prue.ipynb #0b3fadf6
-def _penultimate(model, dls):
-    "The layer whose output the last linear layer reads"
-    rows = layer_shapes(model, dls)
-    linear = [i for i,k in enumerate(rows['kind']) if k=='Linear' and i]
-    if not linear: raise ValueError(f'{type(model).__name__} has no linear layer behind others, so PKT does not know what to '
-                                    "compare. Name the layers: methods={'PKT': PKT({'flat': 'avgpool'})*30000}.")
-    return rows.index[linear[-1]-1]
-
-def _stages(student, teacher, dls, middle=False):
+def _middle(student, teacher, dls):
+    "The middle pair of stages, FitNet's hint"
     pairs = list(match_stages(student, teacher, dls, show=False).items())
-    return dict(pairs[len(pairs)//2:][:1] if middle else pairs)
-
-_methods = {'FitNet': lambda s,*nets: FitNet(_stages(*nets, middle=True))*s['weights']['FitNet'],
-            'AT': lambda s,*nets: AT(_stages(*nets))*s['weights']['AT'],
-            'PKT': lambda s,student,teacher,dls: PKT(_penultimate(student, dls), _penultimate(teacher, dls))*s['weights']['PKT']}
+    return dict(pairs[len(pairs)//2:][:1])
 
 def _tau(method):
     "τ of a method that is called 'Logits(τ)', or None"
@@ -71,7 +60,7 @@ def _term(method, s, student, teacher, dls):
     "Terms and weight of the labels of `method`, a name or a term"
     if isinstance(method, (Term,Terms)): return method,None
     if tau := _tau(method): return KD(T=tau)*s['lam'],1-s['lam']
-    return _methods[method](s, student, teacher, dls),1.
+    return named_term(method, student, teacher, dls, _middle(student, teacher, dls) if method=='FitNet' else None, s['weights']),1.
 
 # %% ../../nbs/53_recipes.prue.ipynb #ad7ac41c
 def _named(criterion): return criterion if isinstance(criterion, str) else getattr(criterion, '__name__', 'own')
@@ -86,9 +75,10 @@ def _check(s):
     if s['smoothing'] is not None: check_sparsity(s['smoothing'], 'smoothing')
     KD(T=s['T'])
     for m in s['methods'].values():
-        if not isinstance(m, (Term,Terms)) and m not in (*_methods, 'TA') and not _tau(m):
-            raise ValueError(f'no method is called {m!r}. There are Logits(τ) with a number, {", ".join(_methods)} and TA; or give a term: '
-                             "methods={'my DKD': DKD()}.")
+        if isinstance(m, (Term,Terms)) or m=='TA' or _tau(m): continue
+        if m=='KD' or str(m).startswith('Logits('):
+            raise ValueError(f"no method is called {m!r} here. Name its τ, as in 'Logits(4)', or give a term: methods={{'KD': KD(T=4)*.9}}.")
+        method_names(m)
 
 # %% ../../nbs/53_recipes.prue.ipynb #5d2343a5
 def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
