@@ -54,8 +54,9 @@ def _pack(o, tensors):
         tensors[name := str(len(tensors))] = t.as_subclass(torch.Tensor).cpu().contiguous()
         return {kind: name}
     if isinstance(o, pd.DataFrame):
-        return {'$frame': [[_pack(c, tensors), _pack(o[c].tolist(), tensors)] for c in o], 'index': _pack(o.index.tolist(), tensors),
-                'names': _pack(list(o.index.names), tensors), 'columns': _pack(list(o.columns.names), tensors)}
+        more = dict(index=o.index.tolist(), names=list(o.index.names), columns=list(o.columns.names))
+        return {'$frame': [[_pack(c, tensors), _pack(o[c].tolist(), tensors)] for c in o],
+                **{k: _pack(v, tensors) for k,v in more.items()}}
     if isinstance(o, dict): return {'$dict': [[_pack(k, tensors), _pack(v, tensors)] for k,v in o.items()]}
     if (long := _one_tensor(o)) is not None: return {'$long': _pack(long, tensors), 'tensors': isinstance(o[0], torch.Tensor)}
     kind = {tuple: '$tuple', list: '$list', L: '$L'}.get(type(o))
@@ -92,18 +93,18 @@ def _hashable(k): return tuple(k) if isinstance(k, list) else k
 def save_state(path, # File to write
     o): # Numbers, text, tensors, arrays and `DataFrame`s in lists, tuples and dicts
     "Write plain data to one safetensors file, atomically and without pickle"
-    packed = _pack(o, tensors := {})
-    seen = set()
-    for k,t in tensors.items():
-        if (p := t.untyped_storage().data_ptr()) in seen or t.numel()*t.element_size()!=t.untyped_storage().nbytes(): tensors[k] = t.clone()
-        seen.add(p)
+    packed,seen = _pack(o, tensors := {}),set()
+    for k,t in tensors.items():      # safetensors refuses memory that is shared
+        memory = t.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes()!=t.nbytes: tensors[k] = t.clone()
+        seen.add(memory.data_ptr())
     return atomic_write(path, lambda tmp: st.save_file(tensors, tmp, dict(kdnb=json.dumps(packed))))
 
 def load_state(path):
     "What `save_state` wrote; tensors are on the CPU"
     try:
-        with safe_open(path, 'pt') as f: packed,tensors = json.loads((f.metadata() or {})['kdnb']),{k: f.get_tensor(k) for k in f.keys()}
-        return _unpack(packed, tensors)
+        with safe_open(path, 'pt') as f:
+            return _unpack(json.loads((f.metadata() or {})['kdnb']), {k: f.get_tensor(k) for k in f.keys()})
     except (SafetensorError,KeyError,ValueError,TypeError) as e:
         raise ValueError(f'{path} is damaged or was not written by kdnb ({e}).') from None
 
@@ -142,15 +143,18 @@ class _Digest:
         if isinstance(o, CodeType): return o.co_code,o.co_names,o.co_consts
         if isinstance(o, MethodType): return o.__func__,o.__self__
         if isinstance(o, partial): return o.func,o.args,o.keywords
-        if isinstance(o, FunctionType): return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,[_cell(c) for c in o.__closure__ or ()]
-        if isinstance(o, Learner): return o.model,o.loss_func,o.opt_func,o.lr,o.wd,o.moms,o.dls,[c for c in o.cbs if not isinstance(c, bookkeeping)]
+        if isinstance(o, FunctionType):
+            return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,[_cell(c) for c in o.__closure__ or ()]
+        if isinstance(o, Learner):
+            cbs = [c for c in o.cbs if not isinstance(c, bookkeeping)]
+            return o.model,o.loss_func,o.opt_func,o.lr,o.wd,o.moms,o.dls,cbs
         if isinstance(o, DataLoaders): return list(o.loaders)
         if isinstance(o, ArrayDataset): return o.x,o.y,list(o.vocab or ())
         if hasattr(o, 'dataset') and hasattr(o, 'bs'): return self.loader(o)
         if isinstance(o, BuiltinFunctionType): return o.__module__,o.__qualname__
         if not hasattr(o, '__dict__'): return repr(o),
-        private = isinstance(o, TidyCallback)     # what was found out in an earlier fit
-        return [{k: v for k,v in vars(o).items() if k!='learn' and not (private and k.startswith('_')) and not isinstance(v, random.Random)}]
+        hidden = ('learn',) + tuple(k for k in vars(o) if k.startswith('_') and isinstance(o, TidyCallback))    # of an earlier fit
+        return [{k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)}]
 
     def loader(self, dl):
         tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
@@ -177,10 +181,11 @@ def tensors_in(model):
 def set_tensors(model, state):
     "Write `state`, from `tensors_in`, into `model`"
     here = tensors_in(model)
-    if odd := here.keys()^state.keys(): raise ValueError(f'{sorted(odd)[0]} is {"not in the file" if sorted(odd)[0] in here else "not in the network"}.')
+    for k in sorted(here.keys()^state.keys()): raise ValueError(f'{k} is not in the {"file" if k in here else "network"}.')
     with torch.no_grad():
         for k,v in state.items():
-            if here[k].shape!=v.shape: raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} in the file.')
+            if here[k].shape!=v.shape:
+                raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} in the file.')
             here[k].copy_(v)
 
 def _is_plain(o):
@@ -238,7 +243,8 @@ def training_state(learn):
 def set_training_state(learn, state):
     "Go back to `state`, from `training_state`"
     set_tensors(learn.model, state['model'])
-    for k,p in unwrap(learn.model).named_parameters(): p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
+    for k,p in unwrap(learn.model).named_parameters():
+        p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     learn.train_iter = state['train_iter']
     set_callback_memory(learn.cbs, state['callbacks'])
@@ -285,8 +291,8 @@ class Checkpoint(Callback):
         first,state = 0,self._newest() if self.run else None
         if state is not None:
             if state['n_epoch']!=learn.n_epoch:
-                raise ValueError(f'{self._here} holds a training of {state["n_epoch"]} epochs, this one has {learn.n_epoch}: the schedules differ. '
-                                 'Delete the folder, or choose another one.')
+                raise ValueError(f'{self._here} holds a training of {state["n_epoch"]} epochs, this one has {learn.n_epoch}: '
+                                 'the schedules differ. Delete the folder, or choose another one.')
             try: set_training_state(learn, state)
             except (ValueError,KeyError,AssertionError) as e:
                 raise ValueError(f'{self._here} holds another training: {e} Delete the folder, or choose another one.') from None
@@ -303,8 +309,8 @@ class Checkpoint(Callback):
     def after_loss(self):
         if not self.training or math.isfinite(self.learn.loss.as_subclass(torch.Tensor).sum().item()): return
         kept = f'What went before is in {self._here}. ' if self._files() else ''
-        raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of training {self._name!r} '
-                                 f'(both count from 0). {kept}Try a smaller learning rate.')
+        raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
+                                 f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')
 
     def after_epoch(self):
         if not self.run or not self._write or (self.share and time.perf_counter()<self._next): return

@@ -83,7 +83,8 @@ class Record:
             if s['name'] in self.latency: s['latency_ms'] = self.latency[s['name']]
             s['role'] = next((role for role,name in zip(('before','after'), self.ends) if name==s['name']), None)
 
-_kept = ('recipe','data','seeds','settings','versions','machine','has_test','n_test','in_shape','bs','latency','layers','verdict','loads','ends')
+_kept = ('recipe','data','seeds','settings','versions','machine','has_test','n_test','in_shape','bs','latency','layers','verdict',
+         'loads','ends')
 
 _columns = 'test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms'
 @patch
@@ -110,8 +111,9 @@ def __repr__(self:Record):
             f'{self.table() if self.stages else "no stage yet"}')
 
 # %% ../../nbs/50_recipes.core.ipynb #a5729916
-recipes = {k: f'kdnb.recipes.{k.replace("-","_")}:{k.replace("-","_")}' for k in ('vbgs-kd','prune-then-distill','prue','sequential','vid')}
-recipes['sequential'] = 'kdnb.recipes.sequential:distill_then_prune'     # fastai has a `sequential`
+recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdnb.recipes.prune_then_distill:prune_then_distill',
+           'prue': 'kdnb.recipes.prue:prue', 'vid': 'kdnb.recipes.vid:vid',
+           'sequential': 'kdnb.recipes.sequential:distill_then_prune'}     # fastai has a `sequential`
 def find_recipe(name): # One of `recipes`
     "The function that runs the recipe called `name`"
     if name not in recipes: raise ValueError(f'there is no recipe {name!r}. There are {", ".join(recipes)}.')
@@ -137,8 +139,9 @@ def check_epochs(epochs, *what): # What each number is for
 
 def check_seeds(seeds): # How many, or which
     if isinstance(seeds, int) and seeds>0: return tuple(range(seeds))
-    if not isinstance(seeds, int) and (seeds := tuple(seeds)) and all(isinstance(o, int) and o>=0 for o in seeds) and len({*seeds})==len(seeds):
-        return seeds
+    if not isinstance(seeds, int):
+        seeds = tuple(seeds)
+        if seeds and all(isinstance(o, int) and o>=0 for o in seeds) and len({*seeds})==len(seeds): return seeds
     raise ValueError(f'seeds is {seeds}, expected how many there are, or different whole numbers such as (0,1,2).')
 
 _locks = {}     # of this process, by folder
@@ -162,7 +165,8 @@ def _claim(path, recipe, force):
     "Make the folder `path` ours; its record if there is one to go on with"
     if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file. Choose another folder.')
     if path.exists() and any(o.name[0]!='.' for o in path.iterdir()) and not (path/'run.json').exists():
-        raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so nothing is written there. Choose another one.')
+        raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so nothing is written there. '
+                              'Choose another one.')
     path.mkdir(parents=True, exist_ok=True)
     _lock(path.resolve())
     if force:
@@ -174,7 +178,8 @@ def _claim(path, recipe, force):
     if not (path/'run.json').exists(): return
     o = _read_run(path)
     if o['recipe']!=recipe:
-        raise ValueError(f'{path} holds a run of {o["recipe"]}, this is {recipe}. Choose another folder, or begin anew with force=True (--force).')
+        raise ValueError(f'{path} holds a run of {o["recipe"]}, this is {recipe}. '
+                         'Choose another folder, or begin anew with force=True (--force).')
     return o
 
 class Run(Record):
@@ -321,7 +326,8 @@ def enter(self:Run,
     **more): # Anything else for the record; plain data
     "Measure `model` on the test set and write the stage down; returns it"
     id_,mark = self._id(stage),fingerprint(model, of and n_weights(of), more, self.test, self.dls.valid)
-    record = self._record(id_, mark) or self._keep(id_, dict(name=stage, seed=self.seed, mark=mark, **self._measure(model, of), **more))
+    record = self._record(id_, mark)
+    if not record: record = self._keep(id_, dict(name=stage, seed=self.seed, mark=mark, **self._measure(model, of), **more))
     return self._enter(id_, record, model)
 
 @patch
@@ -467,8 +473,9 @@ def exhibit(self:Run,
     if id_ not in self._shown: self._shown.append(id_)
     self._write()
 
-def _rows(model, dls): return [{'path': n, **{k: v if isinstance(v, (int,str)) else str(v) if isinstance(v, (tuple,list)) else int(v) for k,v in o.items()}}
-                               for n,o in cost(model, dls, latency=False).iterrows()]
+def _rows(model, dls):
+    plain = lambda v: v if isinstance(v, (int,str)) else str(v) if isinstance(v, (tuple,list)) else int(v)
+    return [{'path': n, **{k: plain(v) for k,v in o.items()}} for n,o in cost(model, dls, latency=False).iterrows()]
 def _latencies(models, dls): return latency(models, dls)
 
 @patch

@@ -247,7 +247,9 @@ def _train(run, job, known, epochs, s, watched):
     watched,found = watched and job.called==run.settings['student'] and run.seed==run.seeds[0],None
     for task,weights in variants:
         model,cbs,stage = _network(run, job, known),[GradientClip(s['clip'])],job.stage
-        if _taught(job): cbs.append(kd := KnowledgeDistillation(known[job.kind], _term(job, model, known[job.kind], dls, s, weights), task, run.cache))
+        if _taught(job):
+            t = known[job.kind]
+            cbs.append(kd := KnowledgeDistillation(t, _term(job, model, t, dls, s, weights), task, run.cache))
         if watched and not found:
             cbs.append(watch := LikelihoodWatch(kd, sorted({1, max(n_epoch//2, 1), n_epoch}), s['n_images']))
             found = kd,watch
@@ -307,7 +309,8 @@ def _says(df):
     "The best method against the student alone, in the last column"
     last = df.column.iloc[-1]
     acc = 100*df[df.column==last].groupby('method').test_accuracy.mean()
-    alone,best,at = acc.pop('Student'),acc.idxmax(),f'{last} images per class' if last.isdigit() else f'{last} images' if last=='all' else last
+    alone,best = acc.pop('Student'),acc.idxmax()
+    at = f'{last} images per class' if last.isdigit() else f'{last} images' if last=='all' else last
     says = f'{best} is the best at {at}: {acc[best]:.1f} %, the student alone has {alone:.1f} %.'
     if acc[best]<=alone: says = f'Nothing beats the student alone at {at}: {alone:.1f} %, {best} has {acc[best]:.1f} %.'
     return says
@@ -335,11 +338,13 @@ def _show_maps(run, seen, teacher, n_epoch, s):
             [GradientClip(s['clip']), read, lone], more=dict(kind='maps'), drops=s['drops'], factor=s['factor'], wd=s['wd'])
     maps = {**watch.kept, 'alone': lone.kept[n_epoch]}
     _,q,t = list(maps['alone'])[:3]
-    cols = {'image': maps['alone']['image'], **{'student alone' if k=='alone' else f'epoch {k}': o[q] for k,o in maps.items()}, t: maps['alone'][t]}
+    said = {'student alone' if k=='alone' else f'epoch {k}': o[q] for k,o in maps.items()}
+    cols = {'image': maps['alone']['image'], **said, t: maps['alone'][t]}
     first,last,none = (float(o[q].mean()) for o in (maps[1], maps[n_epoch], maps['alone']))
     run.exhibit('likelihood', 'maps', cols, f'log q(t|s), {q.splitlines()[0]} (as Figures 2 and 4 of paper 004)',
-                f'Bright is known. Mean of these places, in nats over all channels: {first:.1f} after the first epoch of VID-I, {last:.1f} after the last; {none:.1f} where q was '
-                'trained for a student that learnt alone. On the right, how active the teacher is.')
+                f'Bright is known. Mean of these places, in nats over all channels: {first:.1f} after the first epoch of VID-I, '
+                f'{last:.1f} after the last; {none:.1f} where q was trained for a student that learnt alone. '
+                'On the right, how active the teacher is.')
     lines = {k: pd.DataFrame(dict(x=range(1, len(v)+1), y=v.tolist())) for k,v in sorted_variances(kd).items()}
     run.exhibit('variances', 'lines', lines, 'Learnt variances (as Figure 3 of paper 004)',
                 'Each began at 5. A channel that the student cannot predict has a large variance, and no longer bothers it.',
