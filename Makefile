@@ -14,7 +14,7 @@ demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
 
 test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds the tests on real MNIST
 	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py

@@ -155,7 +155,7 @@ def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage,
 def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(sw, '_every', .1)
     monkeypatch.setattr(sw, '_patience', 2.)
-    g,storage = grid(lams=[.5], seeds=[0], steps=60),tmp_path/'journal.log'
+    g,storage = grid(lams=[.5], seeds=[0], steps=120),tmp_path/'journal.log'
     here,there = tmp_path/'here',tmp_path/'there'
     a = start(g, storage, here)
     until(lambda: counts(here, 'step').total()>2)
