@@ -276,6 +276,7 @@ class StageBar(Callback):
     def __init__(self, stage): self._stage = stage
     def before_fit(self):
         self._bar = progress_bar(range(self.n_epoch), leave=True)
+        self._bar.comment = self._stage
         self._bar.update(0)
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1] if self.recorder.values else []))
