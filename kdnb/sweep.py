@@ -6,7 +6,7 @@
 __all__ = ['Grid', 'pareto', 'SweepResult', 'sweep']
 
 # %% ../nbs/61_sweep.ipynb #d25e731a
-import gc,hashlib,html,inspect,itertools,json,os,re,subprocess,sys,threading,time,traceback,uuid,_thread
+import gc,hashlib,html,inspect,itertools,json,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -189,12 +189,15 @@ def _counting(count, lost):
                 lost.set()
                 return _thread.interrupt_main()
             except Exception: pass    # the storage is out of reach: perhaps not so at the next count
+    deaf = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT)==signal.SIG_IGN
+    if deaf: signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup: the main thread could not be stopped
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try: yield
     finally:
         done.set()
         thread.join()
+        if deaf: signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../nbs/61_sweep.ipynb #0991e90f
 _lives,_nap = 5,1.    # attempts of a trial that kills its process; seconds between two looks at what the others do

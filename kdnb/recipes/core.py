@@ -112,8 +112,9 @@ def __repr__(self:Record):
 
 # %% ../../nbs/50_recipes.core.ipynb #a5729916
 recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdnb.recipes.prune_then_distill:prune_then_distill',
-           'prue': 'kdnb.recipes.prue:prue', 'vid': 'kdnb.recipes.vid:vid',
-           'sequential': 'kdnb.recipes.sequential:distill_then_prune'}     # fastai has a `sequential`
+           'prue': 'kdnb.recipes.prue:prue',
+           'sequential': 'kdnb.recipes.sequential:distill_then_prune',     # fastai has a `sequential`
+           'vid': 'kdnb.recipes.vid:vid'}
 def find_recipe(name): # One of `recipes`
     "The function that runs the recipe called `name`"
     if name not in recipes: raise ValueError(f'there is no recipe {name!r}. There are {", ".join(recipes)}.')
