@@ -21,8 +21,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor,Learner,Metric,Recorder
 from .data import ArrayDataset
-from .features import unwrap
-from .terms import TidyCallback
+from .features import raw_bytes,unwrap
+from .terms import QuickCallback,TidyCallback,is_training
 
 # %% ../nbs/06_checkpoint.ipynb #6fa783f1
 def atomic_write(path, # File to write
@@ -116,9 +116,8 @@ class _Digest:
     def __init__(self): self.h,self.open = hashlib.sha256(),[]
     def say(self, *parts): self.h.update(re.sub(' at 0x[0-9a-f]+', '', '\0'.join(map(str, parts))+'\1').encode())
     def tensor(self, t):
-        t = t.detach().as_subclass(torch.Tensor).cpu().contiguous()
         self.say('tensor', t.dtype, tuple(t.shape))
-        self.h.update(t.reshape(-1).view(torch.uint8).numpy())
+        self.h.update(raw_bytes(t))
 
     def feed(self, o):
         if o is None or isinstance(o, (bool,int,float,complex,str,bytes,Path,np.generic,torch.dtype,torch.device,torch.Size)):
@@ -253,7 +252,7 @@ def set_training_state(learn, state):
 # %% ../nbs/06_checkpoint.ipynb #c6c25eee
 def _is_finite(t): return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()    # a sum is fast
 
-class Checkpoint(Callback):
+class Checkpoint(QuickCallback):
     "Keep the state of a training in a folder, and go on from it if it is there"
     order = 99   # behind everything that may change weights or remember something
     share = .01  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
@@ -266,14 +265,10 @@ class Checkpoint(Callback):
         self._path,self._name,self._keep,self._write,self._fits = Path(path),name or Path(path).name,keep,write,0
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')   # fastai sets it back
+        self.run = is_training(self.learn)   # fastai sets it back
         if not self.run: return
         self._here = self._path/f'fit{self._fits}'     # `fine_tune` is two fits
         self._fits += 1
-
-    def __call__(self, event_name):
-        "As in fastai, which searches learner and model for the events that are not here"
-        if hasattr(type(self), event_name): return super().__call__(event_name)
 
     def _files(self): return sorted(self._here.glob('epoch-*.safetensors'))
 

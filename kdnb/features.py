@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'get_layer', 'Capture', 'hear', 'layer_shapes', 'as_pairs', 'match_stages', 'stage_ends', 'last_map',
-           'last_linear', 'penultimate', 'cut', 'mark_of', 'answers']
+           'last_linear', 'penultimate', 'cut', 'raw_bytes', 'mark_of', 'answers']
 
 # %% ../nbs/03_features.ipynb #16bcfe9f
 import hashlib,json
@@ -214,13 +214,16 @@ def _needed(node, stop=None):
     return found
 
 # %% ../nbs/03_features.ipynb #943d53e3
+def raw_bytes(t):
+    "The numbers of the tensor `t` as bytes, for a checksum"
+    return t.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
 def mark_of(model, dl):
     "A checksum of the network's weights and of the images that `dl` gives"
     h = hashlib.sha256(type(unwrap(model)).__name__.encode())
     first = dl.new(shuffle=False, drop_last=False).one_batch()
     x = getattr(dl.dataset, 'x', None)
-    for t in (*unwrap(model).state_dict().values(), *first, *(() if x is None else (x,))):
-        h.update(t.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for t in (*unwrap(model).state_dict().values(), *first, *(() if x is None else (x,))): h.update(raw_bytes(t))
     return h.hexdigest()
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch, torch.distributed as tdist
 from torch.nn.parallel import DistributedDataParallel
 from fastai.callback.core import Callback
 from .features import unwrap
+from .terms import is_training
 
 # %% ../nbs/07_processes.ipynb #e885e789
 def join_processes():
@@ -74,7 +75,7 @@ class Processes(Callback):
     order = 11   # as fastai's DistributedTrainer: callbacks that change the model come before
     def before_fit(self):
         rank,n = join_processes()
-        self.run = n>1 and not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        self.run = n>1 and is_training(self.learn)
         if not self.run: return
         on_gpu = next(self.model.parameters()).is_cuda
         self.learn.model = DistributedDataParallel(self.model, device_ids=[torch.cuda.current_device()] if on_gpu else None)

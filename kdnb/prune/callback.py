@@ -19,7 +19,7 @@ from ..measure import n_weights
 from .criteria import (Scoring,channel_masks,check_choice,check_criterion,check_pattern,check_sparsity,n_of,select,
                                  select_pattern)
 from .masks import mask_model,masks,prunable,sparsity,unmask
-from ..terms import TidyCallback
+from ..terms import TidyCallback,is_training
 
 # %% ../../nbs/32_prune.callback.ipynb #6152466c
 def _check(sparsity, criterion, by, scope, pattern):
@@ -82,7 +82,7 @@ class Pruner(TidyCallback):
     def columns(self): return dict(sparsity=lambda: sparsity(unwrap(self.model)))
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')   # fastai sets it back
+        self.run = is_training(self.learn)   # fastai sets it back
         if not self.run: return
         super().before_fit()
         self.done,there = 0,masks(self.model)

@@ -427,10 +427,11 @@ def fit_in_drops(run, # `Run`
     settings, # Holds `lr`, `drops`, `factor` and `wd`
     which='', # What their names begin with, such as 'prune_'
     loss_func=None, # The data's if None
+    dls=None, # Other data than the run's
     **kwargs): # More arguments of `Run.fit`
     "A stage of `run` by `nesterov_sgd` and `fit_drops`; returns the trained network"
     lr,drops,factor,wd = (settings[which+k] for k in ('lr','drops','factor','wd'))
-    learn = run.learner(model, opt_func=nesterov_sgd, loss_func=loss_func)
+    learn = run.learner(model, opt_func=nesterov_sgd, dls=dls, loss_func=loss_func)
     return run.fit(stage, learn, n_epoch, lr, 'fit_drops', drops=drops, factor=factor, wd=wd, **kwargs)
 
 def untrained(dls, # Data whose images it must take

@@ -62,19 +62,17 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     if not isinstance(teacher, Learner): network_for(dls, teacher)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=[n_teacher,n_student,n_sparse], T_log_alpha=T_log_alpha, quick=quick, **s)
-    found = []
-    for _ in run.each_seed():
+    for seed in run.each_seed():
         t = run.teacher(teacher, n_teacher, s['teacher_lr'])
         soft = partial(KnowledgeDistillation, t, term, task, cache=run.cache)
         dense = run.fit('student', run.learner(run.network(student)), n_student, s['lr'], cbs=soft())
         sparse = run.fit('sparse', run.learner(noisy(dense), wd=0.), n_sparse, s['lr'], 'fit_flat_cos', [soft(), kl := prior()],
                          result=partial(to_deterministic, T=T_log_alpha), pct_start=s['pct_start'])
-        small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
-        found.append((dense, sparse, small, kl.log_alphas))
-    dense,sparse,small,run.log_alphas = found[0]
+        run.enter('small', shrink(sparse, dls).eval(), of=dense)
+        if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
     run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
-    _show(run, sparse)
-    return run.finish(small, of=dense)
+    _show(run, run.models['sparse'])
+    return run.finish(run.models['small'], of=run.models['student'])
 
 def _show(run, sparse):
     groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}

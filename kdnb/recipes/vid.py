@@ -22,7 +22,7 @@ from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps
 from ..distill.methods import method_names,named_term,usual_weights
 from ..features import get_layer,last_linear,layer_shapes,stage_ends
 from ..models import in_shape,n_classes
-from .core import Run,check_epochs,check_settings,name_of,nesterov_sgd,network_for
+from .core import Run,check_epochs,check_settings,fit_in_drops,name_of,nesterov_sgd,network_for
 from ..terms import check_weight
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
@@ -221,18 +221,18 @@ def _untrained(dls, teacher, source, s):
 def _teachers(run, teacher, student, source, plan, epochs, s):
     "Networks that know something: 'distil' and 'mlp' the run's data, 'transfer' the source, 'student' the source too"
     res,kinds = {},{o.kind for o in plan.values()}
-    fit = dict(fit='fit_drops', drops=s['drops'], factor=s['factor'], wd=s['wd'], cbs=[GradientClip(s['clip'])])
+    def learn(stage, model, dls=None):
+        return fit_in_drops(run, stage, model, epochs[0], s, dls=dls, cbs=[GradientClip(s['clip'])])
     if kinds & {'distil','mlp'}:
         if isinstance(teacher, Learner): t = run.enter('Teacher', teacher.model.eval())
-        else: t = run.fit('Teacher', run.learner(run.network(teacher), nesterov_sgd), epochs[0], s['lr'], **fit)
+        else: t = learn('Teacher', run.network(teacher))
         res = dict(distil=t, mlp=t)
     if 'transfer' not in kinds: return res
     t = _untrained(run.dls, teacher, source, s)
     if not isinstance(source, DataLoaders): return res | dict(transfer=t.to(run.dls.device or 'cpu').eval())
-    def learn(stage, model): return run.fit(stage, run.learner(model, nesterov_sgd, source), epochs[0], s['lr'], **fit)
-    res['transfer'] = learn('Teacher of the source', run.network(s['source_teacher'] or teacher, source))
+    res['transfer'] = learn('Teacher of the source', run.network(s['source_teacher'] or teacher, source), source)
     if any(o.method=='fine-tuning' for o in plan.values()):
-        res['student'] = learn('Student of the source', with_classes(run.network(student), n_classes(source), source))
+        res['student'] = learn('Student of the source', with_classes(run.network(student), n_classes(source), source), source)
     return res
 
 # %% ../../nbs/55_recipes.vid.ipynb #c0cb1757
@@ -242,7 +242,6 @@ def _train(run, job, known, epochs, s, watched):
     "Do the job, once for each of its λs; what the pictures need, if it is the one that is watched"
     dls,n_epoch = _loaders(run, job),epochs[dict(distil=1, mlp=2, transfer=3)[job.kind]]
     if s['same_updates']: n_epoch = round(n_epoch*len(run.dls.train)/len(dls.train))
-    lr,drops,factor,wd = (s[job.which+k] for k in ('lr','drops','factor','wd'))
     watched,variants = watched and (job.kind,job.method,job.n)==('distil','VID-I',None),_variants(job, s)
     watched,found = watched and job.called==run.settings['student'] and run.seed==run.seeds[0],None
     for task,weights in variants:
@@ -256,7 +255,7 @@ def _train(run, job, known, epochs, s, watched):
         if len(variants)>1: stage += f', λ {task:g} {" ".join(f"{o:g}" for o in weights.values())}'
         more = dict(kind=job.kind, method=job.method, student=job.called, n_per_class=str(job.n or 'all'), images=len(dls.train.dataset),
                     task=task, term_weights=weights)
-        run.fit(stage, run.learner(model, nesterov_sgd, dls), n_epoch, lr, 'fit_drops', cbs, more=more, drops=drops, factor=factor, wd=wd)
+        fit_in_drops(run, stage, model, n_epoch, s, job.which, dls=dls, cbs=cbs, more=more)
     return found
 
 def _network(run, job, known):
