@@ -39,6 +39,11 @@ class QuickCallback(Callback):
         "As in fastai, which searches learner and model for the events that are not here"
         if hasattr(type(self), event_name): return super().__call__(event_name)
 
+    def __setattr__(self, name, value):
+        "As in fastai, which searches learner and model for something of that name to warn of; private names are ours"
+        if name[0]=='_': object.__setattr__(self, name, value)
+        else: super().__setattr__(name, value)
+
 class TidyCallback(QuickCallback):
     "A callback of training that shows `columns` and leaves the learner as it found it, also after an error"
     order,run_valid,_only_train_loop = 0,False,True

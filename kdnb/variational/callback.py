@@ -12,13 +12,13 @@ from functools import partial
 import matplotlib.pyplot as plt, numpy as np, torch
 from fastcore.basics import patch
 from fastai.learner import Learner
-from fastai.optimizer import SGD
+from fastai.optimizer import OptimWrapper,SGD
 from ..channels import shrink
 from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import Gate,GroupLayer,NoisyLayer,kl,log_alphas,noise_groups,variational_layers
+from .layers import KL,Gate,GroupLayer,log_alphas,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
@@ -63,7 +63,7 @@ def _by_gate(model, weights):
 
 class VariationalSparsifier(LossTerm):
     "Add the KL of a variational network, divided by the training set's size, to the loss (paper 000, eq. 7)"
-    own_group,_lrs = True,None
+    own_group,_lr = True,None
     def __init__(self,
         weight=1., # Weight of KL/N (paper 000: 1-λ), or a schedule of it
         gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`, 1 for others
@@ -83,8 +83,8 @@ class VariationalSparsifier(LossTerm):
 
     @staticmethod
     def _kl(self):
-        groups,theta = kl(self._parts, self._weights)
-        return ((self.gamma_weight if self._weights is None else 1.)*groups + self.theta_weight*theta)/self._N
+        groups,theta = self._kls()
+        return ((1. if self._each_gate else self.gamma_weight)*groups + self.theta_weight*theta)/self._N
 
     def params(self, model): return noise_params(model)
 
@@ -93,8 +93,8 @@ class VariationalSparsifier(LossTerm):
         if not variational_layers(self._noisy):
             raise ValueError('this network has no variational layer. '
                              'Convert it: Learner(dls, to_variational(model), ...).')
-        self._parts = [m for m in self._noisy.modules() if isinstance(m, (Gate,NoisyLayer))]
-        self._weights = _by_gate(self._noisy, self.gamma_weight) if isinstance(self.gamma_weight, dict) else None
+        self._each_gate = isinstance(self.gamma_weight, dict)
+        self._kls = KL(self._noisy, _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None)
         self._N,self._caps,self._warned,self.closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
         super().before_fit()
 
@@ -125,13 +125,14 @@ def _caps(model, cap):
 @patch
 def before_step(self:VariationalSparsifier):
     if self.gamma_lr==1: return
-    self._lrs = [h['lr'] for h in self.opt.hypers]
-    self.opt.set_hyper('lr', self._lrs[:-1] + [self._lrs[-1]*self.gamma_lr])
+    self._own = (self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers)[-1]
+    self._lr = self._own['lr']
+    self._own['lr'] = self._lr*self.gamma_lr
 
 @patch
 def _put_lr_back(self:VariationalSparsifier):
-    if self._lrs is not None: self.opt.set_hyper('lr', self._lrs)
-    self._lrs = None
+    if self._lr is not None: self._own['lr'] = self._lr
+    self._lr = None
 
 @patch
 def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['group_kl', 'log_alpha', 'GroupKL', 'Draw', 'HalfSquare', 'Gate', 'Gates', 'AddNoise', 'NoisyLayer', 'GroupLayer',
            'GroupLinear', 'GroupConv2d', 'VDLayer', 'VDLinear', 'VDConv2d', 'variational_layers', 'noise_groups',
-           'log_alphas', 'kl']
+           'log_alphas', 'KL', 'kl']
 
 # %% ../../nbs/20_variational.layers.ipynb #6ffa83c3
 import math
@@ -41,9 +41,9 @@ class GroupKL(torch.autograd.Function):
     def forward(ctx, mu, logvar, weight=1.):
         la = log_alpha(mu, logvar)
         s = torch.sigmoid(-1.87320 - 1.48695*la)
-        slope = weight*(-.63576*1.48695*s*(1-s) - .5*torch.sigmoid(-la))   # d KL / d log α
+        slope = weight*(.63576*1.48695*(s*s-s) - .5*torch.sigmoid(-la))   # d KL / d log α
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
-        return (weight*group_kl(la)).sum()
+        return (weight*(.63576*s + .5*F.softplus(-la))).sum()
     @staticmethod
     def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
 
@@ -257,20 +257,27 @@ def log_alphas(model):
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
-def kl(model, # Variational network, or the list of its modules
+class KL:
+    "What `kl` says of a network, again and again: its gates, weights and log-variances are looked up once"
+    def __init__(self, model, weight=None):
+        weight = weight or {}
+        self.gates,singles,layers = [[m for m in model.modules() if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
+        if not self.gates+singles+layers:
+            raise ValueError('there is no variational layer. Convert the network with to_variational.')
+        self.singles = [(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles]
+        self.each = torch.cat([m.gamma.new_full((m.n,), weight.get(m, 1.)) for m in self.gates]) if weight and self.gates else 1.
+        self.mus,self.logvars = [[getattr(m, o) for m in self.gates] for o in ('gamma','gamma_logvar')]
+        self.weights = [p for m in layers for p in (m.weight, m.bias) if p is not None]
+        self.weight_logvars = [o for m in layers for o in (m.weight_logvar, m.bias_logvar) if o is not None]
+
+    def __call__(self):
+        groups = sum((GroupKL.apply(*o) for o in self.singles), torch.tensor(0.)) if self.singles else 0.
+        if self.gates: groups = groups + GroupKL.apply(torch.cat(self.mus), torch.cat(self.logvars), self.each)
+        theta = HalfSquare.apply(*self.weights) if self.weights else torch.zeros_like(groups)
+        for lv in self.weight_logvars: theta = theta + .5*(lv.exp()-lv-1).sum()
+        return groups,theta
+
+def kl(model, # Variational network
     weight=None): # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
-    modules,weight = list(model.modules()) if isinstance(model, nn.Module) else model,weight or {}
-    gates,singles,layers = [[m for m in modules if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
-    if not gates+singles+layers:
-        raise ValueError('there is no variational layer. Convert the network with to_variational.')
-    groups = sum((GroupKL.apply(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles), torch.tensor(0.))
-    if gates:
-        mu,logvar = (torch.cat([getattr(m, o) for m in gates]) for o in ('gamma','gamma_logvar'))
-        each = torch.cat([mu.new_full((m.n,), weight.get(m, 1.)) for m in gates]) if weight else 1.
-        groups = groups + GroupKL.apply(mu, logvar, each)
-    ps = [p for m in layers for p in (m.weight, m.bias) if p is not None]
-    theta = HalfSquare.apply(*ps) if ps else torch.zeros_like(groups)
-    for lv in (o for m in layers for o in (m.weight_logvar, m.bias_logvar) if o is not None):
-        theta = theta + .5*(lv.exp()-lv-1).sum()
-    return groups,theta
+    return KL(model, weight)()
