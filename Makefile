@@ -37,6 +37,7 @@ bench: $(READY) $(PEERS)  ## what a step costs
 	$(BIN)/python bench/variational_cost.py
 	$(BIN)/python bench/distill_cost.py
 	$(BIN)/python bench/prune_cost.py
+	$(BIN)/python bench/run_cost.py
 
 clean:  ## remove what can be made again, but not .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache _proc _docs

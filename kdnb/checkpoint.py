@@ -68,8 +68,9 @@ def _one_tensor(o):
     if type(o) is not list or len(o)<16: return
     kinds = {type(v) for v in o}
     if kinds=={float}: return torch.tensor(o, dtype=torch.double)
-    if all(issubclass(k, torch.Tensor) for k in kinds) and {(v.dtype,v.ndim) for v in o}=={(o[0].dtype,0)}:
-        return torch.stack([v.detach().as_subclass(torch.Tensor) for v in o])
+    if not all(issubclass(k, torch.Tensor) for k in kinds): return
+    with torch.no_grad(),torch._C.DisableTorchFunctionSubclass():     # fastai's own type is slower
+        if {(v.dtype,v.ndim) for v in o}=={(o[0].dtype,0)}: return torch.stack(o)
 
 def _unpack(o, tensors):
     if not isinstance(o, dict): return o
@@ -254,7 +255,7 @@ def _is_finite(t): return not t.is_floating_point() or t.sum().isfinite().item()
 
 class Checkpoint(QuickCallback):
     "Keep the state of a training in a folder, and go on from it if it is there"
-    order = 99   # behind everything that may change weights or remember something
+    order,run_valid = 99,False   # behind everything that may change weights or remember something
     share = .01  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
     _learn,_next = None,0.
     def __init__(self,
@@ -302,7 +303,9 @@ class Checkpoint(QuickCallback):
     learn = property(lambda self: self._learn, _set_learn)
 
     def after_loss(self):
-        if not self.training or math.isfinite(self.learn.loss.as_subclass(torch.Tensor).sum().item()): return
+        loss = self.learn.loss
+        with torch._C.DisableTorchFunctionSubclass(): total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
+        if math.isfinite(total): return
         kept = f'What went before is in {self._here}. ' if self._files() else ''
         raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
                                  f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')

@@ -35,6 +35,7 @@ def is_training(learn):
 
 class QuickCallback(Callback):
     "A callback that costs nothing at the events it has no method for"
+    training = property(lambda self: self.learn.training)     # asked for at every event, and found without a search
     def __call__(self, event_name):
         "As in fastai, which searches learner and model for the events that are not here"
         if hasattr(type(self), event_name): return super().__call__(event_name)
