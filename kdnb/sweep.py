@@ -166,7 +166,14 @@ def _database(url):
     "Optuna's storage in the database at `url`"
     sqlite = url.startswith('sqlite')
     kwargs = dict(connect_args=dict(timeout=60, isolation_level=None)) if sqlite else dict(pool_pre_ping=True)
-    storage = _optuna().storages.RDBStorage(url, engine_kwargs=kwargs)
+    optuna = _optuna()
+    from sqlalchemy.exc import SQLAlchemyError
+    try: storage = optuna.storages.RDBStorage(url, engine_kwargs=kwargs)
+    except ImportError as e:
+        raise ModuleNotFoundError(f'the driver for {url.split("://")[0]} is missing ({e.__context__ or e}). Install it, or name another '
+                                  'one, as in postgresql+psycopg2://…') from None
+    except SQLAlchemyError as e:      # without the part of the address that may hold a password
+        raise OSError(f'the database {url.split("@")[-1]} cannot be used: {str(e).splitlines()[0]}') from None
     if sqlite:
         from sqlalchemy import event
         event.listen(storage.engine, 'begin', lambda c: c.exec_driver_sql('BEGIN IMMEDIATE'))

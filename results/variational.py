@@ -72,7 +72,8 @@ def baseline(method, data_name, seed):
         return [row(shrink(masked, dls), dls)]
     if method=='Han':           # prune, train, prune, train (Han et al. 2015), no teacher
         learn = train(dls, model, EPOCHS[0], seed)
-        levels = iterative_prune(learn, sparsity=.95, rate=.3, rewind='finetune', n_epoch=EPOCHS[1]//9, lr=LR/3)
+        with learn.no_bar(),learn.no_logging():
+            levels = iterative_prune(learn, sparsity=.95, rate=.3, rewind='finetune', n_epoch=EPOCHS[1]//9, lr=LR/3)
         best = [o.model for o in levels if o.metrics['accuracy']>=levels[0].metrics['accuracy']-BUDGET][-1]
         return [row(fold(best), dls)]
     groups,noise = ('weights','group') if method=='SparseVD' else ('neurons','full')     # or BC-GNJ, no teacher

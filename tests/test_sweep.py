@@ -267,6 +267,13 @@ def test_files_that_are_no_grids(tmp_path):
     assert [o for o,_ in Grid(str(f)).combinations().values()][0].startswith('lam=0.5,student=a_b-')
     with pytest.raises(FileNotFoundError): Grid(tmp_path/'none.toml')
 
+@pytest.mark.parametrize('url,error,words', [('postgresql+pg8000://me:secret@/x', ImportError, 'driver for postgresql.pg8000 is missing .*Install it'),
+    ('nonsense://me:secret@there/x', OSError, 'database there/x cannot be used: .*nonsense'),
+    ('sqlite:////nowhere/x.db', OSError, 'database sqlite:////nowhere/x.db cannot be used: .*unable to open')])
+def test_a_database_that_cannot_be_used(url, error, words, tmp_path):
+    with pytest.raises(error, match=words) as e: sweep(grid(), url, tmp_path)
+    assert 'secret' not in str(e.value)
+
 def test_optuna_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r'kdnb\[sweep\]'): sweep(grid(), tmp_path/'journal.log', tmp_path)
