@@ -21,11 +21,14 @@ LR = 1e-3
 BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4, shift=False, bs=256, lr=1e-3, gamma_lr=10., theta_weight=10.,
             epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6, tune=0)
 SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
+WEIGHTS = dict(groups='weights', epochs=(15,85), warmup=.2, cooldown=None, pct_start=.75)
 CAFFE = {'conv2.inputs': 24000., 'fc1.inputs.gates.0': 7000., 'fc1.inputs.gates.1': 1400., 'fc2.inputs': 4500.}
 VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': dict(gamma_weight=1950., epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
         'VBGS-KD, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=CAFFE, epochs=(3,16),
-                                               warmup=.7, cooldown=None, pct_start=.9, tune=50)}
+                                               warmup=.7, cooldown=None, pct_start=.9, tune=50),
+        'VBGS-KD, single weights': WEIGHTS | dict(gamma_weight=40.), 'VBGS-KD, single weights, accurate': WEIGHTS | dict(gamma_weight=15.),
+        'VBGS-KD, single weights, shifted': WEIGHTS | dict(gamma_weight=50., shift=True, T=2)}
 
 def data(name, shift=False, bs=256):
     warnings.filterwarnings('ignore', category=FutureWarning)
