@@ -32,10 +32,10 @@ def engine():
         except FileNotFoundError: print(f'{title}: no data'); continue
         fits.clear(); events.clear()
         with tempfile.TemporaryDirectory() as folder:
-            def run():
+            def stage():
                 run = Run(folder, 'bench', dls, show=False)
                 run.finish(run.fit('student', run.learner(run.network(name)), n, 1e-3))
-            whole,_ = timed(run)
+            whole,_ = timed(stage)
         training = sum(fits)-sum(events)
         print(f'{title:30} {whole:5.1f} s, of these training {training:5.1f} s, checkpoints {sum(events):.2f} s, the rest '
               f'(marks, tables, report) {whole-sum(fits):.2f} s: {whole/training:.3f} × training', flush=True)

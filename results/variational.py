@@ -21,7 +21,7 @@ LR = 1e-3
 BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4, shift=False, bs=256, lr=1e-3, gamma_lr=10., theta_weight=10.,
             epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6, tune=0)
 SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
-WEIGHTS = dict(groups='weights', epochs=(15,85), warmup=.2, cooldown=None, pct_start=.75)
+WEIGHTS = dict(groups='weights', epochs=EPOCHS, warmup=.2, cooldown=None, pct_start=.75)
 CAFFE = {'conv2.inputs': 24000., 'fc1.inputs.gates.0': 7000., 'fc1.inputs.gates.1': 1400., 'fc2.inputs': 4500.}
 VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': dict(gamma_weight=1950., epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
@@ -110,7 +110,7 @@ BASELINES = 'plain','KD',*PENALTY,'Han','SparseVD','BC-GNJ'
 def main(only=()):
     done = {(o['method'], o['data'], o['seed']) for o in map(json.loads, ROWS.read_text().splitlines())} if ROWS.exists() else set()
     jobs = [(m, d, s) for d in ('mnist','fashion_mnist') for m in (*VBGS, *BASELINES) for s in SEEDS
-            if (m, d, s) not in done and (m.startswith(tuple(only)) if only else d=='mnist' or 'LeNet-5-Caffe' not in m)]
+            if (m, d, s) not in done and (d=='mnist' or 'LeNet-5-Caffe' not in m) and (not only or m.startswith(tuple(only)))]
     with ProcessPoolExecutor(min(2, os.cpu_count()), get_context('spawn')) as pool:
         for future in as_completed([pool.submit(job, *o) for o in jobs]):
             with ROWS.open('a') as f: f.writelines(json.dumps(o)+'\n' for o in future.result())

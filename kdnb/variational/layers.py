@@ -41,9 +41,9 @@ class GroupKL(torch.autograd.Function):
     def forward(ctx, mu, logvar, weight=1.):
         la = log_alpha(mu, logvar)
         s = torch.sigmoid(-1.87320 - 1.48695*la)
-        slope = weight*(.63576*1.48695*(s*s-s) - .5*torch.sigmoid(-la))   # d KL / d log α
+        slope = weight*(-.63576*1.48695*s*(1-s) - .5*torch.sigmoid(-la))   # d KL / d log α
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
-        return (weight*(.63576*s + .5*F.softplus(-la))).sum()
+        return (weight*group_kl(la)).sum()
     @staticmethod
     def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
 
@@ -271,7 +271,7 @@ class KL:
         self.weight_logvars = [o for m in layers for o in (m.weight_logvar, m.bias_logvar) if o is not None]
 
     def __call__(self):
-        groups = sum((GroupKL.apply(*o) for o in self.singles), torch.tensor(0.)) if self.singles else 0.
+        groups = sum((GroupKL.apply(*o) for o in self.singles), torch.tensor(0.))
         if self.gates: groups = groups + GroupKL.apply(torch.cat(self.mus), torch.cat(self.logvars), self.each)
         theta = HalfSquare.apply(*self.weights) if self.weights else torch.zeros_like(groups)
         for lv in self.weight_logvars: theta = theta + .5*(lv.exp()-lv-1).sum()
