@@ -16,19 +16,24 @@ SEEDS = 0,1,2
 EPOCHS = 15,85         # of a student before it is made sparse, and while it is; networks that are not made sparse get the sum
 TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; trained on images shifted by up to a pixel
 LR = 1e-3
-# What VBGS-KD is asked for; `shift`: students see images shifted by up to a pixel, labelled by the teacher; `tune`: epochs of
-# distillation of the small network afterwards, which is a row of its own
+# What VBGS-KD is asked for; `shift`: students see images shifted by up to a pixel, labelled by the teacher; `singles`: weight of the
+# KL when, for `singles_epochs`, each weight of the small network gets its own α; `tune`: epochs of distillation of the small network
+# afterwards, which is a row of its own
 BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4, shift=False, bs=256, lr=1e-3, gamma_lr=10., theta_weight=10.,
-            epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6, tune=0)
+            epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6,
+            singles=None, singles_epochs=60, tune=0)
 SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
 WEIGHTS = dict(groups='weights', epochs=EPOCHS, warmup=.2, cooldown=None, pct_start=.75)
 CAFFE = {'conv2.inputs': 24000., 'fc1.inputs.gates.0': 7000., 'fc1.inputs.gates.1': 1400., 'fc2.inputs': 4500.}
-VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': dict(gamma_weight=1950., epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5),
+ACCURATE = dict(epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5)
+VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': ACCURATE | dict(gamma_weight=1950.),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
         'VBGS-KD, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=CAFFE, epochs=(3,16),
                                                warmup=.7, cooldown=None, pct_start=.9, tune=50),
         'VBGS-KD, single weights': WEIGHTS | dict(gamma_weight=40.), 'VBGS-KD, single weights, accurate': WEIGHTS | dict(gamma_weight=15.),
-        'VBGS-KD, single weights, shifted': WEIGHTS | dict(gamma_weight=50., shift=True, T=2)}
+        'VBGS-KD, groups and weights': ACCURATE | dict(gamma_weight=800., singles=25.),
+        'VBGS-KD, groups and weights, shifted': SHIFT | dict(gamma_weight=700., singles=15.),
+        'VBGS-KD, groups and weights, shifted, smaller': SHIFT | dict(gamma_weight=700., singles=40.)}
 
 def data(name, shift=False, bs=256):
     warnings.filterwarnings('ignore', category=FutureWarning)
@@ -95,8 +100,14 @@ def vbgs(method, data_name, seed):
     sparsifier = VariationalSparsifier(1-o['lam'], **{k: o[k] for k in ('gamma_weight','theta_weight','warmup','cooldown','gamma_lr')})
     learn = train(dls, to_variational(dense, dls, o['groups']), o['epochs'][1], seed, [soft, sparsifier], o['lr'], pct_start=o['pct_start'])
     small = learn.compress()
+    if o['singles']:
+        sparsifier = VariationalSparsifier(1-o['lam'], gamma_weight=o['singles'])
+        learn = train(dls, to_variational(small, dls, 'weights'), o['singles_epochs'], seed, [soft, sparsifier], o['lr'], pct_start=.75)
+        small = learn.compress()
     rows = [row(small, dls, tuned=0)]
-    if o['tune']: rows.append(row(train(dls, small, o['tune'], seed, soft, o['lr'], pct_start=.2).model, dls, tuned=o['tune']))
+    if o['tune']:
+        mask_model(small, {k: w!=0 for k,w in prunable(small).items()})
+        rows.append(row(fold(train(dls, small, o['tune'], seed, soft, o['lr'], pct_start=.2).model), dls, tuned=o['tune']))
     return rows
 
 def job(method, data_name, seed):
