@@ -63,6 +63,31 @@ def _tensors(path):
     walk(learn)
     return found
 
+@pytest.mark.parametrize('groups,noise', [('neurons','group'), ('neurons','full'), ('channels','full'), ('weights','group')])
+def test_masks_hold_under_noise(groups, noise):
+    "A pruned network made noisy, masked as it was; and masks that grow while the noise trains"
+    pruned = prune_model(quiet(learner(net()), 3, 3e-3).model, .5)
+    v = to_variational(pruned, DLS['plain'], groups, noise)
+    assert not masks(v) and sparsity(v)==.5
+    mask_model(v, masks(pruned))
+    xb = DLS['plain'].one_batch()[0]
+    torch.manual_seed(0); out = v.train()(xb)
+    with torch.no_grad():       # what a mask hides is nowhere seen, neither its value nor its variance
+        for n,mask in masks(v).items():
+            raw(v, n).add_(1-mask)
+            if (logvar := dict(v.named_parameters()).get(f'{n}_logvar')) is not None: logvar.add_(5*(1-mask))
+    torch.manual_seed(0); test_eq(v(xb), out)
+    learn = quiet(learner(v, cbs=VariationalSparsifier(gamma_weight=2.), wd=0.), 4, 3e-3)
+    small = learn.compress(T=50.)       # nothing is noise yet: only masks take away
+    assert not masks(small) and all((w[masks(v)[n]==0]==0).all() for n,w in prunable(small).items())
+    assert sparsity(small)>=.5 and {type(m) for m in small.modules()}<={type(m) for m in net().modules()}
+    test_close(small(xb), v.eval()(xb), 1e-5)
+
+def test_pruner_beside_sparsifier():
+    learn = quiet(learner(to_variational(net()), cbs=[VariationalSparsifier(), Pruner(.6, schedule='gradual')], wd=0.), 4, 3e-3)
+    left = n_weights(learn.model, nonzero=True)
+    assert left==int(.4*n_weights(learn.model)) and n_weights(learn.compress(), nonzero=True)<=left
+
 def test_weight_0_is_plain_training():
     plain = flat(quiet(learner(net()), 2, 1e-3).model)
     for cbs in (KnowledgeDistillation(TEACHER, KD()*0), LossTerm(lambda cb: 1/torch.zeros(()), weight=0)):

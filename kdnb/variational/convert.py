@@ -8,7 +8,6 @@ __all__ = ['to_variational', 'threshold', 'kept', 'to_deterministic', 'threshold
 
 # %% ../../nbs/21_variational.convert.ipynb #c15738a0
 import math,warnings
-from copy import deepcopy
 import pandas as pd, torch
 from torch import nn
 from ..channels import channel_groups,plain_copy,shrink
@@ -175,7 +174,8 @@ def kept(model, # Variational network
 def to_deterministic(model, # Variational network
     T=None): # Threshold on log α, see `kept`
     "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (paper 000, eq. 13)"
-    masks,model = kept(model, T),deepcopy(model)
+    model = plain_copy(model)
+    masks = kept(model, T)
     mask = {m: masks[n] for n,m in noise_groups(model).items()}
     settled = [(m, m.scaled(lambda g: g.mean*mask[g]) if isinstance(m, GroupLayer) else (m.weight*mask[m], m.bias))
                for m in variational_layers(model).values()]

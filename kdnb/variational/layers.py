@@ -151,6 +151,11 @@ class NoisyLayer:
             p = getattr(self, n) if n in names else None
             self.register_parameter(f'{n}_logvar', None if p is None else nn.Parameter(torch.full_like(p, -9.)))
 
+    def _var(self, name):
+        "Variance of the weights or of the bias; 0 where a mask holds the parameter at 0"
+        logvar,mask = getattr(self, f'{name}_logvar'),self._buffers.get(f'{name}_mask')
+        return None if logvar is None else logvar.exp() if mask is None else logvar.exp()*mask
+
     @torch.no_grad()
     def _settle(self, weight, bias):
         "Become a plain layer with these weights"
@@ -197,7 +202,7 @@ def _full(self:GroupLayer, x):
         return s.view(len(x), *ones, -1) if isinstance(self, nn.Linear) else s.view(len(x), -1, *ones)
     if self.inputs is not None: x = x*scale(self.inputs, x)
     mean = self._product(x, self.weight, self.bias)
-    var = self._product(x**2, self.weight_logvar.exp(), None if self.bias is None else self.bias_logvar.exp())
+    var = self._product(x**2, self._var('weight'), self._var('bias'))
     if self.outputs is not None: mean,var = mean*(s := scale(self.outputs, mean)),var*s**2
     return AddNoise.apply(mean, var)
 
@@ -230,7 +235,7 @@ class VDLayer(NoisyLayer):
     def forward(self, x):
         mean = self._product(x, self.weight, self.bias)
         if not self.training: return mean
-        return AddNoise.apply(mean, self._product(x**2, self.weight_logvar.exp(), None))
+        return AddNoise.apply(mean, self._product(x**2, self._var('weight'), None))
 
 class VDLinear(VDLayer, nn.Linear):
     "`nn.Linear` under sparse variational dropout (Molchanov et al. 2017, eq. 14)"
@@ -258,23 +263,24 @@ def log_alphas(model):
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
 class KL:
-    "What `kl` says of a network, again and again: its gates, weights and log-variances are looked up once"
+    "What `kl` says of a network, again and again: its layers are looked up once"
     def __init__(self, model, weight=None):
-        weight = weight or {}
-        self.gates,singles,layers = [[m for m in model.modules() if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
-        if not self.gates+singles+layers:
+        self.weight = weight or {}
+        self.gates,self.singles,self.layers = [[m for m in model.modules() if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
+        if not self.gates+self.singles+self.layers:
             raise ValueError('there is no variational layer. Convert the network with to_variational.')
-        self.singles = [(m.weight, m.weight_logvar, weight.get(m, 1.)) for m in singles]
-        self.each = torch.cat([m.gamma.new_full((m.n,), weight.get(m, 1.)) for m in self.gates]) if weight and self.gates else 1.
-        self.mus,self.logvars = [[getattr(m, o) for m in self.gates] for o in ('gamma','gamma_logvar')]
-        self.weights = [p for m in layers for p in (m.weight, m.bias) if p is not None]
-        self.weight_logvars = [o for m in layers for o in (m.weight_logvar, m.bias_logvar) if o is not None]
+        self.each = torch.cat([g.gamma.new_full((g.n,), self.weight.get(g, 1.)) for g in self.gates]) if weight and self.gates else 1.
+
+    def _all(self, layers, *names): return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
 
     def __call__(self):
-        groups = sum((GroupKL.apply(*o) for o in self.singles), torch.tensor(0.))
-        if self.gates: groups = groups + GroupKL.apply(torch.cat(self.mus), torch.cat(self.logvars), self.each)
-        theta = HalfSquare.apply(*self.weights) if self.weights else torch.zeros_like(groups)
-        for lv in self.weight_logvars: theta = theta + .5*(lv.exp()-lv-1).sum()
+        groups = sum((GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.)) for m in self.singles), torch.tensor(0.))
+        if self.gates:
+            mu,logvar = (torch.cat(self._all(self.gates, o)) for o in ('gamma','gamma_logvar'))
+            groups = groups + GroupKL.apply(mu, logvar, self.each)
+        weights = self._all(self.layers, 'weight', 'bias')      # asked for each time: a masked one is a product
+        theta = HalfSquare.apply(*weights) if weights else torch.zeros_like(groups)
+        for lv in self._all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
         return groups,theta
 
 def kl(model, # Variational network
