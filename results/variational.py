@@ -25,11 +25,14 @@ BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4,
 SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
 WEIGHTS = dict(groups='weights', epochs=EPOCHS, warmup=.2, cooldown=None, pct_start=.75)
 CAFFE = {'conv2.inputs': 24000., 'fc1.inputs.gates.0': 7000., 'fc1.inputs.gates.1': 1400., 'fc2.inputs': 4500.}
+WIDER = dict(zip(CAFFE, (21000.,8000.,500.,1500.)))
 ACCURATE = dict(epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5)
 VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': ACCURATE | dict(gamma_weight=1950.),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
         'VBGS-KD, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=CAFFE, epochs=(3,16),
                                                warmup=.7, cooldown=None, pct_start=.9, tune=50),
+        'VBGS-KD, groups and weights, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=WIDER,
+            epochs=(3,16), warmup=.7, cooldown=None, pct_start=.9, singles=26., singles_epochs=30),
         'VBGS-KD, single weights': WEIGHTS | dict(gamma_weight=40.), 'VBGS-KD, single weights, accurate': WEIGHTS | dict(gamma_weight=15.),
         'VBGS-KD, groups and weights': ACCURATE | dict(gamma_weight=800., singles=25.),
         'VBGS-KD, groups and weights, shifted': SHIFT | dict(gamma_weight=700., singles=15.),

@@ -262,6 +262,8 @@ def log_alphas(model):
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
+def _all(layers, *names): return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
+
 class KL:
     "What `kl` says of a network, again and again: its layers are looked up once"
     def __init__(self, model, weight=None):
@@ -271,16 +273,14 @@ class KL:
             raise ValueError('there is no variational layer. Convert the network with to_variational.')
         self.each = torch.cat([g.gamma.new_full((g.n,), self.weight.get(g, 1.)) for g in self.gates]) if weight and self.gates else 1.
 
-    def _all(self, layers, *names): return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
-
     def __call__(self):
         groups = sum((GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.)) for m in self.singles), torch.tensor(0.))
         if self.gates:
-            mu,logvar = (torch.cat(self._all(self.gates, o)) for o in ('gamma','gamma_logvar'))
+            mu,logvar = (torch.cat(_all(self.gates, o)) for o in ('gamma','gamma_logvar'))
             groups = groups + GroupKL.apply(mu, logvar, self.each)
-        weights = self._all(self.layers, 'weight', 'bias')      # asked for each time: a masked one is a product
+        weights = _all(self.layers, 'weight', 'bias')      # asked for each time: a masked one is a product
         theta = HalfSquare.apply(*weights) if weights else torch.zeros_like(groups)
-        for lv in self._all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
+        for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
         return groups,theta
 
 def kl(model, # Variational network
