@@ -78,10 +78,12 @@ def latency(models, data, rounds=11):
 # %% ../nbs/02_measure.ipynb #0fa0be6b
 @torch.no_grad()
 def _calls(model, xb):
-    "`(path, module, inputs)` of every layer without children that runs, in the order of running"
-    calls,hooks = [],[]
+    "`(path, module, inputs)` of every layer that runs, in the order of running; what stands inside a layer is part of it"
+    calls,hooks,inside = [],[],set()
     for path,m in model.named_modules():
-        if not next(m.children(), None):
+        if m in inside: continue
+        if isinstance(m, weighted): inside.update(m.modules())      # such as gates, or a parametrization
+        if isinstance(m, weighted) or not next(m.children(), None):
             hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: calls.append((path, m, x))))
     try: model(*xb)
     finally:

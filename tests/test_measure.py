@@ -269,3 +269,9 @@ def test_pictures_of_odd_networks():
     assert np.isfinite(np.concatenate([o.get_offsets().data for o in ax.collections])).all()
     with pytest.raises(ValueError, match='at least 4'): plot_predictions(flat, [(x, y)], classes=[1])
     plt.close('all')
+
+@pytest.mark.parametrize('change', [lambda m: m, to_variational, lambda m: nn.utils.parametrizations.weight_norm(m.fc1) and m, lambda m: mask_model(m)])
+def test_a_layer_with_something_inside_has_one_row(change):
+    plain,m = create('lenet300'),create('lenet300')
+    rows,want = (cost(o, torch.randn(1,1,28,28), latency=False) for o in (change(m), plain))
+    assert list(rows.index)==list(want.index) and list(rows.macs)==list(want.macs)

@@ -59,10 +59,12 @@ class Scoring:
     def _removable(self):
         if self.data is None: raise ValueError('channels are found by running the network on a batch. '
                                                'Pass `data`: DataLoaders or a batch of inputs.')
-        groups = [g for g in channel_groups(self.model, self.data)
-                  if g.stays is None and all(f'{p.path}.weight' in self.weights for p in g.makers)]
-        if not groups: raise ValueError(f'{type(self.model).__name__} has no channels that can be removed'
-                                        ' besides those that `ignore` names. Prune weights: by="weight".')
+        every = channel_groups(self.model, self.data)
+        groups = [g for g in every if g.stays is None and all(f'{p.path}.weight' in self.weights for p in g.makers)]
+        if not groups:
+            why = next((f'{g.name}: {g.stays}' for g in every if g.stays), 'there are no layers in a row')
+            raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides those that `ignore` '
+                             f'names ({why}). Prune weights: by="weight".')
         return groups
 
     def sum(self, values): # `{name of a weight: tensor of its shape}`
