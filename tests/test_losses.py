@@ -363,6 +363,11 @@ def test_error_temperature(f, T):
 def test_error_classes(f):
     with pytest.raises(ValueError, match='teacher gives 7 outputs, student 10'): f(torch.zeros(5,10), torch.zeros(5,7))
 
+@pytest.mark.parametrize('f', [kd, dkd_y, dist, lwf])
+def test_error_regression(f):
+    with pytest.raises(ValueError, match='one number for each sample.*LogitsMSE'): f(torch.zeros(5,1), torch.ones(5,1))
+    assert logits_mse(torch.zeros(5,1), torch.ones(5,1))==1
+
 @pytest.mark.parametrize('f', [attention, nst, similarity, pkt, rkd])
 @pytest.mark.parametrize('b_s,b_t', [(5,4), (1,5), (5,1)])
 def test_error_batch(f, b_s, b_t):

@@ -41,11 +41,14 @@ def unit(v, dim=1, p=2, eps=1e-12):
 def check_T(T):
     if not T>0: raise ValueError(f'T is {T}, expected a temperature above 0.')
 
-def _check_logits(z_s, z_t):
+def _check_logits(z_s, z_t, least=2):
     if z_s.shape!=z_t.shape:
         raise ValueError(f'teacher gives {z_t.shape[-1]} outputs, student {z_s.shape[-1]} '
                          f'(shapes {tuple(z_t.shape)} and {tuple(z_s.shape)}): logits are compared class by class. '
                          'Use a teacher with the same classes.')
+    if z_s.shape[-1]<least:
+        raise ValueError('the networks give one number for each sample: there are no classes whose probabilities could be '
+                         'compared. Use LogitsMSE, or compare features.')
 
 def check_batch(f_s, f_t):
     "Student's and teacher's features must be of the same samples"
@@ -74,7 +77,7 @@ def kd(z_s, # Student's logits (B, C)
 def logits_mse(z_s, # Student's logits (B, C)
     z_t): # Teacher's logits (B, C)
     "Mean of (z_s − z_t)² (Ba and Caruana 2014)"
-    _check_logits(z_s, z_t)
+    _check_logits(z_s, z_t, least=1)
     return F.mse_loss(z_s, z_t)
 
 @in_float32
