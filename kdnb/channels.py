@@ -7,8 +7,9 @@ __all__ = ['Part', 'set_layer', 'index_layer', 'keep_inputs', 'plain_copy', 'Cha
            'remove_channels', 'shrink', 'max_difference']
 
 # %% ../nbs/04_channels.ipynb #fb5699c2
-import re,warnings
+import io,re,warnings
 from collections import namedtuple
+from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -300,7 +301,8 @@ def _difference(model, xb, groups):
     for g,dead in gone: _silence(masked, g, dead, ['readers'])
     kept = _kept(model, gone)
     for p,(rows,cols) in kept.items(): _narrow_layer(small.get_submodule(p), rows, cols)
-    try: small = _said(small, xb)
+    try:
+        with redirect_stderr(io.StringIO()): small = _said(small, xb)       # torch.fx prints the errors of its modules
     except Exception as e: return f"the network's code counts on their number ({str(e).splitlines()[0]:.80})"
     masked = _said(masked, xb)
     for (p,a),(q,b) in zip(masked, small, strict=True):

@@ -447,3 +447,15 @@ def test_an_optimiser_built_by_hand():
     learn = masked_learner(SGD)
     learn.opt_func = OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), .1))
     with pytest.raises(ValueError, match='built by hand'): learn.shrink()
+
+def test_a_shrunken_network_is_looked_at_quietly(capfd):
+    "The maps of a network whose flattened pixels are picked by number stay, and torch.fx says nothing of the trial"
+    dls = image_dls('digits', device='cpu')
+    v = to_variational(create('lenet5', dls), dls, 'channels')
+    with torch.no_grad():
+        for g in noise_groups(v).values(): g.gamma_logvar[::3] = 9.
+    small = shrink(to_deterministic(v, 0.), dls)
+    again = shrink(small, dls)
+    assert any('KeepInputs' in type(m).__name__ for m in small.modules()) and capfd.readouterr().err==''
+    xb = dls.one_batch()[0]
+    test_close(again.eval()(xb), small.eval()(xb), 1e-5)
