@@ -14,25 +14,22 @@ HERE = Path(__file__).parent
 ROWS,CACHE = HERE/'variational.jsonl',HERE/'.cache'
 SEEDS = 0,1,2
 EPOCHS = 15,85         # of a student before it is made sparse, and while it is; networks that are not made sparse get the sum
-TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; trained on images shifted by up to a pixel
+TEACHER = {'lenet5': 25, 'lenet5_caffe': 12}      # epochs; MNIST's images are shifted by up to a pixel
 LR = 1e-3
 # What VBGS-KD is asked for; `shift`: students see images shifted by up to a pixel, labelled by the teacher; `singles`: weight of the
 # KL when, for `singles_epochs`, each weight of the small network gets its own α; `tune`: epochs of distillation of the small network
 # afterwards, which is a row of its own
 BASE = dict(student='lenet300', teacher='lenet5', groups='neurons', lam=.9, T=4, shift=False, bs=256, lr=1e-3, gamma_lr=10., theta_weight=10.,
-            epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6,
-            singles=None, singles_epochs=60, tune=0)
+            epochs=(8,100), warmup=.5, cooldown=(.5,.8), pct_start=.6, singles=None, singles_epochs=60, tune=0)
 SHIFT = dict(shift=True, T=2, bs=128, lr=2e-3, gamma_lr=5., theta_weight=3., epochs=(8,100), warmup=.4, cooldown=(.4,.7), pct_start=.5, tune=40)
 WEIGHTS = dict(groups='weights', epochs=EPOCHS, warmup=.2, cooldown=None, pct_start=.75)
-CAFFE = {'conv2.inputs': 24000., 'fc1.inputs.gates.0': 7000., 'fc1.inputs.gates.1': 1400., 'fc2.inputs': 4500.}
-WIDER = dict(zip(CAFFE, (21000.,8000.,500.,1500.)))
+CAFFE = SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', epochs=(3,16), warmup=.7, cooldown=None, pct_start=.9)
+GATES = 'conv2.inputs','fc1.inputs.gates.0','fc1.inputs.gates.1','fc2.inputs'     # of LeNet-5-Caffe
 ACCURATE = dict(epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5)
 VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': ACCURATE | dict(gamma_weight=1950.),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
-        'VBGS-KD, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=CAFFE, epochs=(3,16),
-                                               warmup=.7, cooldown=None, pct_start=.9, tune=50),
-        'VBGS-KD, groups and weights, LeNet-5-Caffe': SHIFT | dict(student='lenet5_caffe', teacher='lenet5_caffe', groups='channels', gamma_weight=WIDER,
-            epochs=(3,16), warmup=.7, cooldown=None, pct_start=.9, singles=26., singles_epochs=30),
+        'VBGS-KD, LeNet-5-Caffe': CAFFE | dict(gamma_weight=dict(zip(GATES, (24000.,7000.,1400.,4500.))), tune=50),
+        'VBGS-KD, groups and weights, LeNet-5-Caffe': CAFFE | dict(gamma_weight=dict(zip(GATES, (21000.,8000.,500.,1500.))), singles=26., singles_epochs=30),
         'VBGS-KD, single weights': WEIGHTS | dict(gamma_weight=40.), 'VBGS-KD, single weights, accurate': WEIGHTS | dict(gamma_weight=15.),
         'VBGS-KD, groups and weights': ACCURATE | dict(gamma_weight=800., singles=25.),
         'VBGS-KD, groups and weights, shifted': SHIFT | dict(gamma_weight=700., singles=15.),
