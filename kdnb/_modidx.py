@@ -1253,6 +1253,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'kdnb/variational/layers.py'),
                                          'kdnb.variational.layers._gate_on': ( 'variational.layers.html#_gate_on',
                                                                                'kdnb/variational/layers.py'),
+                                         'kdnb.variational.layers._recomputing': ( 'variational.layers.html#_recomputing',
+                                                                                   'kdnb/variational/layers.py'),
                                          'kdnb.variational.layers._to_shape': ( 'variational.layers.html#_to_shape',
                                                                                 'kdnb/variational/layers.py'),
                                          'kdnb.variational.layers.group_kl': ( 'variational.layers.html#group_kl',

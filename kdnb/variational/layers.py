@@ -71,6 +71,10 @@ class HalfSquare(torch.autograd.Function):
     def backward(ctx, g): return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.layers.ipynb #9417549c
+def _recomputing():
+    "Does a backward pass run this layer once more (activation checkpointing)?"
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+
 class Gate(nn.Module):
     "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers that share a gate see one draw in a pass"
     def __init__(self, n):
@@ -95,12 +99,12 @@ class Gate(nn.Module):
 
     def draw(self, layer, *bs):
         "γ for `layer` in this pass (n,), or of every example (bs, n)"
-        self._first = self._first or id(layer)      # where a pass begins
-        again = id(layer) in self._seen and torch._C._current_graph_task_id()==-1     # not activation checkpointing
-        if (id(layer)==self._first or again or self._normal is None or self._normal.shape[:-1]!=bs
-            or self._normal.device!=self.gamma.device):
+        me,z = id(layer),self._normal
+        self._first = self._first or me     # where a pass begins
+        fits = z is not None and z.shape[:-1]==bs and z.device==self.gamma.device
+        if me==self._first or not fits or (me in self._seen and not _recomputing()):
             self._normal,self._seen = torch.randn(*bs, self.n, device=self.gamma.device, dtype=self.gamma.dtype),set()
-        self._seen.add(id(layer))
+        self._seen.add(me)
         return Draw.apply(self.gamma, self.gamma_logvar, self._normal, self.open)
 
     def of(self, f):
