@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 import kdnb.recipes.core as core
 from kdnb.all import *
 
-KILLS,STAGES = 5,('teacher','student','sparse','small','finish')
+KILLS,STAGES = 5,('teacher','student','sparse','small','thin','finish')
 
 def work(path, pipe=None):
     "The whole run; says on `pipe` which stage begins"
@@ -22,7 +22,7 @@ def work(path, pipe=None):
         setattr(core.Run, name, g)
     for name in ('_train','enter','finish'): says(name, getattr(core.Run, name))
     dls = image_dls('digits', device='cpu', bs=256, pad=1)
-    vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), show=False).report()
+    vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), single_weights=20., show=False).report()
 
 def attempt(path, stage, delay):
     "Run until `stage` or a later one has begun and `delay` seconds have passed, then kill; True if it was in that stage"

@@ -20,7 +20,7 @@ def test_killed_in_every_stage_again_and_again(tmp_path):
     out = subprocess.run([sys.executable, Path(__file__).parent/'killed.py', tmp_path, '0'], env=ENV, capture_output=True, text=True, timeout=500)
     assert out.returncode==0, out.stderr[-3000:]
     kills = json.loads(out.stdout.splitlines()[-1])
-    assert sum(kills.values())>=18 and kills.keys()=={'teacher','student','sparse','small','finish'}, kills
+    assert sum(kills.values())>=21 and kills.keys()=={'teacher','student','sparse','small','thin','finish'}, kills
     whole,killed = content(tmp_path/'whole'),content(tmp_path/'killed')
     assert whole.keys()==killed.keys()
     for k in whole: assert whole[k]==killed[k], k

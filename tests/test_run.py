@@ -87,6 +87,19 @@ def test_mnist_is_within_reach(data_dir, tmp_path):
     assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
 
+def test_single_weights_last(tmp_path):
+    dls = image_dls('digits', device='cpu')
+    with pytest.raises(ValueError, match='gamma_weight is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)
+    assert not (tmp_path/'run').exists()
+    run = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
+    small,thin = run.models['small'],run.models['thin']
+    assert n_weights(thin, nonzero=True)<.7*n_weights(small) and n_weights(thin)<=n_weights(small)
+    assert not any('kdnb' in type(m).__module__ for m in thin.modules())
+    assert accuracy_on(load_model(run.path/'model.safetensors'), dls.test)==run.stages[-1]['test_accuracy']
+    again = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
+    assert all(torch.equal(a, b) for a,b in zip(thin.parameters(), again.models['thin'].parameters(), strict=True))
+    assert run.stages==again.stages
+
 def test_any_fastai_data_without_a_test_set(tmp_path):
     x,y = image_dls('digits', device='cpu').test.dataset[torch.arange(359)]
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]

@@ -28,6 +28,7 @@ vbgs_kd_defaults = dict(
     warmup=.2, # Part of the sparse stage over which the KL rises
     cooldown=None, # Part of the sparse stage, (start, end), over which the KL falls to 0 again
     gamma_lr=10., # Learning rate of γ, in multiples of `lr`
+    single_weights=None, # Weight of the KL in a last stage with an α for each weight (MNIST: 25); None: no such stage
     pct_start=.6, # Part of the sparse stage before the learning rate falls to 0
     lr=1e-3, # Adam; the paper has SGD at .003 with momentum .5
     teacher_lr=3e-3) # Adam, one cycle
@@ -58,7 +59,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
     noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
     prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
-    prior(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
+    singles = s['single_weights'] is not None and partial(prior, gamma_weight=s['single_weights'], cooldown=None)
+    prior(), singles and singles(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
     if not isinstance(teacher, Learner): network_for(dls, teacher)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=[n_teacher,n_student,n_sparse], T_log_alpha=T_log_alpha, quick=quick, **s)
@@ -68,11 +70,17 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
         dense = run.fit('student', run.learner(run.network(student)), n_student, s['lr'], cbs=soft())
         sparse = run.fit('sparse', run.learner(noisy(dense), wd=0.), n_sparse, s['lr'], 'fit_flat_cos', [soft(), kl := prior()],
                          result=partial(to_deterministic, T=T_log_alpha), pct_start=s['pct_start'])
-        run.enter('small', shrink(sparse, dls).eval(), of=dense)
+        small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
+        if singles:
+            last = run.learner(to_variational(small, dls, 'weights'), wd=0.)
+            run.fit('thin', last, n_sparse, s['lr'], 'fit_flat_cos', [soft(), singles()], partial(_plain, data=dls), dense,
+                    pct_start=s['pct_start'])
         if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
     run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
     _show(run, run.models['sparse'])
-    return run.finish(run.models['small'], of=run.models['student'])
+    return run.finish(run.models['thin' if singles else 'small'], of=run.models['student'])
+
+def _plain(model, data): return shrink(to_deterministic(model), data)
 
 def _show(run, sparse):
     groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}
