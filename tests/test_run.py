@@ -89,7 +89,7 @@ def test_mnist_is_within_reach(data_dir, tmp_path):
 
 def test_single_weights_last(tmp_path):
     dls = image_dls('digits', device='cpu')
-    with pytest.raises(ValueError, match='gamma_weight is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)
+    with pytest.raises(ValueError, match='single_weights is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)
     assert not (tmp_path/'run').exists()
     run = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
     small,thin = run.models['small'],run.models['thin']

@@ -59,7 +59,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
     noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
     prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
-    singles = s['single_weights'] is not None and partial(prior, gamma_weight=s['single_weights'], cooldown=None)
+    last = s['single_weights']
+    singles = last is not None and partial(prior, gamma_weight=check_weight(last, 'single_weights'), cooldown=None)
     prior(), singles and singles(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
     if not isinstance(teacher, Learner): network_for(dls, teacher)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
@@ -72,8 +73,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
                          result=partial(to_deterministic, T=T_log_alpha), pct_start=s['pct_start'])
         small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
         if singles:
-            last = run.learner(to_variational(small, dls, 'weights'), wd=0.)
-            run.fit('thin', last, n_sparse, s['lr'], 'fit_flat_cos', [soft(), singles()], partial(_plain, data=dls), dense,
+            learn = run.learner(to_variational(small, dls, 'weights'), wd=0.)
+            run.fit('thin', learn, n_sparse, s['lr'], 'fit_flat_cos', [soft(), singles()], partial(_plain, data=dls), dense,
                     pct_start=s['pct_start'])
         if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
     run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
