@@ -1012,6 +1012,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdnb.terms.LossTerm.detach': ('terms.html#lossterm.detach', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.mean': ('terms.html#lossterm.mean', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.params': ('terms.html#lossterm.params', 'kdnb/terms.py'),
+                            'kdnb.terms.LossTerm.progress': ('terms.html#lossterm.progress', 'kdnb/terms.py'),
                             'kdnb.terms.LossTerm.values': ('terms.html#lossterm.values', 'kdnb/terms.py'),
                             'kdnb.terms.QuickCallback': ('terms.html#quickcallback', 'kdnb/terms.py'),
                             'kdnb.terms.QuickCallback.__call__': ('terms.html#quickcallback.__call__', 'kdnb/terms.py'),

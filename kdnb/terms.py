@@ -83,7 +83,7 @@ class LossTerm(TidyCallback):
     "Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column"
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
     own_group = False   # does the optimiser keep `params` in a group of their own?
-    _learn = None
+    _learn,_trains = None,True
     def __init__(self,
         term, # Function of this callback that returns a scalar tensor; or a dict of them by name
         weight=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
@@ -98,11 +98,16 @@ class LossTerm(TidyCallback):
         "The terms called `names`, as a dict of scalars"
         return {k: self.terms[k](self) for k in names}
 
+    @property
+    def progress(self):
+        "Of training, from 0 to 1; 0 in `lr_find`"
+        return self.learn.pct_train if self._trains else 0.
+
     def after_loss(self):
         learn = self.learn
         if not learn.training or not len(learn.yb): return
-        weights = {k: w for k,o in self.weights.items() if (w := weight_at(o, learn.pct_train))}
-        task = weight_at(self.task, learn.pct_train)
+        pct = self.progress
+        weights,task = {k: w for k,o in self.weights.items() if (w := weight_at(o, pct))},weight_at(self.task, pct)
         if not weights and task==1: return
         loss,n = learn.loss_grad.as_subclass(torch.Tensor),find_bs(learn.yb)   # fastai's own type is slower
         if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
@@ -125,7 +130,7 @@ def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weigh
 @patch
 def before_train(self:LossTerm):
     super(LossTerm, self).before_train()
-    self._sums,self._n = {},0
+    self._sums,self._n,self._trains = {},0,is_training(self.learn)
 
 # %% ../nbs/05_terms.ipynb #15ce9ee8
 def _set_learn(self, v):

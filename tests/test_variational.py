@@ -938,6 +938,17 @@ def test_nan_stops_training():
     assert "'fc" in str(e.value) and '.inputs' in str(e.value) and 'is not finite' in str(e.value) and 'diverged' in str(e.value)
     assert len(learn.recorder.values)<3 and learn.metrics.attrgot('name')==['accuracy'] and {h['lr'] for h in learn.opt.hypers}=={1e-3}
 
+def test_a_rate_is_found_without_the_rise():
+    "lr_find sees no rising KL, closes nothing, warns of nothing and leaves the history alone"
+    rates = []
+    for cb in (None, VariationalSparsifier(gamma_weight=50., cooldown=(.1,.2), gamma_lr=1.)):
+        set_seed(0)
+        learn = learner(cbs=cb)
+        with learn.no_bar(),learn.no_logging(),warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            rates.append(learn.lr_find(num_it=60, show_plot=False).valley)
+    assert rates[0]==rates[1] and not cb.closed and not cb.log_alphas
+
 def test_history_of_log_alpha():
     learn = quiet(learner(cbs=VariationalSparsifier()), 3, 1e-3)
     las = learn.variational_sparsifier.log_alphas
