@@ -29,7 +29,7 @@ ACCURATE = dict(epochs=(8,60), warmup=.4, cooldown=(.4,.7), pct_start=.5)
 VBGS = {'VBGS-KD, small': dict(gamma_weight=5000.), 'VBGS-KD, accurate': ACCURATE | dict(gamma_weight=1950.),
         'VBGS-KD, shifted': SHIFT | dict(gamma_weight=2300.), 'VBGS-KD, shifted, smaller': SHIFT | dict(gamma_weight=3200.),
         'VBGS-KD, LeNet-5-Caffe': CAFFE | dict(gamma_weight=dict(zip(GATES, (24000.,7000.,1400.,4500.))), tune=50),
-        'VBGS-KD, groups and weights, LeNet-5-Caffe': CAFFE | dict(gamma_weight=dict(zip(GATES, (21000.,8000.,500.,1500.))), singles=26., singles_epochs=30),
+        'VBGS-KD, groups and weights, LeNet-5-Caffe': CAFFE | dict(gamma_weight=dict(zip(GATES, (21000.,8000.,500.,1500.))), singles=20., tune=100),
         'VBGS-KD, single weights': WEIGHTS | dict(gamma_weight=40.), 'VBGS-KD, single weights, accurate': WEIGHTS | dict(gamma_weight=15.),
         'VBGS-KD, groups and weights': ACCURATE | dict(gamma_weight=800., singles=25.),
         'VBGS-KD, groups and weights, shifted': SHIFT | dict(gamma_weight=700., singles=15.),
