@@ -31,7 +31,7 @@ def weight_at(w, pct):
 # %% ../nbs/05_terms.ipynb #e15d4bdf
 def is_training(learn):
     "Is this fit one that trains, not `lr_find` or a prediction?"
-    return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')
+    return not {'lr_finder','gather_preds'} & vars(learn).keys()     # `hasattr` would search the model, too
 
 class QuickCallback(Callback):
     "A callback that costs nothing at the events it has no method for"
@@ -83,7 +83,7 @@ class LossTerm(TidyCallback):
     "Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column"
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
     own_group = False   # does the optimiser keep `params` in a group of their own?
-    _learn,_trains = None,True
+    _learn = None
     def __init__(self,
         term, # Function of this callback that returns a scalar tensor; or a dict of them by name
         weight=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
@@ -101,13 +101,14 @@ class LossTerm(TidyCallback):
     @property
     def progress(self):
         "Of training, from 0 to 1; 0 in `lr_find`"
-        return self.learn.pct_train if self._trains else 0.
+        return self.learn.pct_train if is_training(self.learn) else 0.
 
     def after_loss(self):
         learn = self.learn
         if not learn.training or not len(learn.yb): return
         pct = self.progress
-        weights,task = {k: w for k,o in self.weights.items() if (w := weight_at(o, pct))},weight_at(self.task, pct)
+        weights = {k: w for k,o in self.weights.items() if (w := weight_at(o, pct))}
+        task = weight_at(self.task, pct)
         if not weights and task==1: return
         loss,n = learn.loss_grad.as_subclass(torch.Tensor),find_bs(learn.yb)   # fastai's own type is slower
         if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
@@ -130,7 +131,7 @@ def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weigh
 @patch
 def before_train(self:LossTerm):
     super(LossTerm, self).before_train()
-    self._sums,self._n,self._trains = {},0,is_training(self.learn)
+    self._sums,self._n = {},0
 
 # %% ../nbs/05_terms.ipynb #15ce9ee8
 def _set_learn(self, v):

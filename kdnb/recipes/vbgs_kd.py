@@ -59,8 +59,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
     noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
     prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
-    last = s['single_weights']
-    singles = last is not None and partial(prior, gamma_weight=check_weight(last, 'single_weights'), cooldown=None)
+    single = s['single_weights']
+    singles = single is not None and partial(prior, gamma_weight=check_weight(single, 'single_weights'), cooldown=None)
     prior(), singles and singles(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
     if not isinstance(teacher, Learner): network_for(dls, teacher)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
@@ -69,13 +69,13 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
         t = run.teacher(teacher, n_teacher, s['teacher_lr'])
         soft = partial(KnowledgeDistillation, t, term, task, cache=run.cache)
         dense = run.fit('student', run.learner(run.network(student)), n_student, s['lr'], cbs=soft())
-        sparse = run.fit('sparse', run.learner(noisy(dense), wd=0.), n_sparse, s['lr'], 'fit_flat_cos', [soft(), kl := prior()],
-                         result=partial(to_deterministic, T=T_log_alpha), pct_start=s['pct_start'])
+        sparsify = partial(run.fit, n_epoch=n_sparse, lr=s['lr'], fit='fit_flat_cos', of=dense, pct_start=s['pct_start'])
+        sparse = sparsify('sparse', run.learner(noisy(dense), wd=0.), cbs=[soft(), kl := prior()],
+                          result=partial(to_deterministic, T=T_log_alpha))
         small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
         if singles:
-            learn = run.learner(to_variational(small, dls, 'weights'), wd=0.)
-            run.fit('thin', learn, n_sparse, s['lr'], 'fit_flat_cos', [soft(), singles()], partial(_plain, data=dls), dense,
-                    pct_start=s['pct_start'])
+            sparsify('thin', run.learner(to_variational(small, dls, 'weights'), wd=0.), cbs=[soft(), singles()],
+                     result=partial(_plain, data=dls))
         if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
     run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
     _show(run, run.models['sparse'])

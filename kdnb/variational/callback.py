@@ -16,7 +16,7 @@ from fastai.optimizer import OptimWrapper,SGD
 from ..channels import shrink
 from ..features import unwrap
 from ..measure import weighted
-from ..terms import LossTerm,check_weight
+from ..terms import LossTerm,check_weight,is_training
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
 from .layers import KL,Gate,GroupLayer,log_alphas,noise_groups,variational_layers
 
@@ -99,9 +99,8 @@ class VariationalSparsifier(LossTerm):
         super().before_fit()
 
     def before_train(self):
-        first = not self._trained and self.epoch==0
+        if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
         super().before_train()
-        if first and self._trains: self.log_alphas = []
         own = {id(p) for p in self.opt.param_lists[-1]}=={id(p) for p in noise_params(self.model)}
         if not own and self.gamma_lr!=1:
             raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '
@@ -177,7 +176,7 @@ def cut_fraction(model, # Variational network
 
 @patch
 def after_epoch(self:VariationalSparsifier):
-    if not (self._trained and self._trains): return
+    if not (self._trained and is_training(self.learn)): return
     las = {n: o.cpu().clone() for n,o in log_alphas(self._noisy).items()}
     self.log_alphas.append(las)
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
@@ -186,7 +185,7 @@ def after_epoch(self:VariationalSparsifier):
     empty = [n for n,o in las.items() if (o>0).all()]
     if empty: self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
                          'Use a smaller gamma_weight, or a longer warmup.')
-    if self.progress>=.5 and not any((o>0).any() for o in las.values()):
+    if self.pct_train>=.5 and not any((o>0).any() for o in las.values()):
         self._warn('half of training is over and no group has become noise (log α over 0): nothing is being pruned. '
                    'Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
 
