@@ -4,6 +4,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from fastai.torch_core import set_seed
 
 matplotlib.use('Agg')
 torch.set_num_threads(1)
@@ -12,6 +13,10 @@ torch.set_num_threads(1)
 def data_dir():
     if folder := os.environ.get('KDNB_DATA'): return Path(folder)
     pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
+
+def pytest_runtest_setup():
+    "A test draws the same numbers whatever ran before it in its process"
+    set_seed(0)
 
 def pytest_collection_modifyitems(items):
     for o in items:

@@ -75,6 +75,12 @@ def test_notebooks_are_clean():
         if (size := (ROOT/o).stat().st_size) > 600_000: faults.append(f'{o}: {size:,} bytes')
     assert not faults
 
+@pytest.mark.parametrize('path', NOTEBOOKS)
+def test_a_notebook_begins_from_a_seed(path):
+    "Else what it draws hangs on the notebooks that ran before it in the same process"
+    hidden = next(s for c in NOTEBOOKS[path]['cells'] if (s := ''.join(c['source'])).startswith('#| hide'))
+    assert hidden.endswith('\nset_seed(0)')
+
 def test_readme_is_the_index():
     readme = runpy.run_path(str(ROOT/'.ci/nbs.py'))['readme']
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run `make readme`'
