@@ -81,10 +81,9 @@ def _calls(model, xb):
     "`(path, module, inputs)` of every layer that runs, in the order of running; what stands inside a layer is part of it"
     calls,hooks,inside = [],[],set()
     for path,m in model.named_modules():
-        if m in inside: continue
-        if isinstance(m, weighted): inside.update(m.modules())      # such as gates, or a parametrization
-        if isinstance(m, weighted) or not next(m.children(), None):
-            hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: calls.append((path, m, x))))
+        if m in inside or not isinstance(m, weighted) and list(m.children()): continue
+        inside.update(m.modules())      # such as gates, or a parametrization
+        hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: calls.append((path, m, x))))
     try: model(*xb)
     finally:
         for h in hooks: h.remove()

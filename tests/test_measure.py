@@ -275,3 +275,11 @@ def test_a_layer_with_something_inside_has_one_row(change):
     plain,m = create('lenet300'),create('lenet300')
     rows,want = (cost(o, torch.randn(1,1,28,28), latency=False) for o in (change(m), plain))
     assert list(rows.index)==list(want.index) and list(rows.macs)==list(want.macs)
+
+class Skip(nn.Module):
+    def __init__(self): super().__init__(); self.skip,self.conv = nn.Sequential(),nn.Conv2d(1,1,3,padding=1)
+    def forward(self, x): return self.skip(x)+self.conv(x)
+
+def test_a_block_whose_first_part_is_empty_has_no_row():
+    m = nn.Sequential(Skip(), nn.Flatten(), nn.Linear(64,2))
+    assert list(cost(m, torch.randn(1,1,8,8)).index)==['0.conv','2','total']
