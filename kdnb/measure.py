@@ -27,9 +27,9 @@ def n_bytes(model): return sum(t.numel()*t.element_size() for t in (*model.param
 
 def n_weights(model, # Any module
     nonzero=False): # Count only those that are not zero
-    "Number of weights of linear and convolution layers, without biases"
-    ws = [m.weight for m in model.modules() if isinstance(m, weighted)]
-    return sum(int(w.count_nonzero()) if nonzero else w.numel() for w in ws)
+    "Number of weights of linear and convolution layers, without biases; what layers share counts once"
+    ws = {m._parameters.get('weight', m): m.weight for m in model.modules() if isinstance(m, weighted)}
+    return sum(int(w.count_nonzero()) if nonzero else w.numel() for w in ws.values())
 
 # %% ../nbs/02_measure.ipynb #5853acc7
 def inputs(data, # `DataLoaders`, a batch, or a tuple of input tensors
@@ -89,11 +89,18 @@ def _calls(model, xb):
         for h in hooks: h.remove()
     return calls
 
+# Operations of shapes that torch's counter passes over: matrix times vector, and a layer of an LSTM on the CPU
+_uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
+              torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
+
 def macs(model, data):
     "Multiply-accumulates for one input, by path of layer; `''` is the total"
     xb = tuple(o[:1] for o in inputs(data, model))
-    with evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as c:   # no_grad hides attention
-        model(*xb)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)      # attention that is fused hides from the counter
+    try:
+        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_uncounted) as c: model(*xb)
+    finally: torch.backends.mha.set_fastpath_enabled(fused)
     return ({k.partition('.')[2]: sum(v.values())//2 for k,v in c.get_flop_counts().items() if k!='Global'}
             | {'': c.get_total_flops()//2})
 
@@ -110,14 +117,15 @@ def cost(model, # Any module
             ms = median_ms([lambda: model(*xb)] + [lambda m=m,x=x: m(*x) for _,m,x in layers],
                            rounds) if latency else []
     rows = [dict(layer=p, kind=type(m).__name__,
-                 shape='×'.join(map(str, m.weight.shape)) if hasattr(m, 'weight') else '')
+                 shape='×'.join(map(str, m.weight.shape)) if getattr(m, 'weight', None) is not None else '')
             | _counts(m, mac.get(p, 0)) for p,m,_ in layers]
     df = pd.DataFrame(rows + [dict(layer='total', kind=type(model).__name__, shape='')
                               | _counts(model, mac[''])]).set_index('layer')
     return df.assign(ms=ms[1:]+ms[:1]) if latency else df
 
 def _counts(m, mac):
-    return dict(weights=n_weights(m), params=n_params(m), nonzero=sum(int(p.count_nonzero()) for p in m.parameters()),
+    acting = {p: getattr(o, n) for o in m.modules() for n,p in o._parameters.items() if p is not None}    # under its mask
+    return dict(weights=n_weights(m), params=n_params(m), nonzero=sum(int(p.count_nonzero()) for p in acting.values()),
                 macs=mac, bytes=n_bytes(m))
 
 # %% ../nbs/02_measure.ipynb #32d312da

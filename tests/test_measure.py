@@ -283,3 +283,28 @@ class Skip(nn.Module):
 def test_a_block_whose_first_part_is_empty_has_no_row():
     m = nn.Sequential(Skip(), nn.Flatten(), nn.Linear(64,2))
     assert list(cost(m, torch.randn(1,1,8,8)).index)==['0.conv','2','total']
+
+class Dot(nn.Module):
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(7))
+    def forward(self, x): return x@self.w
+
+@pytest.mark.parametrize('m, shape, want', [
+    (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1), (5,16), 5*(4*16*16+2*16*32) + 2*5*5*16),
+    (nn.LSTM(8, 16, batch_first=True, bidirectional=True), (5,8), 5*2*(64*8+64*16)), (Dot(), (3,7), 21), (Dot(), (7,), 7)])
+def test_macs_see_what_is_fused_or_is_no_matrix(m, shape, want):
+    fused = torch.backends.mha.get_fastpath_enabled()
+    for o in (m, m.requires_grad_(False)): assert macs(o, torch.randn(2,*shape))['']==want
+    assert torch.backends.mha.get_fastpath_enabled()==fused
+
+def test_cost_counts_what_acts():
+    m = mask_model(nn.Sequential(nn.Linear(4,4)), {'0.weight': torch.eye(4)})
+    assert list(cost(m, torch.randn(2,4), latency=False).nonzero)==[8,8]
+    m = nn.Sequential(nn.Conv2d(1,2,3), nn.BatchNorm2d(2, affine=False))
+    assert list(cost(m, torch.randn(2,1,8,8), latency=False)['shape'])==['2×1×3×3','','']
+
+def test_what_layers_share_counts_once():
+    m = nn.Sequential(nn.Linear(4,4), nn.Linear(4,4), nn.Linear(4,4))
+    m[1].weight = m[0].weight
+    assert (n_weights(m), n_weights(nn.Sequential(*map(nn.utils.parametrizations.weight_norm, (nn.Linear(4,4),nn.Linear(4,4))))))==(32,32)
+    prune_model(m, .25)
+    assert sparsity(m)==.25 and cost(m, torch.randn(2,4), latency=False).weights['total']==32
