@@ -131,9 +131,12 @@ class ArrayDataLoaders(DataLoaders):
 
 def _images(x, y, what):
     "Check and return images (N, C, H, W) and labels (N,) as tensors"
-    try: x,y = torch.as_tensor(x),torch.as_tensor(y).long()
+    try: x = torch.as_tensor(x)
     except (TypeError,ValueError) as e:
         raise ValueError(f'{what} images must be one array (N, C, H, W) or (N, H, W), all of one size: {e}') from None
+    try: y = torch.as_tensor(y).long()
+    except (TypeError,ValueError) as e: raise ValueError(f'{what} labels must be class numbers (N,), and `vocab` their names: {e}') from None
+    if y.ndim!=1: raise ValueError(f'{what} labels have shape {tuple(y.shape)}, expected one class number per image (N,).')
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4: raise ValueError(f'{what} images have shape {tuple(x.shape)}, expected (N, C, H, W) or (N, H, W).')
     if not len(x): raise ValueError(f'there are no {what} images.')
@@ -142,10 +145,10 @@ def _images(x, y, what):
 
 def _spread(y, n, rng):
     "Places of `n` samples of each class (an int), or of the fraction `n` of each class, in random order"
-    picks = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)]
-    if isinstance(n, int) and (least := min(map(len, picks))) < n:
+    picks,part = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)],isinstance(n, float)
+    if not part and (least := min(map(len, picks))) < n:
         raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
-    return rng.permutation(np.concatenate([p[:n if isinstance(n, int) else round(n*len(p))] for p in picks]))
+    return rng.permutation(np.concatenate([p[:round(n*len(p)) if part else n] for p in picks]))
 
 def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, W); labels (N,)
     test=None, # `(x, y)` of the test set
@@ -165,12 +168,13 @@ def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, 
     "`ArrayDataLoaders` from a user's own images and labels"
     x,y = _images(x, y, 'training')
     test,valid = test and _images(*test, 'test'),valid and _images(*valid, 'validation')
-    for o,what in ((test,'test'), (valid,'validation')):
-        if o and o[0].shape[1:]!=x.shape[1:]:
-            raise ValueError(f'{what} images are {tuple(o[0].shape[1:])}, training images {tuple(x.shape[1:])}: '
-                             'resize one of them.')
     if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
     vocab = CategoryMap(list(range(int(y.max())+1)) if vocab is None else vocab, sort=False)
+    for (xs,ys),what in ((o, what) for o,what in (((x,y),'training'), (test,'test'), (valid,'validation')) if o):
+        if xs.shape[1:]!=x.shape[1:]:
+            raise ValueError(f'{what} images are {tuple(xs.shape[1:])}, training images {tuple(x.shape[1:])}: resize one of them.')
+        if ys.min()<0 or ys.max()>=len(vocab):
+            raise ValueError(f'{what} labels lie between {ys.min()} and {ys.max()}, expected 0 to {len(vocab)-1} for {len(vocab)} classes.')
     rng,yn = np.random.default_rng(seed),y.numpy()
     cut = np.arange(0) if valid else _spread(yn, float(valid_pct), rng)
     if not (valid or len(cut)):

@@ -10,8 +10,9 @@ import hashlib,json
 import safetensors.torch as st, torch
 from safetensors import safe_open
 from torch import nn
-from .channels import index_layer,set_layer
+from .channels import index_layer,plain_copy,set_layer,set_sizes
 from .checkpoint import atomic_write
+from .measure import weighted
 from .models import create
 
 # %% ../nbs/40_export.ipynb #369ed98e
@@ -21,11 +22,12 @@ def tensors_of(model):
     "The state of `model` as safetensors takes it: on the CPU, contiguous, nothing shared"
     return {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
 
-def save_model(model, # Plain network, shrunken or not
+def save_model(model, # Plain network, shrunken or not; masks are multiplied in
     path, # File to write (`.safetensors`)
     dls=None, # Note classes, input shape and normalisation of these `DataLoaders`
     arch=None): # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
     "Save weights and what is needed to build the network again: no pickle, no code"
+    model = plain_copy(model)
     arch = arch or getattr(model, 'arch', None)
     if not arch:
         raise ValueError(f'{type(model).__name__} does not say how to build it. Pass arch=dict(name=..., kwargs=...), '
@@ -65,15 +67,22 @@ def load_model(path, # File from `save_model`
     "The saved network, on the CPU, in evaluation mode, ready to use or to train"
     header,shapes = read_header(path)
     arch = header['arch']
+    def dense(): return build(**arch['kwargs']) if build else create(arch['name'], **arch['kwargs'])
     try:
-        with torch.device('meta'): model = build(**arch['kwargs']) if build else create(arch['name'], **arch['kwargs'])
+        with torch.device('meta'): model = dense()
     except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k).clone() for k in shapes}
     if _sha256(tensors)!=header.get('sha256'):
         raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
-    _cut(model, tensors, path)
+    twins = _cut(model, tensors, path)
     model.load_state_dict(tensors, assign=True)
+    for first,*others in twins:
+        for k in others:
+            if torch.equal(tensors[first], tensors[k]): _put(model, k, model.get_parameter(first))
+    if lost := [k for k,b in model.named_buffers() if b.is_meta]:       # those that no state dict holds
+        full = dict(dense().named_buffers())
+        for k in lost: _put(model, k, full.get(k))
     _check_fit(model.eval(), header, path)
     return model
 
@@ -86,7 +95,14 @@ def _index_owner(model, key):
     except AttributeError: return None
     return path if type(m) is nn.Linear else None
 
+def _put(model, key, t):
+    "Let the parameter or buffer called `key` be `t`"
+    path,_,name = key.rpartition('.')
+    m = model.get_submodule(path)
+    (m._parameters if name in m._parameters else m._buffers)[name] = t
+
 def _cut(model, tensors, path):
+    "Give `model` the shapes of `tensors`; names of parameters that are one and the same come back, in lists"
     for key in [k for k in tensors if k.endswith('.0.index')]:
         owner,index = _index_owner(model, key),tensors[key]
         if owner is None: raise ValueError(f'{path}: {key} belongs to no linear layer of the architecture.')
@@ -95,7 +111,8 @@ def _cut(model, tensors, path):
                 and index[-1]<m.in_features and (index.diff()>0).all()):
             raise ValueError(f'{path}: {key} must count upwards within the {m.in_features} inputs of its layer.')
         set_layer(model, owner, nn.Sequential(index_layer(index), m))
-    dense = model.state_dict()
+    dense,twins = model.state_dict(),{}
+    for k,p in model.named_parameters(remove_duplicate=False): twins.setdefault(p, []).append(k)
     if odd := sorted(dense.keys() ^ tensors.keys()):
         raise ValueError(f'{path} does not fit the architecture: '
                          f'{odd[0]} is {"missing" if odd[0] in dense else "too much"}.')
@@ -106,21 +123,19 @@ def _cut(model, tensors, path):
             raise ValueError(f'{path}: {key} is {t.dtype} {tuple(t.shape)}, '
                              f'the architecture allows at most {d.dtype} {tuple(d.shape)}.')
         _resize(model, key, t)
+    return [ks for ks in twins.values() if len(ks)>1]
 
 def _resize(model, key, t):
     "Give the tensor called `key` the shape of `t`, and its module the sizes that follow from it"
     path,_,name = key.rpartition('.')
     m = model.get_submodule(path)
-    if name in m._parameters:
-        m._parameters[name] = nn.Parameter(torch.empty_like(t, device='meta'),
-                                           requires_grad=m._parameters[name].requires_grad)
-    else: m._buffers[name] = torch.empty_like(t, device='meta')
-    if name!='weight': return
-    if isinstance(m, nn.Linear): m.out_features,m.in_features = t.shape
-    elif isinstance(m, nn.modules.conv._ConvNd):
-        if m.groups>1 and m.groups==m.in_channels: m.groups = len(t)
-        m.out_channels,m.in_channels = len(t),t.shape[1]*m.groups
-    elif isinstance(m, nn.modules.batchnorm._BatchNorm): m.num_features = len(t)
+    new = torch.empty_like(t, device='meta')
+    _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad) if name in m._parameters else new)
+    if not t.ndim: return
+    if not isinstance(m, weighted): set_sizes(m, len(t), len(t))
+    elif name=='weight':
+        sizes = len(t),t.shape[1]*getattr(m, 'groups', 1)
+        set_sizes(m, *(reversed(sizes) if getattr(m, 'transposed', False) else sizes))
 
 def _check_fit(model, header, path):
     "Layers that do not fit each other are found on one zero image, before anyone uses the network"
@@ -131,5 +146,5 @@ def _check_fit(model, header, path):
     if not (isinstance(shape, list) and len(shape)<5 and all(isinstance(o, int) and 0<o<=4096 for o in shape)):
         raise ValueError(f'{path}: the input shape {shape} is not one.')
     try:
-        with torch.no_grad(): model(torch.zeros(1, *shape))
+        with torch.no_grad(): model(torch.zeros(1, *shape, dtype=next((p.dtype for p in model.parameters()), None)))
     except (RuntimeError,IndexError) as e: raise ValueError(f'{path}: the layers do not fit each other: {e}') from None

@@ -47,7 +47,9 @@ class Capture:
         self.layers,self._copied = {p: get_layer(model, p) for p in paths},set()
         self.said = dict.fromkeys(self.layers)   # its keys never change: compiled code depends on them
         self._hooks = [m.register_forward_hook(partial(self._hear, p)) for p,m in self.layers.items()]
-        if xb is not None and paths: self._try(unwrap(model), xb)
+        try:
+            if xb is not None and paths: self._try(unwrap(model), xb)
+        except BaseException: self.remove(); raise
         if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in model.modules()):
             torch._dynamo.reset()      # else code that was compiled without the hooks goes on running
 
@@ -83,7 +85,10 @@ class Capture:
                 if isinstance(self.said[p], torch.Tensor): marks[p] = self.said[p],self.said[p]._version
             hooks.append(m.register_forward_hook(mark))
         try:
-            with evaluating(model): model(*xb)
+            with evaluating(model), torch.random.fork_rng():
+                for m in model.modules():       # dropout overwrites what it reads in training only
+                    if isinstance(m, torch.nn.modules.dropout._DropoutNd): m.training = m.inplace
+                model(*xb)
         finally:
             for h in hooks: h.remove()
             self.forget()
@@ -148,7 +153,9 @@ def match_stages(student, teacher, # Two convolutional networks
 def stage_ends(model, # Any convolutional network
     data): # `DataLoaders`, a batch, or a tuple of inputs
     "`{(H, W): path}` of the layer that finishes last with maps of that size"
-    last = {shape[2:]: path for path,shape in layer_shapes(model, data)['shape'].items() if len(shape)==4}
+    last = {}
+    for path,shape in layer_shapes(model, data)['shape'].items():
+        if len(shape)==4: last.pop(shape[2:], None); last[shape[2:]] = path      # in the order in which they finish
     return {size: path for size,path in last.items() if size!=(1,1)} or last
 
 def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
@@ -171,7 +178,7 @@ def last_linear(model, data):
 
 def penultimate(model, # Any network that ends in a linear layer
     data): # `DataLoaders`, a batch, or a tuple of inputs
-    "Path of the layer whose output the last linear layer reads"
+    "Path of the layer that finishes last before the last linear layer: whose output that reads, if no function stands between"
     paths = list(layer_shapes(model, data).index)
     if not (i := paths.index(last_linear(model, data))):
         raise ValueError(f'{type(model).__name__} is one linear layer: there is nothing before it.')

@@ -78,12 +78,13 @@ def latency(models, data, rounds=11):
 # %% ../nbs/02_measure.ipynb #0fa0be6b
 @torch.no_grad()
 def _calls(model, xb):
-    "`(path, module, inputs)` of every layer that runs, in the order of running; what stands inside a layer is part of it"
-    calls,hooks,inside = [],[],set()
+    "`{path: (module, inputs of each of its calls)}` in the order of running; what stands inside a layer is part of it"
+    calls,hooks,inside = {},[],set()
     for path,m in model.named_modules():
         if m in inside or not isinstance(m, weighted) and list(m.children()): continue
         inside.update(m.modules())      # such as gates, or a parametrization
-        hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: calls.append((path, m, x))))
+        def note(m, args, kwargs, path=path): calls.setdefault(path, (m, []))[1].append((args, kwargs))
+        hooks.append(m.register_forward_pre_hook(note, with_kwargs=True))
     try: model(*xb)
     finally:
         for h in hooks: h.remove()
@@ -112,9 +113,9 @@ def cost(model, # Any module
     xb,mac = inputs(data, model),macs(model, data)
     with evaluating(model):
         calls = _calls(model, xb)
-        layers = [c for c in calls if n_bytes(c[1]) or mac.get(c[0])]
+        layers = [(p,m,xs) for p,(m,xs) in calls.items() if n_bytes(m) or mac.get(p)]
         with torch.no_grad():
-            ms = median_ms([lambda: model(*xb)] + [lambda m=m,x=x: m(*x) for _,m,x in layers],
+            ms = median_ms([lambda: model(*xb)] + [lambda m=m,xs=xs: [m(*a, **k) for a,k in xs] for _,m,xs in layers],
                            rounds) if latency else []
     rows = [dict(layer=p, kind=type(m).__name__,
                  shape='×'.join(map(str, m.weight.shape)) if getattr(m, 'weight', None) is not None else '')

@@ -459,3 +459,28 @@ def test_a_shrunken_network_is_looked_at_quietly(capfd):
     assert any('KeepInputs' in type(m).__name__ for m in small.modules()) and capfd.readouterr().err==''
     xb = dls.one_batch()[0]
     test_close(again.eval()(xb), small.eval()(xb), 1e-5)
+
+def test_max_difference_says_only_what_it_knows():
+    class Says(nn.Module):
+        def __init__(self, *out): super().__init__(); self.out = out
+        def forward(self, x): return self.out
+    x,nan = torch.ones(2),torch.full((2,), math.nan)
+    assert math.isnan(max_difference(Says(x,x), Says(x,nan), x)) and math.isnan(max_difference(Says(x,x), Says(nan,x), x))
+    assert (max_difference(Says(x>0), Says(x>0), x),max_difference(Says(x>0), Says(x>1), x))==(0,1)
+    with pytest.raises(ValueError, match='gives no tensors'): max_difference(Says('a'), Says('b'), x)
+
+def test_masks_hold_after_learn_shrink():
+    dls = image_dls('digits', bs=256)
+    learn = Learner(dls, create('lenet300', dls, hidden=(30,20)), opt_func=SGD)
+    holds = {'fc1.weight': torch.rand(30,64)<.4, 'fc1.bias': torch.arange(30)>3, 'fc2.weight': torch.rand(20,30)<.4}
+    holds['fc1.weight'][:4] = holds['fc1.weight'][:,:5] = 0
+    mask_model(learn.model, holds)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        small = learn.shrink()
+        assert [tuple(w.shape) for w in prunable(small).values()]==[(26,59),(20,26),(10,20)]
+        assert set(masks(small))=={'fc1.1.weight','fc2.weight'}         # nothing is left to hold in the bias
+        before,zeros = sparsity(small),small.fc1[1].weight==0
+        learn.fit(1, 1e-2)
+    assert before>.4 and sparsity(small)==before and torch.equal(small.fc1[1].weight==0, zeros)
+    assert max_difference(plain_copy(small), small, dls)==0

@@ -89,3 +89,10 @@ def test_cifar10_jpeg(data_dir, tmp_path, monkeypatch):
         assert x.shape==(4,3,32,32) and y.tolist()==[1,0,0,1] and xt.shape==(2,3,32,32)
     assert labels['train'].shape==(50000,)
 import hashlib
+
+def test_labels_and_counts_of_every_kind():
+    x,y = np.random.rand(40,8,8).astype('float32'),np.arange(40)%4
+    assert len(from_arrays(x, y, n_per_class=np.int64(2)).train.dataset)==8
+    for labels,kwargs,says in ((np.array(['cat','dog']*20), {}, 'labels must be class numbers'), (np.eye(4)[y], {}, 'labels have shape'),
+                               (y-1, {}, 'labels lie between -1'), (y, dict(vocab='abc'), 'expected 0 to 2'), (y, dict(test=(x,y+1)), 'test labels lie')):
+        with pytest.raises(ValueError, match=says): from_arrays(x, labels, **kwargs)

@@ -82,3 +82,41 @@ def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr('os.fsync', full)
     with pytest.raises(OSError): atomic_write(f, 'new')
     assert f.read_text()=='old' and len(list(tmp_path.iterdir()))==1
+
+def mine(width=6):
+    m = nn.Sequential(nn.Conv2d(3,width,3,groups=3), nn.PReLU(width), nn.ConvTranspose2d(width,6,3), nn.InstanceNorm2d(6, affine=True),
+                      nn.Conv2d(6,6,3), nn.BatchNorm2d(6, affine=False), nn.Conv2d(6,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,3))
+    m[8].register_buffer('scale', torch.ones(2), persistent=False)
+    return m
+
+def test_layers_of_every_kind_know_their_sizes(tmp_path):
+    m,x = mine().eval(),torch.randn(2,3,12,12)
+    with torch.no_grad(): m[4].weight[1] = m[4].bias[1] = m[9].weight[:,0] = m[6].weight[:,1] = 0
+    arch = dict(name='mine', kwargs={})
+    for o in (m, shrink(m, x).eval()):
+        back = load_model(save_model(o, tmp_path/'a', arch=arch), build=mine)
+        assert torch.equal(back(x), o(x)) and str(back)==str(o) and len(channel_groups(back, x))==len(channel_groups(o, x))
+        assert torch.equal(back[8].scale, torch.ones(2))
+    assert n_weights(o)<n_weights(m)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e,self.f,self.d = nn.Embedding(20,8),nn.Linear(8,8),nn.Linear(8,20,bias=False)
+        self.d.weight = self.e.weight
+    def forward(self, x): return self.d(self.f(self.e(x)))
+
+def test_tied_weights_stay_tied(tmp_path):
+    m,x = Tied(),torch.randint(0,20,(2,5))
+    m.d.weight.data[:,:2] = 0
+    small = shrink(m, x)
+    assert n_params(small)==n_params(m) and small.d.weight is small.e.weight
+    back = load_model(save_model(m, tmp_path/'a', arch=dict(name='tied', kwargs={})), build=Tied)
+    assert back.d.weight is back.e.weight and torch.equal(back(x), m(x))
+
+@pytest.mark.parametrize('change', [lambda m: m.half(), torch.compile, lambda m: prune_model(m, .9)])
+def test_half_compiled_and_masked_networks(change, tmp_path):
+    m,x = change(create('lenet5')),torch.randn(2,1,28,28)
+    back = load_model(save_model(m, tmp_path/'a'))
+    for k,v in tensors_of(plain_copy(m)).items(): assert torch.equal(back.state_dict()[k], v)
+    assert sparsity(back)==sparsity(unwrap(m))

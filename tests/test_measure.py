@@ -308,3 +308,11 @@ def test_what_layers_share_counts_once():
     assert (n_weights(m), n_weights(nn.Sequential(*map(nn.utils.parametrizations.weight_norm, (nn.Linear(4,4),nn.Linear(4,4))))))==(32,32)
     prune_model(m, .25)
     assert sparsity(m)==.25 and cost(m, torch.randn(2,4), latency=False).weights['total']==32
+
+class Twice(nn.Module):
+    def __init__(self): super().__init__(); self.fc = nn.Linear(4,4)
+    def forward(self, x): return self.fc(input=self.fc(x))
+
+def test_a_layer_that_runs_twice_has_one_row_and_its_arguments():
+    c = cost(Twice(), torch.randn(3,4), rounds=3)
+    assert list(c.index)==['fc','total'] and list(c.macs)==[32,32] and c.ms['fc']>0
