@@ -68,7 +68,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kdnb.checkpoint.Checkpoint._set_learn': ('checkpoint.html#checkpoint._set_learn', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint.Checkpoint.after_epoch': ('checkpoint.html#checkpoint.after_epoch', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint.Checkpoint.after_loss': ('checkpoint.html#checkpoint.after_loss', 'kdnb/checkpoint.py'),
-                                 'kdnb.checkpoint.Checkpoint.before_fit': ('checkpoint.html#checkpoint.before_fit', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._Digest': ('checkpoint.html#_digest', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._Digest.__init__': ('checkpoint.html#_digest.__init__', 'kdnb/checkpoint.py'),
                                  'kdnb.checkpoint._Digest.feed': ('checkpoint.html#_digest.feed', 'kdnb/checkpoint.py'),

@@ -238,7 +238,8 @@ def training_state(learn):
     "All that the rest of a training depends on, as plain data, between two epochs"
     grads = {k: p.grad for k,p in unwrap(learn.model).named_parameters() if p.grad is not None and p.grad.any()}
     return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=tensors_in(learn.model), grads=grads,
-                opt=learn.opt.state_dict(), callbacks=callback_memory(learn.cbs), generators=_generators(learn.dls))
+                opt=learn.opt.state_dict(), scaler=scaler.state_dict() if (scaler := vars(learn).get('scaler')) else None,
+                callbacks=callback_memory(learn.cbs), generators=_generators(learn.dls))
 
 def set_training_state(learn, state):
     "Go back to `state`, from `training_state`"
@@ -246,6 +247,7 @@ def set_training_state(learn, state):
     for k,p in unwrap(learn.model).named_parameters():
         p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
+    if (scaler := vars(learn).get('scaler')) and state.get('scaler'): scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']
     set_callback_memory(learn.cbs, state['callbacks'])
     _set_generators(learn.dls, state['generators'])
@@ -257,19 +259,13 @@ class Checkpoint(QuickCallback):
     "Keep the state of a training in a folder, and go on from it if it is there"
     order,run_valid = 99,False   # behind everything that may change weights or remember something
     share = .01  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
-    _learn,_next = None,0.
+    _learn,_next,_on = None,0.,False     # `_on`: a training is under way
     def __init__(self,
         path, # Folder for the checkpoints of this training
         name=None, # What the training is called in messages; the folder's name if None
         keep=2, # Number of epochs that stay on disk
         write=True): # Write files? With several processes one does, and all read
         self._path,self._name,self._keep,self._write,self._fits = Path(path),name or Path(path).name,keep,write,0
-
-    def before_fit(self):
-        self.run = is_training(self.learn)   # fastai sets it back
-        if not self.run: return
-        self._here = self._path/f'fit{self._fits}'     # `fine_tune` is two fits
-        self._fits += 1
 
     def _files(self): return sorted(self._here.glob('epoch-*.safetensors'))
 
@@ -283,9 +279,10 @@ class Checkpoint(QuickCallback):
                 warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
 
     def _loop(self):
-        learn = self.learn
-        first,state = 0,self._newest() if self.run else None
-        if state is not None:
+        if not is_training(learn := self.learn): return type(learn)._do_fit(learn)
+        self._here,first = self._path/f'fit{self._fits}',0     # `fine_tune` is two fits
+        self._fits += 1
+        if (state := self._newest()) is not None:
             if state['n_epoch']!=learn.n_epoch:
                 raise ValueError(f'{self._here} holds a training of {state["n_epoch"]} epochs, this one has {learn.n_epoch}: '
                                  'the schedules differ. Delete the folder, or choose another one.')
@@ -293,7 +290,10 @@ class Checkpoint(QuickCallback):
             except (ValueError,KeyError,AssertionError) as e:
                 raise ValueError(f'{self._here} holds another training: {e} Delete the folder, or choose another one.') from None
             first = state['epoch']
-        for learn.epoch in range(first, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+        self._on = True
+        try:
+            for learn.epoch in range(first, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+        finally: self._on = False
 
     def _set_learn(self, learn):
         "Given to a learner, before its fit begins: the loop over epochs is ours until we are taken away"
@@ -303,6 +303,7 @@ class Checkpoint(QuickCallback):
     learn = property(lambda self: self._learn, _set_learn)
 
     def after_loss(self):
+        if not self._on: return
         loss = self.learn.loss
         with torch._C.DisableTorchFunctionSubclass(): total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
         if math.isfinite(total): return
@@ -311,7 +312,7 @@ class Checkpoint(QuickCallback):
                                  f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')
 
     def after_epoch(self):
-        if not self.run or not self._write or (self.share and time.perf_counter()<self._next): return
+        if not self._on or not self._write or (self.share and time.perf_counter()<self._next): return
         if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
         start = time.perf_counter()
         save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn))

@@ -38,6 +38,14 @@ class Memory(Callback):
         if self.training: self.n += 1
     def after_epoch(self): self.seen.append((self.epoch, self.n, float(self.learn.smooth_loss)))
 
+class Half(MixedPrecision):
+    "fastai's, on the CPU, with a scale so large that the first steps are skipped"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.autocast('cpu', torch.float16),torch.amp.GradScaler('cpu', init_scale=2.**24, growth_interval=5)
+    def after_batch(self):
+        if self.training: self.scales.append(self.scaler.get_scale())
+
 RICH = {
     'dropout and MixUp': lambda: (dict(), [MixUp()]),
     'accumulation': lambda: (dict(), [GradientAccumulation(300)]),
@@ -46,7 +54,8 @@ RICH = {
     'SGD and weight decay': lambda: (dict(opt_func=SGD, wd=.1), [GradientClip(.1)]),
     'gradual pruning': lambda: (dict(), [Pruner(.8, schedule='gradual', rounds=5)]),
     'early stopping': lambda: (dict(), [EarlyStoppingCallback(patience=3, min_delta=.5)]),
-    'scheduled on plateau': lambda: (dict(), [ReduceLROnPlateau(patience=1, min_delta=.5)])}
+    'scheduled on plateau': lambda: (dict(), [ReduceLROnPlateau(patience=1, min_delta=.5)]),
+    'half precision': lambda: (dict(), [Half()])}
 
 def training(path, kind, stop, fit='fit_one_cycle'):
     set_seed(3, reproducible=True)
@@ -77,6 +86,27 @@ def test_two_fits_in_one_method(tmp_path, monkeypatch):
     with pytest.raises(Stop): training(tmp_path/'killed', 'fastai Adam', 2, 'fine_tune')
     again,_ = training(tmp_path/'killed', 'fastai Adam', -1, 'fine_tune')
     assert all(torch.equal(p, q) for p,q in zip(whole.model.parameters(), again.model.parameters()))
+
+def test_a_checkpoint_that_stays_keeps_trainings_alone(tmp_path, monkeypatch):
+    "With a search for a learning rate, predictions and validations before and between two fits"
+    monkeypatch.setattr(Checkpoint, 'share', None)
+    def go(n):
+        set_seed(0)
+        learn = Learner(image_dls('digits', device='cpu', bs=256), mlp(in_shape=(1,8,8), hidden=9), cbs=Checkpoint(tmp_path), path=tmp_path)
+        with learn.no_bar(),learn.no_logging():
+            for i in range(n):
+                learn.validate()
+                learn.lr_find(num_it=3, show_plot=False)
+                learn.get_preds()
+                learn.fit(2, 1e-3)
+            learn.validate()
+        return learn,{str(f.relative_to(tmp_path)): f.stat().st_mtime_ns for f in tmp_path.rglob('epoch-*')}
+    learn,files = go(2)
+    assert sorted(files)==[f'fit{i}/epoch-0000{j}.safetensors' for i in (0,1) for j in (0,1)]
+    again,files_again = go(2)
+    assert files_again==files and all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), again.model.parameters()))     # nothing was trained anew
+    learn.dls.train.dataset.x = learn.dls.train.dataset.x*float('nan')
+    with pytest.raises(FloatingPointError): quiet(learn, 1)
 
 def small_run(path, lr=3e-3, seeds=1, stop=-1, width=30):
     dls = image_dls('digits', device='cpu', bs=256)
