@@ -9,7 +9,7 @@ __all__ = ['check_weight', 'weight_at', 'is_training', 'QuickCallback', 'TidyCal
 import math
 from functools import partial
 import torch
-from fastai.callback.core import Callback,CancelEpochException,CancelFitException
+from fastai.callback.core import Callback,CancelFitException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import ValueMetric
@@ -64,17 +64,20 @@ class TidyCallback(QuickCallback):
     def after_fit(self): self.put_back()
 
     def _guard(self):
-        "Let the learner's epochs put back what was changed, if an error ends them"
-        epoch = self.learn._do_epoch
-        def guarded():
-            try: epoch()
-            except (CancelFitException,CancelEpochException): raise
-            except BaseException: self.put_back(); raise
-        self.learn._do_epoch = guarded
+        "Let an error that ends an epoch put back what this and other tidy callbacks have changed"
+        learn = self.learn
+        def guarded(f, event, *args):
+            try: type(learn)._with_events(learn, f, event, *args)
+            except CancelFitException: raise
+            except BaseException:
+                for c in learn.cbs if event=='epoch' else ():
+                    if isinstance(c, TidyCallback): c.put_back()
+                raise
+        learn._with_events = guarded
 
     def put_back(self):
         "Leave the learner as it was found"
-        self.learn.__dict__.pop('_do_epoch', None)
+        self.learn.__dict__.pop('_with_events', None)
         self._trained,cols,self._cols = False,self._cols,()
         if cols: self.learn.metrics = [o for o in self.learn.metrics if o not in cols]
 
@@ -91,7 +94,7 @@ class LossTerm(TidyCallback):
         task=1.): # Weight of the task loss itself
         terms,weights = (term,weight) if isinstance(term, dict) else ({name:term},{name:weight})
         self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
-        self.task,self._sums,self._n = check_weight(task, 'task'),{},0
+        self.task,self._sums,self._n = check_weight(task, 'task'),{},{}
 
     def params(self, model): "Parameters of `model` that belong to this term"; return []
     def values(self, names):
@@ -114,16 +117,15 @@ class LossTerm(TidyCallback):
         if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
         for k,v in self.values(weights).items():
             loss = torch.add(loss, v, alpha=weights[k])
-            self._sums[k] = self._sums.get(k, 0) + v.detach()*n
-        self._n += n
+            self._sums[k],self._n[k] = self._sums.get(k, 0) + v.detach()*n,self._n.get(k, 0) + n
         learn.loss_grad = loss
         learn.loss = loss.detach().clone()   # no alias: accumulation edits `loss_grad` in place
 
 # %% ../nbs/05_terms.ipynb #eeb7e9f7
 @patch
 def mean(self:LossTerm, name):
-    "Mean of the term `name` over the samples of this epoch"
-    return float(self._sums[name])/self._n if name in self._sums else 0.
+    "Mean of the term `name` over the samples of this epoch for which it was asked"
+    return float(self._sums[name])/self._n[name] if name in self._sums else 0.
 
 @patch
 def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weights}
@@ -131,7 +133,7 @@ def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weigh
 @patch
 def before_train(self:LossTerm):
     super(LossTerm, self).before_train()
-    self._sums,self._n = {},0
+    self._sums,self._n = {},{}
 
 # %% ../nbs/05_terms.ipynb #15ce9ee8
 def _set_learn(self, v):

@@ -134,6 +134,22 @@ def test_clean_after_an_end(error):
     assert {h['lr'] for h in learn.opt.hypers}=={1e-3}
     assert learn.splitter is trainable_params
 
+@pytest.mark.parametrize('event', ['before_epoch','before_train','after_loss','before_validate','after_epoch'])
+def test_all_that_stay_are_put_back_after_an_error(event):
+    teacher,learn = net((32,)).train(),learner(net())
+    learn.add_cbs([KnowledgeDistillation(teacher, KD() + VID('fc1')), LossTerm(lambda cb: cb.pred.square().mean(), name='size'), Pruner(.5)])
+    def boom(self=None): raise OSError('the disk is full')
+    cb = Callback()
+    cb.order,vars(cb)[event] = 100,boom
+    with pytest.raises(OSError): quiet(learn, 1, 1e-3, cbs=cb)
+    assert learn.metrics.attrgot('name')==['accuracy'] and learn._with_events.__func__ is Learner._with_events
+    assert teacher.training and not any(m._forward_hooks for o in (teacher, learn.model) for m in o.modules())
+
+def test_a_column_counts_the_batches_in_which_its_term_weighs():
+    three,late = lambda cb: torch.tensor(3.),lambda pct: float(pct>=.5)
+    learn = quiet(learner(net(), cbs=LossTerm(dict(all=three, half=three), dict(all=1., half=late))), 1, 1e-3)
+    assert max(abs(v-3) for v in learn.recorder.values[0][-2:])<1e-5
+
 def test_two_fits_do_not_stack():
     learn = kd_learner()
     for _ in range(2): quiet(learn, 1, 1e-3)

@@ -162,7 +162,7 @@ def test_clean_after_an_end(error, cache, stays):
     if stays: learn.add_cb(cb)
     try: quiet(learn, 1, 1e-3, cbs=StopAt(error) if stays else [cb, StopAt(error)])
     except (KeyboardInterrupt,RuntimeError): pass
-    assert learn._do_epoch.__func__ is Learner._do_epoch and learn.metrics.attrgot('name')==['accuracy']
+    assert learn._with_events.__func__ is Learner._with_events and learn.metrics.attrgot('name')==['accuracy']
     assert not hooks(learn.model, teacher) and all(m.training for m in teacher.modules())
     assert {k: getattr(dls.train, k) for k in before}==before
     if stays: learn.remove_cb(cb)

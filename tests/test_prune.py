@@ -281,7 +281,7 @@ def test_clean_after_an_end(error, stays):
     if stays: learn.add_cb(pruner)
     try: quiet(learn, 1, 1e-3, cbs=StopAt(error) if stays else [pruner, StopAt(error)])
     except (KeyboardInterrupt,RuntimeError): pass
-    assert learn.metrics.attrgot('name')==['accuracy'] and learn._do_epoch.__func__ is Learner._do_epoch and n_gone(learn.model)==198
+    assert learn.metrics.attrgot('name')==['accuracy'] and learn._with_events.__func__ is Learner._with_events and n_gone(learn.model)==198
     if stays: learn.remove_cb(pruner)
     quiet(learn, 1, 1e-3, cbs=[Pruner(.7), Holds()])
     assert learn.recorder.metric_names.count('sparsity')==1 and n_gone(learn.model)==decimal_ceil(.7, 396)

@@ -89,8 +89,8 @@ class KnowledgeDistillation(LossTerm):
         for m in (self.model, unwrap(self.model)): m._modules.pop(HEADS, None)
 
     def before_fit(self):
-        super().before_fit()
         if self._fault is not None: raise self._fault
+        super().before_fit()
 
     def __getstate__(self):   # `learn.export` leaves the teacher out
         state = {**self.__dict__, 'teacher': None, 'heads': Heads()}
