@@ -236,6 +236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.Learner.show_distilled': ( 'distill.callback.html#learner.show_distilled',
                                                                                          'kdnb/distill/callback.py'),
+                                       'kdnb.distill.callback._body_and_projector': ( 'distill.callback.html#_body_and_projector',
+                                                                                      'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback._gaussians': ('distill.callback.html#_gaussians', 'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback._show': ('distill.callback.html#_show', 'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.check_terms': ( 'distill.callback.html#check_terms',

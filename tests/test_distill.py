@@ -80,6 +80,30 @@ def test_heads_are_trained_saved_and_gone(name, tmp_path):
     learn.load('end')                           # loads without the callback as well
     assert learn.splitter is trainable_params
 
+def test_a_file_is_loaded_beside_other_heads(tmp_path):
+    learn = learner(path=tmp_path, cbs=KnowledgeDistillation(TEACHER, FitNet('conv2')))
+    learn.save('one', with_opt=False)
+    for term in (VID('conv2'), FitNet('conv1')):        # other names, other sizes
+        other = learner(path=tmp_path, cbs=(cb := KnowledgeDistillation(TEACHER, term)))
+        nn.init.zeros_(other.model.conv1.weight)
+        heads = flat(cb.heads)
+        other.load('one', with_opt=False)
+        assert torch.equal(other.model.conv1.weight, learn.model.conv1.weight) and torch.equal(flat(cb.heads), heads)
+
+def test_a_second_distillation_leaves_the_first_alone():
+    learn = learner(cbs=(cb := KnowledgeDistillation(TEACHER, VID('conv2'))))
+    with pytest.raises(ValueError, match='has a KnowledgeDistillation already'): quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(TEACHER, VID('conv1')))
+    assert learn.model.distill_heads is cb.heads
+    quiet(learn, 1, 1e-3)
+
+def test_crd_s_memory_is_of_one_training_set():
+    learn = learner(cbs=KnowledgeDistillation(TEACHER, CRD({'fc2': 'fc1'})))
+    quiet(learn, 1, 1e-3)
+    learn.dls = learn.dls.few(5)
+    with pytest.raises(ValueError, match='memory of another training set'): quiet(learn, 1, 1e-3)
+    learn.remove_cb(KnowledgeDistillation)
+    quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(TEACHER, CRD({'fc2': 'fc1'})))
+
 @headed
 def test_heads_join_an_optimiser_that_exists(name):
     "fit_one_cycle makes the optimiser before it adds its callbacks; here under a splitter that does not know heads, and torch's Adam"
@@ -106,6 +130,21 @@ def test_simkd_is_a_plain_module_that_is_counted(tmp_path):
     assert n_params(learn.model)==sum(map(n_params, parts))
     assert all(torch.equal(learn.model.head.get_submodule(k).weight, TEACHER.get_submodule(k).weight) for k in ('fc1','fc2'))
     quiet(learn, 1, 1e-3)                       # trains on as any network
+
+def test_simkd_in_a_frozen_learner_beside_another_term():
+    "What was frozen for a while is trained when all is, and other terms keep their parameters"
+    class Scaled(LossTerm):
+        def __init__(self): super().__init__(lambda cb: (self.p*cb.pred).square().mean(), name='scaled'); self.p = nn.Parameter(torch.ones(()))
+        def params(self, model): return [self.p]
+    learn = learner(splitter=lambda m: [[*m.conv1.parameters(), *m.conv2.parameters()],[*m.fc1.parameters(), *m.fc2.parameters(), *m.fc3.parameters()]], cbs=(term := Scaled()))
+    before = learn.model.conv1.weight.clone()
+    learn.freeze()
+    quiet(learn, TEACHER, 1, SimKD('conv2'), fit='distill')
+    assert torch.equal(learn.model.body.conv1.weight, before) and term.p!=1
+    learn.unfreeze()
+    assert not any(p.requires_grad for p in learn.model.head.parameters())
+    quiet(learn, 1, 1e-3)
+    assert not torch.equal(learn.model.body.conv1.weight, before)
 
 @every
 def test_frozen_body(name):
@@ -263,6 +302,9 @@ def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
     with pytest.raises(ValueError, match='holds the answers of another network'): quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
 
 
+class Invert(Callback):
+    def before_batch(self): self.learn.xb = (1-self.x,)
+
 @pytest.mark.parametrize('message,terms,kw', [
     ("has no layer 'conv3'. The nearest names are 'conv2', 'conv1'", AT('conv3'), {}),
     ("has no layer 'layer1'", FitNet({'conv1': 'layer1'}), {}),
@@ -279,7 +321,8 @@ def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
     ('teacher computes in torch.float16, student in torch.float32', AT('conv2'), dict(teacher=lambda: make_teacher().half())),
     ('a batch of 64, the teacher\'s a batch of 32', SP({'conv2': '0'}), dict(teacher=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,10)), halve=True)),
     ('not finite', KD(), dict(nan=True)),
-    ('stored answers are not those to this batch', KD(), dict(cache=True, cbs=MixUp)),
+    ('cache is set, but CutMix mixes', KD(), dict(cache=True, cbs=CutMix)),
+    ('stored answers are not those to this batch', KD(), dict(cache=True, cbs=Invert)),
     ('DataParallel', KD(), dict(parallel=True)),
 ])
 def test_bad_input(message, terms, kw):

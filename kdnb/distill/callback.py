@@ -16,13 +16,14 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import show_image,trainable_params
+from fastai.torch_core import show_image
 from ..data import TensorDL,take_index
 from ..features import Capture,answers,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
-from ..terms import LossTerm
+from ..terms import LossTerm,TermSplitter
 from .methods import KD,GaussianHead,Terms
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
@@ -36,8 +37,9 @@ class Heads(nn.ModuleDict):
         destination._metadata[prefix[:-1]] = dict(version=1, heads=own)
         return destination
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        saved = local_metadata.get('heads') or self.state_dict()
-        state_dict.update({prefix+k: v for k,v in saved.items()})
+        own,saved = self.state_dict(),local_metadata.get('heads') or {}
+        fits = own.keys()==saved.keys() and all(v.shape==saved[k].shape for k,v in own.items())
+        state_dict.update({prefix+k: v for k,v in (saved if fits else own).items()})
 
 # %% ../../nbs/12_distill.callback.ipynb #6e1900e8
 HEADS = 'distill_heads'   # name of the submodule
@@ -80,13 +82,18 @@ class KnowledgeDistillation(LossTerm):
 
     def attach(self):
         self._fault = None
-        try: self._prepare()
+        try:
+            if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
+                raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s terms. Add the '
+                                 'terms up in one, KD()*.9 + VID(...), or take the first away: learn.remove_cb(KnowledgeDistillation).')
+            self._prepare()
         except ValueError as e: self._fault = e
         super().attach()
 
     def detach(self):
         super().detach()
-        for m in (self.model, unwrap(self.model)): m._modules.pop(HEADS, None)
+        for m in (self.model, unwrap(self.model)):
+            if m._modules.get(HEADS) is self.heads: del m._modules[HEADS]
 
     def before_fit(self):
         if self._fault is not None: raise self._fault
@@ -144,7 +151,10 @@ def _replace(self:KnowledgeDistillation, new):
                          'others name. Use it alone.')
     p = next(self.model.parameters())
     self.learn.model = new.to(p.device, p.dtype).train(self.model.training)
-    self.learn.opt,self.learn.splitter = None,trainable_params
+    self.learn.opt = None
+    (self.splitter if isinstance(self.splitter, TermSplitter) else self.learn).splitter = _body_and_projector
+
+def _body_and_projector(model): return [p for m in (unwrap(model).body,unwrap(model).projector) for p in m.parameters()]
 
 @patch
 def _check_teacher(self:KnowledgeDistillation):
@@ -182,6 +192,9 @@ def _begin(self:KnowledgeDistillation):
     self._modes = [(m, m.training) for m in self.teacher.modules()]
     self.teacher.eval()
     if self.needs_index: self._number()
+    if not all(torch.equal(m.labels.cpu(), self._labels().cpu()) for m in self.heads.modules() if hasattr(m, 'labels')):
+        raise ValueError('CRD has a memory of another training set: the labels of this one differ. '
+                         'Attach a new KnowledgeDistillation(teacher, ...).')
     if self.cache: self._ask_all()
     with undisturbed(self.model):
         paths_s,paths_t,xb = self._paths('student_layers'),[] if self.cache else self._paths('teacher_layers'),None
@@ -230,8 +243,8 @@ def _check_answers(self:KnowledgeDistillation, z_t, f_t):
     if self.cache:
         with torch.autocast(z_t.device.type, enabled=False): now = self._ask()
         if (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
-            raise ValueError('the stored answers are not those to this batch: another callback changes the images '
-                             '(MixUp, CutMix?). Use cache=False.')
+            raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
+                             'Use cache=False.')
 
 @patch
 def after_backward(self:KnowledgeDistillation):
@@ -262,6 +275,8 @@ def _number(self:KnowledgeDistillation):
 def _ask_all(self:KnowledgeDistillation):
     "The teacher's answers to every sample of each view, those of an earlier fit if nothing has changed"
     dl,layers = self.dls.train,self._paths('teacher_layers')
+    if mix := [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]:
+        raise ValueError(f'cache is set, but {mix[0]} mixes other images in every batch. Use cache=False.')
     if dl.augments and not self.n_views:
         raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
                          'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
