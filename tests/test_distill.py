@@ -176,6 +176,19 @@ def test_two_inputs(name):
     learn = quiet(learner(dls, TwoInputs(student())), 1, 1e-3, cbs=KnowledgeDistillation(TwoInputs(make_teacher()), term))
     assert learn.recorder.values[-1][-1]>0
 
+def test_segmentation():
+    "Every pixel is a sample: the student's answers come nearer to the teacher's at each"
+    items = [(x,(x[0]>.5).long()) for x in X[:64].float()/255]
+    dls = DataLoaders(*[DataLoader(items, bs=16) for _ in range(2)], device='cpu')
+    net = lambda: nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,3,1))
+    set_seed(0); teacher,model = net(),net()
+    for terms in (KD()*.9, KD(standardize=True), DKD(), DIST(), LogitsMSE()):
+        learn = Learner(dls, deepcopy(model), CrossEntropyLossFlat(axis=1), opt_func=Adam, cbs=KnowledgeDistillation(teacher, terms, task=0))
+        quiet(learn, 4, 1e-2)
+        column = [v[-1] for v in learn.recorder.values]
+        assert column[-1]<.7*column[0], terms
+        check_terms(terms, model, teacher, dls)
+
 @every
 def test_last_batch_of_one(name):
     dls = data(bs=59)

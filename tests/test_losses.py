@@ -352,6 +352,18 @@ def test_standardize_forgets_scale_and_shift():
         assert kd(standardize(a*z+b), standardize(z), T=2.).abs()<1e-9
     assert close(standardize(-z), -standardize(z)) and close(standardize(z).std(1), torch.ones(5).double())
 
+@pytest.mark.parametrize('f', [kd, logits_mse, dkd, dist, lwf])
+def test_pixels_and_places_are_samples(f):
+    (s,t),y = (draw((2,5,3,4), i) for i in range(2)),torch.arange(24).view(2,3,4) % 5
+    more = lambda y: (y,) if f is dkd else ()
+    rows = lambda z: z.permute(0,2,3,1).reshape(24, 5)
+    v = f(rows(s), rows(t), *more(y.view(24)))
+    assert close(f(s, t, *more(y)), v)
+    s_,t_ = (rows(z).view(2,12,5) for z in (s, t))
+    assert close(f(s_, t_, *more(y.view(2,12))), v)
+    assert close(rows(standardize(s)), standardize(rows(s)))
+    with pytest.raises(ValueError, match='teacher gives 4 outputs, student 5'): f(s, t[:,:4], *more(y))
+
 # Errors
 
 @pytest.mark.parametrize('f', [kd, dkd_y, dist, lwf])

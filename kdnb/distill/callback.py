@@ -319,7 +319,7 @@ def check_terms(terms, # A term or a sum of terms
     with undisturbed(learn.model), torch.no_grad():
         o = kd._probe()
         o.index = torch.arange(len(o.z_s), device=o.z_s.device)
-        o.y = torch.zeros_like(o.index)
+        o.y = torch.zeros_like(o.z_s[:,0], dtype=torch.long)
         for k,term in kd.terms.items():
             o.head = kd.heads[k] if k in kd.heads else None
             term(o)

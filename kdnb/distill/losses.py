@@ -41,14 +41,20 @@ def unit(v, dim=1, p=2, eps=1e-12):
 def check_T(T):
     if not T>0: raise ValueError(f'T is {T}, expected a temperature above 0.')
 
+def _classes(z): "The dimension of the classes"; return 1 if z.ndim==4 else -1
+def _rows(z): return z.movedim(_classes(z), -1).flatten(0, -2) if z.ndim>2 else z
+
 def _check_logits(z_s, z_t, least=2):
-    if z_s.shape!=z_t.shape:
+    "The logits of student and teacher as (N, C)"
+    z_s,z_t,*shapes = _rows(z_s),_rows(z_t),tuple(z_t.shape),tuple(z_s.shape)
+    if shapes[0]!=shapes[1]:
         raise ValueError(f'teacher gives {z_t.shape[-1]} outputs, student {z_s.shape[-1]} '
-                         f'(shapes {tuple(z_t.shape)} and {tuple(z_s.shape)}): logits are compared class by class. '
+                         f'(shapes {shapes[0]} and {shapes[1]}): logits are compared class by class. '
                          'Use a teacher with the same classes.')
     if z_s.shape[-1]<least:
         raise ValueError('the networks give one number for each sample: there are no classes whose probabilities could be '
                          'compared. Use LogitsMSE, or compare features.')
+    return z_s,z_t
 
 def check_batch(f_s, f_t):
     "Student's and teacher's features must be of the same samples"
@@ -64,11 +70,11 @@ def _check_maps(*fs):
 
 # %% ../../nbs/10_distill.losses.ipynb #6cdf38cd
 @in_float32
-def kd(z_s, # Student's logits (B, C)
-    z_t, # Teacher's logits (B, C)
+def kd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t, # Teacher's logits, of the same shape
     T=4.): # Temperature, > 0
     "Soft targets: T²·KL(teacher‖student), mean over the batch (paper 000, eq. 2)"
-    check_T(T); _check_logits(z_s, z_t)
+    check_T(T); z_s,z_t = _check_logits(z_s, z_t)
     lp_s,lp_t = ((z/T).mT.log_softmax(-2) for z in (z_s, z_t))   # over few classes much faster than along the last dimension
     return F.kl_div(lp_s, lp_t, reduction='sum', log_target=True)/len(z_s)*T**2
 
@@ -77,8 +83,7 @@ def kd(z_s, # Student's logits (B, C)
 def logits_mse(z_s, # Student's logits (B, C)
     z_t): # Teacher's logits (B, C)
     "Mean of (z_s − z_t)² (Ba and Caruana 2014)"
-    _check_logits(z_s, z_t, least=1)
-    return F.mse_loss(z_s, z_t)
+    return F.mse_loss(*_check_logits(z_s, z_t, least=1))
 
 @in_float32
 def lwf(z_s, # Student's logits on the old task's classes (B, C)
@@ -89,15 +94,15 @@ def lwf(z_s, # Student's logits on the old task's classes (B, C)
 
 # %% ../../nbs/10_distill.losses.ipynb #bc5350d7
 @in_float32
-def dkd(z_s, # Student's logits (B, C)
-    z_t, # Teacher's logits (B, C)
-    y, # Labels (B,)
+def dkd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t, # Teacher's logits, of the same shape
+    y, # Labels (B,), or (B, H, W)
     alpha=1., # Weight of TCKD: right class or not
     beta=8., # Weight of NCKD: among the other classes (2 to 8)
     T=4.): # Temperature, > 0
     "Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022)"
-    check_T(T); _check_logits(z_s, z_t)
-    (right_s,others_s),(right_t,others_t) = (_split(z/T, y) for z in (z_s, z_t))
+    check_T(T)
+    (right_s,others_s),(right_t,others_t) = (_split(z/T, y.flatten()) for z in _check_logits(z_s, z_t))
     tckd,nckd = (F.kl_div(*o, reduction='batchmean', log_target=True) for o in ((right_s,right_t), (others_s,others_t)))
     return T**2*(alpha*tckd + beta*nckd)
 
@@ -110,15 +115,15 @@ def _split(z, y):
 
 # %% ../../nbs/10_distill.losses.ipynb #bfd78f31
 @in_float32
-def dist(z_s, # Student's logits (B, C)
-    z_t, # Teacher's logits (B, C)
+def dist(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t, # Teacher's logits, of the same shape
     beta=1., # Weight of the relation between classes
     gamma=1., # Weight of the relation between samples
     T=1., # Temperature, > 0
     scaled=True): # Multiply by T²
     "One minus Pearson correlation of probabilities, over classes and over samples (Huang et al. 2022)"
-    check_T(T); _check_logits(z_s, z_t)
-    p_s,p_t = ((z/T).softmax(1) for z in (z_s, z_t))
+    check_T(T)
+    p_s,p_t = ((z/T).softmax(1) for z in _check_logits(z_s, z_t))
     return (beta*_unlike(p_s, p_t) + gamma*_unlike(p_s.T, p_t.T))*(T**2 if scaled else 1)
 
 def _unlike(a, b):
@@ -127,9 +132,9 @@ def _unlike(a, b):
 
 # %% ../../nbs/10_distill.losses.ipynb #9d74a834
 @in_float32
-def standardize(z): # Logits (B, C)
+def standardize(z): # Logits (B, C), or of pixels (B, C, H, W)
     "Logits of each sample with mean 0 and (unbiased) standard deviation 1 (Sun et al. 2024)"
-    return (z - z.mean(-1, keepdim=True))/(z.std(-1, keepdim=True) + 1e-7)
+    return (z - z.mean(d := _classes(z), keepdim=True))/(z.std(d, keepdim=True) + 1e-7)
 
 # %% ../../nbs/10_distill.losses.ipynb #184c89a9
 def same_size(f_s, f_t): # Maps (B, C, H, W), channels may differ
