@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 import torch, torch.distributed as tdist
 from torch.nn.parallel import DistributedDataParallel
-from fastai.callback.core import Callback
 from .features import unwrap
-from .terms import is_training
+from .terms import TidyCallback,is_training
 
 # %% ../nbs/07_processes.ipynb #e885e789
 def join_processes():
@@ -70,18 +69,21 @@ class part_of:
         return res
 
 # %% ../nbs/07_processes.ipynb #1ec024d4
-class Processes(Callback):
+class Processes(TidyCallback):
     "Train `learn.model` in all processes together: parts of batches, gradients averaged after each step"
     order = 11   # as fastai's DistributedTrainer: callbacks that change the model come before
+    _part = None
     def before_fit(self):
+        super().before_fit()
         rank,n = join_processes()
-        self.run = n>1 and is_training(self.learn)
-        if not self.run: return
+        if n==1 or not is_training(self.learn): return
         on_gpu = next(self.model.parameters()).is_cuda
         self.learn.model = DistributedDataParallel(self.model, device_ids=[torch.cuda.current_device()] if on_gpu else None)
         self._part = part_of(self.dls.train, rank, n)
         self._part.__enter__()
 
-    def after_fit(self):
+    def put_back(self):
+        super().put_back()
+        if self._part is None: return
         self._part.__exit__()
-        self.learn.model = unwrap(self.model)
+        self._part,self.learn.model = None,unwrap(self.model)

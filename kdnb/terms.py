@@ -166,6 +166,7 @@ def attach(self:LossTerm):
     groups = [list(g) for g in self.opt.param_lists]
     groups[-1-sum(t.own_group for t in terms)] += ps
     self.opt.param_lists = L(L(g) for g in groups)
+    for s in () if self.wd_bn_bias else self.learn._bn_bias_state(True): s['do_wd'] = False     # as `create_opt` does
 
 @patch
 def detach(self:LossTerm):

@@ -1,7 +1,9 @@
 "Both callbacks in every kind of fit: with fastai's other callbacks, after errors, and not at all when their weight is 0."
 import pytest
+import torch.distributed as tdist
 from fastai.callback.schedule import *
 from common import Two, ends, flat, per_item, quiet, seeded
+from kdnb import processes
 from kdnb.all import *
 
 DLS = {k: image_dls('digits', device='cpu', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
@@ -144,6 +146,29 @@ def test_all_that_stay_are_put_back_after_an_error(event):
     with pytest.raises(OSError): quiet(learn, 1, 1e-3, cbs=cb)
     assert learn.metrics.attrgot('name')==['accuracy'] and learn._with_events.__func__ is Learner._with_events
     assert teacher.training and not any(m._forward_hooks for o in (teacher, learn.model) for m in o.modules())
+
+def test_processes_are_parted_after_an_error(tmp_path, monkeypatch):
+    tdist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    monkeypatch.setattr(processes, 'join_processes', lambda: (0,2))     # one of them is enough to see it
+    try:
+        learn = learner(model := net())
+        learn.add_cb(Processes())
+        for _ in range(2):
+            with pytest.raises(RuntimeError): quiet(learn, 1, 1e-3, cbs=StopInStep(RuntimeError('boom')))
+            assert learn.model is model and learn.dls.train.bs==64
+        quiet(learn, 1, 1e-3)
+        assert learn.model is model and learn.dls.train.bs==64 and len(learn.validate())==2
+    finally: tdist.destroy_process_group()
+
+@pytest.mark.parametrize('early', [False,True])
+def test_heads_decay_as_the_network_does(early):
+    "Their biases and BatchNorm not at all, whether the optimiser was there before them or not"
+    learn = learner(net())
+    if early: learn.create_opt()
+    learn.add_cb(KnowledgeDistillation(TEACHER, FitNet('fc1')))
+    if not early: learn.create_opt()
+    free = {n for n,p in learn.model.named_parameters() if not learn.opt.state[p].get('do_wd', True)}
+    assert free and free=={n for n,p in learn.model.named_parameters() if p.ndim==1}
 
 def test_a_column_counts_the_batches_in_which_its_term_weighs():
     three,late = lambda cb: torch.tensor(3.),lambda pct: float(pct>=.5)
