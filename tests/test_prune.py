@@ -1,5 +1,5 @@
 "Counts are exact, masks hold in every kind of training and copy, scores and penalties equal slow sums in double precision."
-import os, random
+import itertools, os, random
 from decimal import ROUND_CEILING, Decimal
 from types import SimpleNamespace
 
@@ -61,6 +61,12 @@ def test_twenty_weights(equal, scope):
         left.append(n_weights(m, nonzero=True))
         prune_model(m, 1., rate=.2, scope=scope)
     assert left==[20,16,12,9,7,5,4]
+
+def test_computed_fractions_go_exactly():
+    "k of n are k, although `k/n*n` may be a little more; what lies below a valley goes, and no more"
+    assert all(n_of(k/n, n)==k for n in range(1, 200) for k in range(n+1)) and n_of(1e-9, 3)==1
+    worth = {'a': torch.cat([torch.linspace(0, .1, 7), torch.linspace(.8, 1, 23)])}
+    assert (~select(worth, below_valley(worth))['a']).nonzero()[:,0].tolist()==list(range(7))
 
 def test_equals_go_in_order():
     m = nn.Sequential(nn.Linear(3,2), nn.Linear(2,5))
@@ -373,6 +379,10 @@ def test_tied_weights():
     m[2].weight = m[0].weight
     prune_model(m, .33)
     assert torch.equal(m[0].weight, m[2].weight)
+
+def test_parametrized_layers_are_layers_of_their_own():
+    m = nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(i,o)) for i,o in ((4,8),(8,2))))
+    assert list(layer_sparsity(m).weights)==[32,16,48] and l1(m).item()==pytest.approx(sum(o.weight.abs().sum().item() for o in m))
 
 
 # what weights are worth
@@ -806,6 +816,30 @@ def test_sparsity_0_by_channel_is_plain_training():
 def test_no_layer_is_emptied():
     with pytest.warns(UserWarning, match='would empty'): m = by_channel(net(), 1.)
     assert len(gone_channels(m))==3
+
+class Tied(nn.Module):
+    "Tokens of an image's pixels, whose embedding is the output layer too"
+    def __init__(self): super().__init__(); self.emb,self.out = nn.Embedding(10,8),nn.Linear(8,10,bias=False); self.out.weight = self.emb.weight
+    def forward(self, x): return self.out(self.emb(x.flatten(1).abs().long().clamp(max=9)).mean(1))
+
+@pytest.mark.parametrize('by,make', [('channel', lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.PReLU(16), nn.Linear(16,10))), ('weight', Tied)])
+def test_masked_layers_without_a_bias_train(by, make):
+    learn = learner(make())
+    for s in (.3,.5): quiet(learn, 1, 1e-2, cbs=Pruner(s, by=by))
+    prune_model(learn, .6, by=by)
+    assert any(isinstance(o, Masked) and not isinstance(o, nn.Linear) for o in learn.model.modules())
+    quiet(learn, 1, 1e-2, reset_opt=True)
+    if by=='weight': assert sparsity(learn.model)==.6
+    else: assert learn.shrink()[1].out_features==6
+
+@pytest.mark.parametrize('groups', [1,2,8])
+def test_worth_of_transposed_channels(groups):
+    m = nn.Sequential(nn.Conv2d(1,8,3), nn.ReLU(), nn.ConvTranspose2d(8,8,2,2,groups=groups), nn.ReLU(), nn.Conv2d(8,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    w,size = m[2].weight.detach(),torch.zeros(8)
+    for i,o in itertools.product(range(8), range(8//groups)): size[i//(8//groups)*(8//groups)+o] += w[i,o].abs().sum()
+    assert torch.allclose(Scoring(m, data(), 'channel')._by_output('2', w.abs()), size)
+    small = shrink(by_channel(m, .5), data())
+    assert small[2].weight.numel()==16*4//min(groups, 4) and torch.allclose(small.eval()(XB), m.eval()(XB), atol=1e-5)
 
 @pytest.mark.parametrize('criterion', ['magnitude','bn_scale','group_lasso','snip','taylor','prue'])
 def test_worth_of_channels(criterion):

@@ -12,7 +12,6 @@ __all__ = ['criteria', 'penalties', 'check_choice', 'add_up', 'Scoring', 'magnit
 import math,warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
-from fractions import Fraction
 from itertools import islice
 import numpy as np, torch
 from torch import nn
@@ -78,7 +77,9 @@ class Scoring:
 
     def _by_output(self, path, v):
         "`v`, shaped like the weight of layer `path`, summed for each of its outputs"
-        return (v.transpose(0, 1) if getattr(get_layer(self.model, path), 'transposed', False) else v).flatten(1).sum(1)
+        m = get_layer(self.model, path)
+        if getattr(m, 'transposed', False): v = v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1)
+        return v.flatten(1).sum(1)
 
     def dls(self):
         if not isinstance(self.data, DataLoaders) or not len(self.data.train):
@@ -236,7 +237,7 @@ def check_sparsity(s, what='sparsity'):
                          + (f': for {s} % write {s/100:g}.' if isinstance(s, (int,float)) and 1<s<=100 else '.'))
     return s
 
-def n_of(fraction, n): return math.ceil(Fraction(str(float(fraction)))*n)   # decimal, as it was written
+def n_of(fraction, n): return math.ceil(fraction*n*(1-1e-12))   # a whole number that rounding has lifted stays itself
 
 def _keep_best(v, n_gone):
     "Mask of all but the `n_gone` lowest of `v` (N,); of equals the first go first"

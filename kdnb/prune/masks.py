@@ -17,7 +17,7 @@ from ..measure import n_weights,weighted
 class Masked:
     "Mixed into the class of a layer whose `weight` and `bias` are multiplied by the masks among its buffers"
     def _masked(self, name):
-        p,mask = self._parameters[name],self._buffers.get(f'{name}_mask')
+        p,mask = self._parameters.get(name),self._buffers.get(f'{name}_mask')
         return p if mask is None else p*mask
     weight = property(lambda self: self._masked('weight'))
 
@@ -53,7 +53,7 @@ def prunable(model, # Any module
     "`{name: weight}` of linear and convolution layers, as they act (masked weights are 0)"
     model,ignore = unwrap(model),[ignore] if isinstance(ignore, str) else list(ignore)
     for path in ignore: get_layer(model, path)
-    named = {id(m._parameters.get('weight')): (path, m) for path,m in reversed(list(model.named_modules()))
+    named = {id(m._parameters.get('weight', m)): (path, m) for path,m in reversed(list(model.named_modules()))
              if isinstance(m, weighted)}     # a weight that several layers share is one
     named = {f'{path}.weight': m.weight for path,m in reversed(named.values())
              if not any(path==o or path.startswith(f'{o}.') for o in ignore)}
