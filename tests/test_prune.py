@@ -539,9 +539,10 @@ def test_a_criterion_of_one_s_own():
 def test_patterns(pattern):
     n,m = map(int, pattern.split(':'))
     set_seed(0)
-    model = nn.Sequential(nn.Conv2d(8,3,(2,3)), nn.Conv2d(6,5,3), nn.Linear(16,4), nn.Linear(7,3), nn.Conv1d(16,2,3), nn.Conv2d(8,8,3,groups=8))
+    model = nn.Sequential(nn.Conv2d(8,3,(2,3)), nn.Conv2d(6,5,3), nn.Linear(16,4), nn.Linear(7,3), nn.Conv1d(16,2,3), nn.Conv2d(8,8,3,groups=8), nn.ConvTranspose2d(8,8,3))
     prune_model(model, pattern=pattern)
-    for o in model:
+    assert not masks(model[-1])
+    for o in model[:-1]:
         w = o._parameters['weight'].detach().flatten(2) if o._parameters['weight'].ndim>2 else o._parameters['weight'].detach()[...,None]
         if w.shape[1] % m: assert not masks(o); continue
         got = masks(o)['weight'].reshape(w.shape)
@@ -667,6 +668,13 @@ def test_rewinding_weights(k, opt_func):
         assert o.lrs==dense.lrs[3*k:] and len(o.lrs)==9-3*k
     assert [o.gone for o in rounds]==[80,144,195,198]
     assert learn.recorder.hps['lr']==dense.lrs[3*k:]
+
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.Adam)])
+@pytest.mark.parametrize('k', [0,1])
+def test_rewinding_beside_a_term_with_parameters(k, opt_func):
+    learn,kd = learner(opt_func=opt_func),KnowledgeDistillation(net(), FitNet({'conv': 'conv'}))
+    levels = quietly_iterative(learn, .3, rewind='weights', rewind_to=k, n_epoch=2, lr=1e-2, cbs=kd)
+    assert [396-o.weights for o in levels]==[0,80,119] and not hasattr(learn.model, 'distill_heads')
 
 @pytest.mark.parametrize('rewind', ['lr','finetune'])
 def test_keeping_weights(rewind):

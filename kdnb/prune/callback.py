@@ -44,6 +44,7 @@ def prune_model(model, # Network, masked in place, or a `Learner`
     s = Scoring(model, data, by, ignore)
     worth = s.worth(criterion)
     if pattern is not None:
+        worth = {k: v for k,v in worth.items() if not getattr(s.model.get_submodule(k.rpartition('.')[0]), 'transposed', False)}
         return mask_model(s.model, select_pattern(worth, pattern))
     scope = scope or ('layer' if by=='channel' and not callable(sparsity) else 'global')
     keep = select(worth, sparsity(worth) if callable(sparsity) else sparsity, rate, scope, keep_one=by=='channel')
@@ -184,7 +185,7 @@ def iterative_prune(learn, # Learner; trained, unless its weights are rewound
     while _is_above(learn, sparsity, ignore):
         prune_model(learn, sparsity, criterion, scope=scope, ignore=ignore, rate=rate)
         if rewind=='weights':
-            start.restore(learn)
+            with learn.added_cbs(L(cbs)): start.restore(learn)      # with the parameters that they bring
             train(reset_opt=False, start_epoch=rewind_to)
         else: train(reset_opt=rewind=='lr')
         levels.append(_level(learn))
