@@ -154,17 +154,17 @@ class TermSplitter:
         groups = [[p for p in g if id(p) not in ids] for g in groups]
         for t,ps in zip(self.terms, brought):
             if not t.own_group: groups[-1] += ps
-        return L(L(g) for g in groups + [ps for t,ps in zip(self.terms, brought) if t.own_group])
+        return L(L(g) for g in [ps for t,ps in zip(self.terms, brought) if t.own_group] + groups)
 
 @patch
 def attach(self:LossTerm):
     "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
     if not isinstance(self.splitter, TermSplitter): self.learn.splitter = TermSplitter(self.splitter)
-    terms,ps = self.splitter.terms,list(self.params(self.model))
-    terms.append(self)
+    ps = list(self.params(self.model))
+    self.splitter.terms.append(self)
     if self.opt is None or self.own_group or not ps: return
     groups = [list(g) for g in self.opt.param_lists]
-    groups[-1-sum(t.own_group for t in terms)] += ps
+    groups[-1] += ps
     self.opt.param_lists = L(L(g) for g in groups)
     for s in () if self.wd_bn_bias else self.learn._bn_bias_state(True): s['do_wd'] = False     # as `create_opt` does
 

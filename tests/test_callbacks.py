@@ -206,7 +206,7 @@ def test_cached_teacher_gives_the_same_weights():
 
 def test_fused_torch_optimizer():
     learn = learner(to_variational(net()), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=VariationalSparsifier())
-    assert flat(quiet(learn, 1, 1e-3).model).isfinite().all() and learn.opt.hypers[-1]['wd']==0
+    assert flat(quiet(learn, 1, 1e-3).model).isfinite().all() and learn.opt.hypers[0]['wd']==0
 
 def test_other_fastai_data():
     "Plain fastai DataLoaders, per-item, with a two-input model"

@@ -831,10 +831,33 @@ def test_rates_and_decay_of_noise():
     for fit,args,cbs in (('fit',(2,1e-3),[]), ('fit_one_cycle',(2,1e-3),[]), ('fit_flat_cos',(2,1e-3),[]), ('fit_one_cycle',(2,1e-3),[GradientAccumulation(120)])):
         lrs.clear()
         learn = quiet(learner(to_variational(lenet(), noise='full'), wd=.1, cbs=[VariationalSparsifier(gamma_lr=7), Look(), *cbs]), *args, fit=fit)
-        assert lrs and all(b==pytest.approx(7*a) for a,b in lrs)
-        assert [h['wd'] for h in learn.opt.hypers]==[.1,0.] and {id(p) for p in learn.opt.param_lists[-1]}=={id(p) for n,p in learn.model.named_parameters() if 'gamma' in n or 'logvar' in n}
+        assert lrs and all(a==pytest.approx(7*b) for a,b in lrs)
+        assert [h['wd'] for h in learn.opt.hypers]==[0.,.1] and {id(p) for p in learn.opt.param_lists[0]}=={id(p) for n,p in learn.model.named_parameters() if 'gamma' in n or 'logvar' in n}
         assert {h['lr'] for h in learn.opt.hypers}=={learn.opt.hypers[0]['lr']} and sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
         if fit=='fit': assert max(learn.recorder.lrs)==1e-3
+
+class Body(nn.Module):
+    "A body and a head, and a factor of its own that is called as those of gates are"
+    def __init__(self): super().__init__(); self.body,self.gamma,self.head = lenet().fc1,nn.Parameter(torch.ones(())),nn.Linear(12,10)
+    def forward(self, x): return self.head(self.gamma*self.body(x.flatten(1)).relu())
+
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.Adam)])
+def test_the_head_is_still_the_last_group(opt_func):
+    "Frozen, the body stays, head and noise train; `slice(lr)` is for the head, and the noise has a multiple of that; the network's γ is the network's"
+    def body(m): return [[*m.body.parameters(), m.gamma], list(m.head.parameters())]
+    learn,lrs = learner(to_variational(Body()), splitter=body, opt_func=opt_func, cbs=VariationalSparsifier(gamma_lr=7)),[]
+    m,before = learn.model,state(learn.model)
+    class Look(Callback):
+        order = 1
+        def before_step(self): lrs.append([h['lr'] for h in (self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers)])
+    learn.freeze()
+    quiet(learn, 1, slice(1e-3), cbs=Look())
+    moved = {k for k,v in state(m).items() if not torch.equal(v, before[k])}
+    assert moved=={f'{n}.inputs.gamma{o}' for n in ('body','head') for o in ('','_logvar')} | {'head.weight','head.bias'}
+    assert all(o==pytest.approx([7e-3,1e-4,1e-3]) for o in lrs) and [h['lr'] for h in learn.opt.hypers]==pytest.approx([1e-4,1e-4,1e-3])
+    assert [len(g) for g in learn.opt.param_lists]==[4,3,2] and m.gamma is learn.opt.param_lists[1][2]
+    quiet(learn, 1, fit='fine_tune')
+    assert all(p.requires_grad for p in m.parameters()) and not torch.equal(m.body.weight, before['body.weight'])
 
 def test_recorded_rates_with_accumulation():
     learn = quiet(learner(cbs=[VariationalSparsifier(gamma_lr=7), GradientAccumulation(120)]), 2, 1e-3)

@@ -18,13 +18,13 @@ from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight,is_training
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import KL,Gate,GroupLayer,log_alphas,noise_groups,variational_layers
+from .layers import KL,Gate,GroupLayer,NoisyLayer,log_alphas,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
     "Means and log-variances of γ, and log-variances of weights"
     own = 'gamma','gamma_logvar','weight_logvar','bias_logvar'
-    return [p for n,p in model.named_parameters() if n.rpartition('.')[2] in own]
+    return [p for m in model.modules() if isinstance(m, (Gate,NoisyLayer)) for n,p in m._parameters.items() if n in own and p is not None]
 
 def train_size(dls):
     "Number of training samples"
@@ -63,14 +63,14 @@ def _by_gate(model, weights):
 
 class VariationalSparsifier(LossTerm):
     "Add the KL of a variational network, divided by the training set's size, to the loss (paper 000, eq. 7)"
-    own_group,_lr = True,None
+    own_group,_alone,_lr = True,False,None
     def __init__(self,
         weight=1., # Weight of KL/N (paper 000: 1-λ), or a schedule of it
         gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`, 1 for others
         theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup=.2, # Fraction of training over which the weight rises from 0
         cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
-        gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's
+        gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's (that of its last group)
         cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
         check_weight(weight); _check_fractions(warmup, cooldown)
         for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]:
@@ -96,16 +96,17 @@ class VariationalSparsifier(LossTerm):
         self._each_gate = isinstance(self.gamma_weight, dict)
         self._kls = KL(self._noisy, _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None)
         self._N,self._caps,self._warned,self.closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
+        for p in noise_params(self._noisy): p.requires_grad_()
         super().before_fit()
 
     def before_train(self):
         if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
         super().before_train()
-        own = {id(p) for p in self.opt.param_lists[-1]}=={id(p) for p in noise_params(self.model)}
-        if not own and self.gamma_lr!=1:
+        self._alone = {id(p) for p in self.opt.param_lists[0]}=={id(p) for p in noise_params(self.model)}
+        if not self._alone and self.gamma_lr!=1:
             raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '
                              'came. Give it to the Learner (cbs=VariationalSparsifier()), or use gamma_lr=1.')
-        if own: self.opt.set_hyper('wd', [h['wd'] for h in self.opt.hypers[:-1]] + [0.])
+        if self._alone: self.opt.set_hyper('wd', [0.] + [h['wd'] for h in self.opt.hypers[1:]])
 
 # %% ../../nbs/22_variational.callback.ipynb #5518780d
 def _caps(model, cap):
@@ -124,10 +125,10 @@ def _caps(model, cap):
 # %% ../../nbs/22_variational.callback.ipynb #791e6ceb
 @patch
 def before_step(self:VariationalSparsifier):
-    if self.gamma_lr==1: return
-    self._own = (self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers)[-1]
-    self._lr = self._own['lr']
-    self._own['lr'] = self._lr*self.gamma_lr
+    if not self._alone: return
+    groups = self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers
+    self._own,self._lr = groups[0],groups[0]['lr']
+    self._own['lr'] = groups[-1]['lr']*self.gamma_lr
 
 @patch
 def _put_lr_back(self:VariationalSparsifier):
