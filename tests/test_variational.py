@@ -442,6 +442,7 @@ class Twice(nn.Module):
     def __init__(self): super().__init__(); self.a,self.b = nn.Linear(4,4),nn.Linear(4,2)
     def forward(self, x): return self.b(self.a(self.a(x)))
 
+def tied(a, b): b.weight = a.weight; return nn.Sequential(a, b)
 def shared(): m = nn.Sequential(nn.Linear(3,3), nn.ReLU(), nn.Linear(3,3)); m[2].weight = m[0].weight; return m
 
 @pytest.mark.parametrize('message,f', [
@@ -449,7 +450,9 @@ def shared(): m = nn.Sequential(nn.Linear(3,3), nn.ReLU(), nn.Linear(3,3)); m[2]
     ('there is nothing to group', lambda: to_variational(nn.Conv2d(1,4,3), torch.randn(1,1,8,8), 'channels')), ('there is nothing to group', lambda: to_variational(nn.ReLU(), groups='weights')),
     ('pass DataLoaders or a batch', lambda: to_variational(lenet(), groups='channels')), ("groups is 'filters'", lambda: to_variational(lenet(), groups='filters')),
     ("noise is 'some'", lambda: to_variational(lenet(), noise='some')), ('variational already', lambda: to_variational(to_variational(lenet()))),
-    ("'0' and '2' share a weight", lambda: to_variational(shared())), ("layer 'a' runs more than once", lambda: to_variational(Twice(), torch.randn(2,4))),
+    ("'0' and '2' share a weight", lambda: to_variational(shared())),
+    ("'0' and '1' share a weight", lambda: to_variational(tied(nn.Embedding(10,4), nn.Linear(4,10)))), ("'0' and '1' share a weight", lambda: to_variational(tied(nn.Linear(4,10), nn.Embedding(10,4)))),
+    ('Use cooldown=None', lambda: quiet(learner(to_variational(lenet(), groups='weights'), cbs=VariationalSparsifier(cooldown=(.5,.8))), 1)), ("layer 'a' runs more than once", lambda: to_variational(Twice(), torch.randn(2,4))),
     ('is a LSTM: recurrent and attention', lambda: to_variational(nn.Sequential(nn.Linear(3,3), nn.LSTM(3,3)))),
     ('the network is a GRUCell', lambda: to_variational(nn.GRUCell(3,3))),
     ("1.self_attn is a MultiheadAttention", lambda: to_variational(nn.Sequential(nn.Linear(4,4), nn.TransformerEncoderLayer(4,2)))),
@@ -992,7 +995,7 @@ def test_validation_is_the_task_without_noise():
 @pytest.mark.parametrize('groups', ['neurons','channels','weights'])
 def test_saved_loaded_exported(groups, tmp_path):
     dls = data()
-    def make(): set_seed(4); return learner(to_variational(create('lenet5', dls), dls, groups), dls, VariationalSparsifier(cooldown=(.5,.8)), path=tmp_path)
+    def make(): set_seed(4); return learner(to_variational(create('lenet5', dls), dls, groups), dls, VariationalSparsifier(cooldown=None if groups=='weights' else (.5,.8)), path=tmp_path)
     learn = quiet(make(), 2, 1e-2)
     learn.save('a'); learn.export('a.pkl')
     x = dls.one_batch()[0]

@@ -18,7 +18,7 @@ from ..features import unwrap
 from ..measure import weighted
 from ..terms import LossTerm,check_weight,is_training
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
-from .layers import KL,Gate,GroupLayer,NoisyLayer,log_alphas,noise_groups,variational_layers
+from .layers import KL,Gate,GroupLayer,NoisyLayer,VDLayer,log_alphas,noise_groups,variational_layers
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
 def noise_params(model):
@@ -102,6 +102,9 @@ class VariationalSparsifier(LossTerm):
     def before_train(self):
         if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
         super().before_train()
+        if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
+            raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), which would come back '
+                             'when the KL falls. Use cooldown=None.')
         self._alone = {id(p) for p in self.opt.param_lists[0]}=={id(p) for p in noise_params(self.model)}
         if not self._alone and self.gamma_lr!=1:
             raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '

@@ -64,10 +64,10 @@ def _refuse(model, data):
             raise ValueError(f'{path or "the network"} is a {type(m).__name__}: recurrent and attention layers use '
                              'their weights where no γ reaches them. Sparsify the part of the network without '
                              'them, or prune this one.')
-        if _linears(m) or isinstance(m, nn.Conv2d):
-            if (first := owners.setdefault(id(m.weight), path)) != path:
-                raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve both. '
-                                 'Give each a weight of its own.')
+        first,o = owners.setdefault(id(m._parameters.get('weight', m)), (path,m))
+        if first!=path and any(_linears(l) or isinstance(l, nn.Conv2d) for l in (m,o)):
+            raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve both. '
+                             'Give each a weight of its own.')
     if data is None: return
     ran = layer_shapes(model, inputs(data, model)).index
     if (twice := [p for p in ran[ran.duplicated()] if _dense(model.get_submodule(p))]):
