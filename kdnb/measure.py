@@ -36,7 +36,8 @@ def inputs(data, # `DataLoaders`, a batch, or a tuple of input tensors
     model=None): # Move the inputs to this model's device
     "The tuple of inputs of one validation batch (of a training batch, if there is no validation set)"
     if isinstance(data, DataLoaders):
-        b = (data.valid if len(data.loaders)>1 and len(data.valid) else data.train).one_batch()
+        with no_random(reproducible=False):     # a training that is resumed must not see who looked
+            b = (data.valid if len(data.loaders)>1 and len(data.valid) else data.train.new(shuffle=False)).one_batch()
         data = b[:getattr(data, 'n_inp', 1 if len(b)==1 else len(b)-1)]
     p = next(model.parameters(), None) if model is not None else None
     return tuple((o if p is None else o.to(p.device)).as_subclass(torch.Tensor) for o in tuplify(data))

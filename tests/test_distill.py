@@ -383,3 +383,17 @@ def test_two_processes_equal_one(name, two_processes):
     for k,v in one.items():
         assert torch.equal(first[k], second[k]), k
         assert torch.allclose(first[k], v, atol=1e-5), k
+
+class Functional(nn.Module):
+    "Dropout by a function, before the maps or after"
+    def __init__(self, early=0., late=0.): super().__init__(); self.c,self.f,self.early,self.late = nn.Conv2d(1,4,3),nn.Linear(4,10),early,late
+    def forward(self, x):
+        x = self.c(F.dropout(x, self.early, self.training) if self.early else x)
+        return self.f(F.dropout(x.mean((2,3)), self.late, self.training))
+
+def test_what_hangs_on_the_mode_is_frozen_in_evaluation_or_refused():
+    x = torch.randn(2,4,6,6)
+    rest = rest_of(Functional(late=.5).train(), 'c', x, x)
+    assert torch.equal(rest.train()(x), rest(x))
+    learner(model=Functional(late=.5)).distill(Functional(early=.5, late=.5), 1, SimKD('c'))
+    with pytest.raises(ValueError, match='other things in training'): learner(model=Functional(early=.5)).distill(Functional(), 1, SimKD('c'))

@@ -316,3 +316,10 @@ class Twice(nn.Module):
 def test_a_layer_that_runs_twice_has_one_row_and_its_arguments():
     c = cost(Twice(), torch.randn(3,4), rounds=3)
     assert list(c.index)==['fc','total'] and list(c.macs)==[32,32] and c.ms['fc']>0
+
+def test_inputs_leave_random_numbers_alone():
+    dls = DataLoaders.from_dsets(torch.randn(9,4), torch.randn(0,4), bs=4, shuffle=True)
+    def state(): return random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist(),dls.train.rng.getstate()
+    before = state()
+    inputs(dls)
+    assert state()==before

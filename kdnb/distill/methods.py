@@ -20,6 +20,7 @@ from torch import nn,fx
 import torch.nn.functional as F
 import torch.distributed as tdist
 from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
+from ..measure import evaluating
 from ..models import architecture,create
 from ..terms import check_weight,weight_at
 from .losses import *
@@ -352,7 +353,7 @@ def rest_of(teacher, path, f_s, f_t):
     "A frozen copy of what follows the layer `path` in `teacher`, if it can take the student's maps `f_s`"
     if f_s.ndim!=4 or f_t.ndim!=4:
         raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W).')
-    rest = deepcopy(cut(teacher, path)[1]).requires_grad_(False).eval()
+    with evaluating(teacher): rest = deepcopy(cut(teacher, path)[1]).requires_grad_(False).eval()
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
@@ -448,7 +449,11 @@ class SimKD(LayerTerm):
         rest = rest_of(o.teacher, t, f_s, f_t)
         small = same_size(f_s, f_t)[0]
         pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
-        new = _chain(cut(o.student, s)[0], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
+        with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
+        if bodies[0].code!=bodies[1].code:
+            raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy cannot. '
+                             'Use layers that know, such as nn.Dropout, instead of functions.')
+        new = _chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
         archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
         if all(archs):
             new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm))
