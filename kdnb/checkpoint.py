@@ -134,7 +134,7 @@ class _Digest:
 
     def parts(self, o):
         "What makes `o` what it is"
-        if isinstance(o, nn.Module): return repr(o),*tensors_in(o).items()
+        if isinstance(o, nn.Module): return repr(o),*tensors_in(o).items(),*((_settings(m),_own_code(m)) for m in unwrap(o).modules())
         if isinstance(o, dict): return [len(o), *(x for kv in o.items() for x in kv)]
         if isinstance(o, (set,frozenset)): return sorted(map(repr, o))
         if isinstance(o, (list,tuple,L)): return [len(o), *o]
@@ -154,17 +154,34 @@ class _Digest:
         if isinstance(o, BuiltinFunctionType): return o.__module__,o.__qualname__
         if not hasattr(o, '__dict__'): return repr(o),
         hidden = ('learn',) + tuple(k for k in vars(o) if k.startswith('_') and isinstance(o, TidyCallback))    # of an earlier fit
-        return [{k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)}]
+        return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*(_own_code(o) if isinstance(o, Callback) else ())
 
     def loader(self, dl):
         tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
-        ds,items = dl.dataset,getattr(dl.dataset, 'items', None)
-        known = ds if isinstance(ds, ArrayDataset) else list(map(str, items)) if items is not None else [len(ds), dl.one_batch() if not dl.shuffle else None]
+        ds,n_inp = dl.dataset,getattr(dl.dataset, 'n_inp', 1)
+        tls = getattr(ds, 'tls', None) or [ds]*(isinstance(ds, L) and hasattr(ds, 'tfms'))
+        known = (tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))) if tls else (len(ds),ds,_own_code(ds))
         return dl.bs,getattr(dl, 'shuffle', None),getattr(dl, 'drop_last', None),[str(t) for t in tfms],known
 
 def _cell(c):
     try: return c.cell_contents
     except ValueError: return None
+
+def _is_setting(v):
+    if isinstance(v, (tuple,list)): return all(map(_is_setting, v))
+    return v is None or isinstance(v, (bool,int,float,str,FunctionType,BuiltinFunctionType))
+
+def _settings(m): return sorted((k, v) for k,v in vars(m).items() if k[0]!='_' and k!='training' and _is_setting(v))
+
+def _own_code(o):
+    "The methods of `o`, those of torch, fastai and this package left out"
+    own = [c for c in type(o).__mro__ if c.__module__.split('.')[0] not in ('torch','torchvision','fastai','fastcore','kdnb','builtins','typing')]
+    return [getattr(f, '__wrapped__', f) for c in own for _,f in sorted(vars(c).items()) if isinstance(f, FunctionType)]
+
+def _labels(tl):
+    "What `tl` says of its items, unless that is images, which take long to open, or stands in their table"
+    if isinstance(tl.items, pd.DataFrame) or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000: return
+    return str([y.tolist() if isinstance(y, torch.Tensor) else y for y in tl])
 
 def fingerprint(*objects):
     "Checksum of networks, data, callbacks, functions and plain values, by content"

@@ -137,6 +137,60 @@ def test_what_is_done_is_not_done_again_and_what_follows_a_change_is(tmp_path):
     small_run(path, lr=2e-3, width=20, seeds=2, stop=-2)       # a callback that is set otherwise
     assert all(v!=third.get(k) for k,v in stamps(path).items() if 'student' in k)
 
+def with_forward(f):
+    "A network of an own class, whose `forward` uses `f`"
+    class Net(nn.Module):
+        def __init__(self, scale=1.):
+            super().__init__()
+            self.a,self.b,self.scale = nn.Linear(64,20),nn.Linear(20,10),scale
+        def forward(self, x): return self.b(f(self.scale*self.a(x.flatten(1))))
+    return Net
+
+def seeded(f, *args, **kwargs): set_seed(0); return f(*args, **kwargs)
+
+def test_a_network_is_known_by_its_code_and_its_settings(tmp_path):
+    own,dls = with_forward(torch.relu),image_dls('digits', device='cpu', bs=256)
+    marks = [fingerprint(seeded(f, *args)) for f,args in ((own,()), (with_forward(torch.sin),()), (own,(-3.,)))]
+    assert len({*marks})==3 and fingerprint(seeded(with_forward(torch.relu)))==marks[0]
+    assert fingerprint(nn.CrossEntropyLoss())!=fingerprint(nn.CrossEntropyLoss(label_smoothing=.2))
+    for make in (own, lambda: create('resnet8', dls), lambda: to_variational(create('lenet300', dls), dls)):
+        model,like = seeded(make),make()
+        mark = fingerprint(model)
+        assert fingerprint(model.eval())==fingerprint(deepcopy(model))==mark
+        quiet(Learner(dls, model), 1, cbs=[KnowledgeDistillation(create('lenet300', dls), KD())])
+        set_tensors(like, tensors_in(model))
+        assert fingerprint(model)==fingerprint(like)!=mark
+    curves = []
+    for f in (torch.relu, torch.sin):
+        run = Run(tmp_path/'run', 'own', dls, show=False)
+        run.fit('net', run.learner(run.network(seeded(with_forward(f)))), 1, 1e-2)
+        curves.append(run.stages[0]['curves'])
+    assert curves[0]!=curves[1]
+
+def test_a_callback_is_known_by_its_code():
+    def own(k):
+        class Own(Callback):
+            def after_loss(self): self.learn.loss_grad = self.learn.loss_grad*k
+        return Own()
+    assert fingerprint(own(2))==fingerprint(own(2))!=fingerprint(own(3))
+
+def test_data_are_known_by_their_labels(tmp_path):
+    x,y = torch.rand(40,1,8,8),torch.arange(40)%4
+    def dsets(ds): return DataLoaders.from_dsets(ds, ds, bs=20, device='cpu')
+    for i,o in enumerate(x): Image.fromarray((255*o[0]).byte().numpy()).save(tmp_path/f'{i}.png')
+    files,kwargs = get_image_files(tmp_path).sorted(),dict(device='cpu', num_workers=0, seed=1, bs=8)
+    def of(ys): return dict(zip([f'{i}.png' for i in range(40)], map(int, ys)))
+    make = [lambda ys: dsets(torch.utils.data.TensorDataset(x, ys)), lambda ys: dsets([*zip(x, ys)]),
+            lambda ys: ImageDataLoaders.from_path_func(tmp_path, files, lambda f: of(ys)[f.name], **kwargs),
+            lambda ys: ImageDataLoaders.from_df(pd.DataFrame(of(ys).items()), tmp_path, **kwargs)]
+    for f in make:
+        dls,like,other = f(y),f(y.clone()),f(y.flip(0))
+        drawn = torch.get_rng_state()
+        mark = fingerprint(dls)
+        assert torch.equal(torch.get_rng_state(), drawn) and fingerprint(like)==mark!=fingerprint(other)
+        dls.train.one_batch(), dls.valid.one_batch()
+        assert fingerprint(dls)==mark
+
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, 'share', None)
     whole = small_run(tmp_path/'whole')
