@@ -994,6 +994,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdnb.sweep._Worker.supervise': ('sweep.html#_worker.supervise', 'kdnb/sweep.py'),
                             'kdnb.sweep._Worker.tell': ('sweep.html#_worker.tell', 'kdnb/sweep.py'),
                             'kdnb.sweep._Worker.work': ('sweep.html#_worker.work', 'kdnb/sweep.py'),
+                            'kdnb.sweep._column': ('sweep.html#_column', 'kdnb/sweep.py'),
                             'kdnb.sweep._counting': ('sweep.html#_counting', 'kdnb/sweep.py'),
                             'kdnb.sweep._cut_half_line': ('sweep.html#_cut_half_line', 'kdnb/sweep.py'),
                             'kdnb.sweep._database': ('sweep.html#_database', 'kdnb/sweep.py'),

@@ -172,6 +172,7 @@ def _print(record):
 
 def text_table(rows):
     "Rows (dicts of text) as lines, columns flush right"
+    if not rows: return []
     table = [list(rows[0]), *([str(v) for v in r.values()] for r in rows)]
     widths = [max(map(len, col)) for col in zip(*table)]
     return ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c,w in zip(row[1:], widths[1:]))]) for row in table]

@@ -484,7 +484,7 @@ def _curves(r):
             _say(f'Means of every epoch; accuracy and validation loss are of the validation set{band}.')]
 
 def _how(r):
-    use = [f'<h2>Use it</h2><pre>{html.escape(how_to_load(r))}</pre>'] if (r.path/'model.safetensors').exists() else []
+    use = [f'<h2>Use it</h2><pre>{html.escape(how_to_load(r))}</pre>'] if r.layers and (r.path/'model.safetensors').exists() else []
     return use + ['<h2>How it was made</h2><div class=facts>',
                   _facts('run', dict(recipe=r.recipe, data=r.data, seeds=r.seeds) | r.settings),
                   _facts('versions', r.versions), _facts('machine', r.machine),

@@ -424,18 +424,19 @@ def pareto(df, # A row per network
 # %% ../nbs/61_sweep.ipynb #a8791229
 _sizes = dict(weights='weights that are not zero', params='parameters', macs='multiplications for an image',
               bytes='bytes', latency_ms='latency of a batch (ms)')
+def _column(n): return f'{n} (grid)' if n in _sizes else n     # beside what is measured
 
 class SweepResult:
     "What a sweep has found: `trials` has a row for each combination and seed, `stages` one for each of their stages"
     def __init__(self, grid, trials, out): # `Grid`; `{checksum: trial}` as Optuna has them; folder of the sweep
         self.grid,self.out,todo = grid,Path(out),grid.combinations()
-        values = {k: {n: o[n] if np.isscalar(o[n]) else _short(o[n]) for n in grid.lists} for k,(_,o) in todo.items()}
+        values = {k: {_column(n): o[n] if np.isscalar(o[n]) else _short(o[n]) for n in grid.lists} for k,(_,o) in todo.items()}
         attrs = {k: trials[k].user_attrs if k in trials else {} for k in todo}
         names = {k: attrs[k].get('name', name) for k,(name,_) in todo.items()}
         self.trials = pd.DataFrame([dict(name=names[k], **values[k], state=self._state(a), seconds=a.get('seconds'),
                                          error=a.get('error')) for k,a in attrs.items()])
-        self.stages = pd.DataFrame([dict(trial=names[k], **{n: v for n,v in values[k].items() if n!='seeds'},
-                                         stage=o.pop('name'), **o)
+        lists = {k: {n: v for n,v in o.items() if n!='seeds'} for k,o in values.items()}
+        self.stages = pd.DataFrame([{'trial': names[k], **lists[k], 'stage': o.pop('name'), **o, **lists[k]}    # a stage has epochs, too
                                     for k,a in attrs.items() for o in map(dict, a.get('stages', []))])
 
     def _state(self, a): return 'finished' if 'seconds' in a else 'failed' if 'error' in a else 'left'
@@ -450,7 +451,7 @@ class SweepResult:
         last = d.groupby('trial').stage.transform('last')
         if not len(d := d[d.stage==(stage or last)]):
             raise ValueError(f'There is no stage {stage!r}. There are {", ".join(self.stages.stage.unique())}.')
-        by = [k for k in self.grid.lists if k!='seeds'] + ['stage']
+        by = [_column(k) for k in self.grid.lists if k!='seeds'] + ['stage']
         means = {k: (k,'mean') for k in ('valid_accuracy',*_sizes) if k in d}
         acc = {k: ('test_accuracy',f) for k,f in (('n','size'), ('test_accuracy','mean'), ('spread','std'))}
         df = d.groupby(by, sort=False, dropna=False).agg(**acc, **means)

@@ -3,7 +3,7 @@ import json, os, time
 from pathlib import Path
 from types import SimpleNamespace
 
-steady_defaults = dict(lam=.5, steps=4, pause=.05)
+steady_defaults = dict(lam=.5, steps=4, pause=.05, weights=1)
 
 def _say(path, *words):
     with open(path.parent/'log.txt', 'a') as f: f.write(' '.join(map(str, (path.name, *words)))+'\n')
@@ -25,5 +25,5 @@ def steady(dls, teacher='a', student='b', path='runs/steady', epochs=None, seeds
         _say(path, 'step', i)
     _say(path, 'end', os.getpid())
     seeds = range(seeds) if isinstance(seeds, int) else seeds
-    return SimpleNamespace(stages=[dict(name=n, seed=o, test_accuracy=s['lam']/(1+i)+o/100, weights=1000*(2-i), macs=10., curves=[])
+    return SimpleNamespace(stages=[dict(name=n, seed=o, test_accuracy=s['lam']/(1+i)+o/100, weights=1000*(2-i), macs=10., epochs=3, curves=[])
                                    for o in seeds for i,n in enumerate(('big','small'))])

@@ -59,6 +59,11 @@ def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
     assert 'is not the folder of a run' in said(capsys, 1, 'report', tmp_path)
     assert 'more than once' in said(capsys, 1, 'report', out, out)
 
+def test_report_of_a_run_without_a_stage(tmp_path, capsys):
+    Run(tmp_path/'run', 'own', image_dls('digits', device='cpu'), show=False)
+    text = said(capsys, 0, 'report', tmp_path/'run')
+    assert 'No stage is done yet.' in text and 'Report: ' in text
+
 def test_data(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('KDNB_DATA', str(tmp_path))
     text = said(capsys, 0, 'data')

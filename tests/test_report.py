@@ -170,3 +170,13 @@ def test_compare(folder, tmp_path):
     with pytest.raises(ValueError, match='more than once'): compare(folder, folder)
     with pytest.raises(ValueError, match='no stage yet'): compare(a, fake_record('runs/c', stages=[]))
     with pytest.raises(FileNotFoundError, match='is not the folder of a run'): compare(folder, tmp_path)
+
+def test_of_a_run_that_begins_anew_only_what_is_known_is_shown(tmp_path):
+    def run(name, finish):
+        r = Run(tmp_path/'run', 'own', data(), show=False)
+        model = r.enter('student', r.network(name))
+        return r.finish(model).report() if finish else r.report()
+    def shown(page): return [o in page.read_text() for o in ('Use it','latency')]
+    assert shown(run('lenet300', True))==[True,True] and shown(run('mlp1024', False))==[False,False]
+    assert 'latency_ms' not in Record(tmp_path/'run').stages[0]
+    assert shown(run('mlp1024', True))==[True,True]

@@ -249,6 +249,12 @@ def test_the_table_is_the_mean_over_seeds(quick, tmp_path):
     with pytest.raises(ValueError, match="no stage 'tiny'. There are big, small"): r.table('tiny')
     with pytest.raises(ValueError, match="no 'size'"): r.plot('size')
 
+def test_a_grid_over_what_stages_have_too(quick, tmp_path):
+    g = dict(recipe='sweep_recipes:steady', data='digits', settings=dict(pause=0.), grid=dict(epochs=[[1,2],[3]], weights=[5,7]))
+    t = sweep(g, tmp_path/'journal.log', tmp_path, show=False).table()
+    assert list(t.index)==[(e, w, 'small') for e in ('1-2','3') for w in (5,7)] and set(t.weights)=={1000}
+    assert '<td>1-2</td>' in (tmp_path/'sweep.html').read_text()
+
 wrongs = [(dict(recipe='magic'), "no recipe 'magic'"), (dict(recipe='sweep_recipes:magic'), 'no recipe sweep_recipes:magic'),
           (dict(grid=dict(lam=[])), 'expected a list'), (dict(grid=dict(lam=.5)), 'expected a list'), (dict(grid=dict(lamda=[1])), "no 'lamda'"),
           (dict(settings=dict(path='x')), "no 'path'"), (dict(settings=dict(lam=1)), 'in .settings. and in .grid.'),

@@ -163,7 +163,7 @@ def release(path): # Folder of a run
     if f := _locks.pop(Path(path).resolve(), None): f.close()
 
 def _claim(path, recipe, force):
-    "Make the folder `path` ours; its record if there is one to go on with"
+    "Make the folder `path` ours, if a run of `recipe` can begin or go on there"
     if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file. Choose another folder.')
     if path.exists() and any(o.name[0]!='.' for o in path.iterdir()) and not (path/'run.json').exists():
         raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so nothing is written there. '
@@ -181,7 +181,6 @@ def _claim(path, recipe, force):
     if o['recipe']!=recipe:
         raise ValueError(f'{path} holds a run of {o["recipe"]}, this is {recipe}. '
                          'Choose another folder, or begin anew with force=True (--force).')
-    return o
 
 class Run(Record):
     "Named stages in a folder: trains them, measures them, writes them down"
@@ -201,7 +200,7 @@ class Run(Record):
         self.versions,self.machine,self.has_test = versions(),machine(),len(dls.loaders)>2
         self.n_test,self.in_shape,self.bs = len(self.test.dataset),list(in_shape(dls)),dls.valid.bs
         self.cache = isinstance(dls.train, TensorDL) and not dls.train.augments   # a teacher need not be asked twice
-        if self.rank==0 and (was := _claim(self.path, recipe, force)): self.latency = was['latency']
+        if self.rank==0: _claim(self.path, recipe, force)
         self._write()
 
     def _write(self):
