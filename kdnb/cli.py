@@ -60,11 +60,24 @@ def _whole(s):
 
 def _seeds(s): return _whole(s) if ',' in s else _whole(s)[0]
 
+def _from(least):
+    def whole(s):
+        if len(o := _whole(s))==1 and o[0]>=least: return o[0]
+        raise argparse.ArgumentTypeError(f'{s!r} is no whole number from {least} on')
+    return whole
+
+def _size(s):
+    o = _whole(s)
+    if len(o)<3 and min(o)>0: return o[0] if len(o)==1 else o
+    raise argparse.ArgumentTypeError(f'{s!r} is no size: pixels of an edge, such as 32, or height,width')
+
 def _setting(s):
     "`name=value`, the value as Python or JSON would read it, or else as text"
     name,eq,v = s.partition('=')
     if not (eq and name.isidentifier()):
         raise argparse.ArgumentTypeError(f'{s!r} is not of the form name=value, such as lam=.5')
+    if name in ('dls','path','data','force','show'):
+        raise argparse.ArgumentTypeError(f'{name} is no setting of a recipe: there are --data, --out, --force and --quiet')
     try: return name,ast.literal_eval(dict(true='True', false='False', null='None', none='None').get(v, v))
     except (ValueError,SyntaxError): return name,v
 
@@ -84,9 +97,9 @@ def _compress_parser(commands, text):
     c.add_argument('--recipe', default='vbgs-kd', choices=_about, metavar='NAME',
                    help='how to compress, see below (vbgs-kd)')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
-    c.add_argument('--size', type=_whole, metavar='N', help='edge of the images of a folder, or height,width')
-    c.add_argument('--bs', type=int, metavar='N', help='images in a batch (64 for small sets, else 256)')
-    c.add_argument('--pad', type=int, default=0, metavar='N', help='shift training images by up to N pixels')
+    c.add_argument('--size', type=_size, metavar='N', help='edge of the images of a folder, or height,width')
+    c.add_argument('--bs', type=_from(1), metavar='N', help='images in a batch (64 for digits and folders, else 256)')
+    c.add_argument('--pad', type=_from(0), default=0, metavar='N', help='shift training images by up to N pixels')
     c.add_argument('--flip', action='store_true', help='mirror training images at random')
     c.add_argument('--teacher', metavar='NAME', help='network that teaches (the recipe’s own)')
     c.add_argument('--student', metavar='NAME', help='network that is taught (the recipe’s own)')
@@ -111,7 +124,7 @@ def _data_parser(commands, text):
                             description='List the image sets and check their files; or look into a folder of your own.',
                             epilog='Image sets are looked for in the folder KDNB_DATA, else in ~/.kdnb/data.')
     c.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='images of your own')
-    c.add_argument('--size', type=_whole, metavar='N', help='edge that its images are to have, or height,width')
+    c.add_argument('--size', type=_size, metavar='N', help='edge that its images are to have, or height,width')
 
 def _sweep_parser(commands, text):
     c = commands.add_parser('sweep', help='run a recipe for every combination of a grid', formatter_class=text,
@@ -136,7 +149,7 @@ def main(argv=None):
             warnings.filterwarnings('ignore', category=FutureWarning)
             warnings.showwarning = _say
             return dict(compress=compress, report=write_report, data=show_data, sweep=run_sweep)[args.command](args)
-    except (ValueError,OSError,FloatingPointError,ModuleNotFoundError) as e:
+    except (ValueError,TypeError,RuntimeError,OSError,FloatingPointError,ModuleNotFoundError) as e:
         _say(e)
         return 1
     except KeyboardInterrupt:
@@ -144,14 +157,13 @@ def main(argv=None):
         return 130
 
 # %% ../nbs/70_cli.ipynb #63920edd
-def _size(o): return o and (o[0] if len(o)==1 else o)
-
 def _load(args):
     "The images, and what the record calls them"
     from kdnb.data import folder_dls,image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
     if args.data in image_sets or not Path(args.data).exists(): return image_dls(args.data, **kwargs),args.data
-    return folder_dls(args.data, _size(args.size), **kwargs),Path(args.data).resolve().stem
+    p = Path(args.data).resolve()
+    return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 
 def compress(args):
     from kdnb.recipes.core import find_recipe
@@ -202,7 +214,7 @@ def show_data(args):
 
 def _show_folder(args):
     from kdnb.data import folder_dls
-    dls = folder_dls(args.folder, _size(args.size), device='cpu')
+    dls = folder_dls(args.folder, args.size, device='cpu')
     counts = {k: dl.dataset.y.bincount(minlength=dls.c).tolist() for k,dl in zip(('train','valid','test'), dls.loaders)}
     rows = [{'class': str(c)} | {k: n[i] for k,n in counts.items()} for i,c in enumerate(dls.vocab)]
     print('\n'.join(text_table(rows + [{'class': 'all'} | {k: sum(n) for k,n in counts.items()}])))

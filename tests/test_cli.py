@@ -85,14 +85,20 @@ def test_what_is_odd_in_a_folder_is_one_line(photos, tmp_path, capsys):
 @pytest.mark.parametrize('argv,says', [
     (['--data','mnits'], "no image set is called 'mnits', and no folder either"), (['--student','lenet6'], 'no network is called'),
     (['--set','nono=3'], 'nono'), (['--epochs','1,2'], 'epochs is (1, 2)'), (['--seeds','1,1'], 'seeds is'),
-    (['--set','lam=2'], '1-lam is -1')])
+    (['--set','lam=2'], '1-lam is -1'), (['--set','lr=big'], "lr is 'big', expected something like 0.001"), (['--set','pct_start=2'], 'pct_start is 2'),
+    (['--set','seeds=1.5'], 'seeds is 1.5'), (['--set','T_log_alpha=abc'], "T_log_alpha is 'abc'"), (['--set','cooldown=.5'], 'float'),
+    (['--recipe','vid','--set','weights=3'], 'weights is 3'), (['--recipe','vid','--set','hidden=x'], "hidden is 'x'"),
+    (['--recipe','prue','--set','drops=(.5,"a")'], 'drops is (0.5'), (['--recipe','sequential','--set','levels=.5'], 'levels are (0.5,)'),
+    (['--recipe','sequential','--set','method=3'], 'method is 3')])
 def test_mistakes_are_sentences(argv, says, tmp_path, capsys):
     assert says in said(capsys, 1, 'compress', '--out', tmp_path/'run', '--quiet', *argv)
     assert not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('argv,says', [
     (['compress','--epochs','a,b'], 'whole numbers'), (['compress','--seeds',''], 'whole numbers'), (['compress','--set','lam'], 'name=value'),
-    (['compress','--recipe','magic'], "choose from 'vbgs-kd'"), (['sweep','grid.toml'], '--storage'), ([], 'COMMAND')])
+    (['compress','--recipe','magic'], "choose from 'vbgs-kd'"), (['sweep','grid.toml'], '--storage'),
+    (['compress','--set','dls=1'], '--data, --out'), (['compress','--bs','0'], 'from 1 on'), (['compress','--pad','-3'], 'from 0 on'),
+    (['compress','--size','8,8,8'], 'height,width'), (['data','--size','0'], 'height,width'), ([], 'COMMAND')])
 def test_mistypings_are_status_2(argv, says, capsys):
     with pytest.raises(SystemExit, match='2'): main(argv)
     assert says in capsys.readouterr().err
@@ -112,6 +118,13 @@ def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
     assert got==dict(name='prue', path=Path('runs/prue-digits'), data='digits', seeds=(4,5), quick=True, force=False, show=True, epochs=(7,),
                      levels=(.2,.5), kind='l1', on=True)
     assert dls.train.bs==32 and dls.train.augments
+
+def test_each_folder_has_a_name_of_its_own(photos, tmp_path):
+    from kdnb.cli import _load,parser
+    def name(o): return _load(parser().parse_args(['compress','--data',str(o)]))[1]
+    for o in ('a.v1','a.v2'): shutil.copytree(photos, tmp_path/o)
+    (tmp_path/'a.v1'/'labels.csv').rename(tmp_path/'a.v1'/'mine.csv')
+    assert [name(tmp_path/o) for o in ('a.v2','a.v2/labels.csv','a.v1/mine.csv')]==['a.v2','a.v2','mine']
 
 def test_sweep_is_handed_on(monkeypatch, capsys):
     sweep = lambda *args, **kwargs: (args, kwargs)

@@ -12,6 +12,7 @@ import hashlib,importlib,json,platform,random,re,shutil,time,warnings
 from copy import deepcopy
 from dataclasses import dataclass,field
 from importlib.metadata import version
+from numbers import Number
 from pathlib import Path
 import pandas as pd, torch
 from torch import nn
@@ -125,7 +126,17 @@ def check_settings(name, settings, defaults):
     "`defaults` of the recipe `name`, changed by `settings`"
     if odd := settings.keys()-defaults.keys():
         raise ValueError(f'{name} has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
+    settings = {k: (v,) if isinstance(defaults[k], tuple) and isinstance(v, Number) else v for k,v in settings.items()}
+    for k,v in settings.items():
+        if not _fits(v, defaults[k]): raise ValueError(f'{k} is {v!r}, expected something like {defaults[k]!r}.')
     return {**defaults, **settings}
+
+def _fits(v, default):
+    "Is `v` of the kind of `default`, as far as plain data go?"
+    if isinstance(default, dict): return isinstance(v, dict)
+    if isinstance(default, Number): return not isinstance(v, (str,tuple,list,dict))
+    if isinstance(default, str): return not isinstance(v, Number)
+    return not isinstance(default, tuple) or all(_fits(o, default[0]) for o in (v if isinstance(v, (tuple,list,dict)) else [v]))
 
 def name_of(network): # Name, module or `Learner`
     "What a record calls it"
@@ -140,7 +151,7 @@ def check_epochs(epochs, *what): # What each number is for
 
 def check_seeds(seeds): # How many, or which
     if isinstance(seeds, int) and seeds>0: return tuple(range(seeds))
-    if not isinstance(seeds, int):
+    if isinstance(seeds, (tuple,list,range)):
         seeds = tuple(seeds)
         if seeds and all(isinstance(o, int) and o>=0 for o in seeds) and len({*seeds})==len(seeds): return seeds
     raise ValueError(f'seeds is {seeds}, expected how many there are, or different whole numbers such as (0,1,2).')

@@ -93,7 +93,7 @@ def distill_then_prune(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `distill_then_prune_defaults`
     "Distil, prune to the breakpoint, fine-tune (paper 003), and the same with channels; returns the finished `Run`"
-    s = check_settings('distill_then_prune', settings, distill_then_prune_defaults) | (_quick if quick else {}) | settings
+    s = check_settings('distill_then_prune', settings, distill_then_prune_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((5,6,3) if quick else _epochs), 'the teacher', 'the student', 'fine-tuning')
     teacher,student = teacher or ('resnet20' if quick else 'resnet101'),student or ('resnet8' if quick else 'resnet18')
     s['method'] = (s['method'],) if isinstance(s['method'], str) else tuple(s['method'])

@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD
+from ..prune.criteria import check_choice,check_sparsity
 from .core import Run,check_epochs,check_settings,name_of,network_for
 from ..terms import check_weight
 from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
@@ -48,7 +49,7 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     epochs=None, # `(teacher, student, sparse)`
     seeds=1, # How many repetitions, or their seeds
     data='user data', # Name of the data, for the record
-    T_log_alpha=None, # Threshold on log α; the valley between the clusters if None
+    T_log_alpha=None, # Threshold on log α, see `kept`; the valley between the clusters if None
     quick=False, # Few epochs, for a try
     force=False, # Begin anew: delete the run in `path`
     show=True, # Progress bars
@@ -61,6 +62,8 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
     single = s['single_weights']
     singles = single is not None and partial(prior, gamma_weight=check_weight(single, 'single_weights'), cooldown=None)
+    check_sparsity(s['pct_start'], 'pct_start')
+    if isinstance(T_log_alpha, str): check_choice('T_log_alpha', T_log_alpha, ('valley','gap'))
     prior(), singles and singles(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
     if not isinstance(teacher, Learner): network_for(dls, teacher)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
@@ -77,14 +80,15 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
             sparsify('thin', run.learner(to_variational(small, dls, 'weights'), wd=0.), cbs=[soft(), singles()],
                      result=partial(_plain, data=dls))
         if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
-    run.threshold = threshold(run.log_alphas[-1]) if T_log_alpha is None else T_log_alpha
+    named = T_log_alpha is None or isinstance(T_log_alpha, str)
+    run.threshold = threshold(run.log_alphas[-1], T_log_alpha or 'valley') if named else T_log_alpha
     _show(run, run.models['sparse'])
     return run.finish(run.models['thin' if singles else 'small'], of=run.models['student'])
 
 def _plain(model, data): return shrink(to_deterministic(model), data)
 
 def _show(run, sparse):
-    groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).half().numpy() for n in run.log_alphas[0]}
+    groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).numpy() for n in run.log_alphas[0]}
     run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',
                 'log α of every group of weights while the network was sparsified; the fuller the colour, the more groups. '
                 'Above the dotted threshold noise is larger than signal, and the group goes.')

@@ -142,7 +142,7 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `vid_defaults`
     "Compare VID with other ways to distil (paper 004); returns the finished `Run`"
-    s = check_settings('vid', settings, vid_defaults) | (_quick if quick else {}) | settings
+    s = check_settings('vid', settings, vid_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((3,)*4 if quick else _epochs), 'the teacher', 'students', 'MLPs', "students in 'transfer'")
     teacher,student = teacher or ('resnet14' if quick else 'wrn_40_2'),student or ('resnet8' if quick else 'wrn_16_1')
     experiments = _check_experiments(experiments, source)
