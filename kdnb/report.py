@@ -108,7 +108,7 @@ colours = ['#3d85c6','#e0823d','#3a9e6d','#c65b8f','#8e72c9','#a8892c','#3fa0b3'
 _style = {'svg.fonttype': 'none', 'svg.hashsalt': 'kdnb', 'font.sans-serif': ['DejaVu Sans'], 'font.size': 9.5,
           'figure.facecolor': 'none', 'axes.facecolor': 'none', 'axes.prop_cycle': cycler(color=colours),
           'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 'medium', 'legend.frameon': False,
-          'image.interpolation': 'none'}
+          'image.interpolation': 'none', 'text.parse_math': False}
 
 def picture(axs, # What a plot function returned
     alt): # What there is to be seen, for those who cannot
@@ -143,15 +143,16 @@ def plot_stages(stages, # Rows of `Record.stages`
 def plot_sizes(runs, # `{name: rows of Record.stages}`
     ax=None):
     "Test accuracy against weights, a colour for each run; the largest and smallest are named. Returns the axes"
-    ax = ax or _axes(4.7, 3)
+    ax,lines = ax or _axes(4.7, 3),[]
     for name,stages in runs.items():
         points = [(_mean(o, 'weights'), 100*_mean(o, 'test_accuracy')) for o in by_name(stages).values()]
-        line, = ax.plot(*zip(*points), 'o', ms=6, alpha=.8, label=name)
+        line, = ax.plot(*zip(*points), 'o', ms=6, alpha=.8)
+        lines.append(line)
         for stage,rows in first_and_last(stages):
             ax.annotate(stage, (_mean(rows, 'weights'), 100*_mean(rows, 'test_accuracy')), xytext=(0,-6), va='top',
                         textcoords='offset points', ha='center', fontsize='small', color=line.get_color())
     ax.set(xscale='log', xlabel='weights that are not zero', ylabel='test accuracy (%)')
-    ax.margins(.15); ax.grid(alpha=.3); ax.legend()
+    ax.margins(.15); ax.grid(alpha=.3); ax.legend(lines, runs)
     low,high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5) if high<50*low else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.xaxis.set_minor_formatter(NullFormatter())
@@ -440,13 +441,13 @@ def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
     return [row(p) for p in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total')]
 
 load_lines = '''from kdnb.all import *
-model = load_model('{path}'{build}){why}
+model = load_model({path!r}{build}){why}
 model(x).argmax(1)   # x: images (N, {shape}), normalised like the training images'''
 
 def how_to_load(record): # `Record`
     "The lines that load the network of a run"
     build,why = ('','') if record.loads else (', build=make_network','   # make_network builds the dense network')
-    return load_lines.format(path=record.path/'model.safetensors', build=build, why=why,
+    return load_lines.format(path=str(record.path/'model.safetensors'), build=build, why=why,
                              shape=', '.join(map(str, record.in_shape)))
 
 def _facts(name, facts):

@@ -167,6 +167,8 @@ def test_compare(folder, tmp_path):
     assert re.search(r'lam</td>\s*<td>0.9</td>\s*<td>0.5', text) and 'T</td>' not in text and 'seeds</td>' in text
     assert 'Nothing: settings' in str(compare(a, fake_record('runs/b')))
     assert 'one/run' in str(compare(fake_record('one/run'), fake_record('two/run')))
+    svg = str(compare(fake_record('runs/_old'), fake_record('runs/c$o_{t$'))).split('<svg')[1]      # names are no formulas, and none is hidden
+    assert '>_old<' in svg and '>c$o_{t$<' in svg
     with pytest.raises(ValueError, match='more than once'): compare(folder, folder)
     with pytest.raises(ValueError, match='no stage yet'): compare(a, fake_record('runs/c', stages=[]))
     with pytest.raises(FileNotFoundError, match='is not the folder of a run'): compare(folder, tmp_path)
@@ -180,3 +182,10 @@ def test_of_a_run_that_begins_anew_only_what_is_known_is_shown(tmp_path):
     assert shown(run('lenet300', True))==[True,True] and shown(run('mlp1024', False))==[False,False]
     assert 'latency_ms' not in Record(tmp_path/'run').stages[0]
     assert shown(run('mlp1024', True))==[True,True]
+
+def test_the_lines_that_load_a_network_are_python():
+    import ast
+    from kdnb.report import how_to_load
+    for path in ("runs/it's", 'runs/a"b'):
+        line = how_to_load(fake_record(path)).splitlines()[1]
+        assert ast.parse(line).body[0].value.args[0].value==f'{path}/model.safetensors'

@@ -28,6 +28,9 @@ def test_the_saved_network_is_the_measured_one(demo):
     assert accuracy_on(m, dls.test)==s['stages'][-1]['test_accuracy'] and n_weights(m)==s['stages'][-1]['weights']
     assert not any(type(o).__module__.startswith('kdnb') for o in m.modules())
 
+def test_the_log_alphas_shown_are_those_that_were_cut(demo):
+    assert all(o.dtype=='float32' for o in Record(demo).exhibits['log_alpha'].data['groups'].values())
+
 def test_a_folder_is_taken_up_or_left_alone(demo, capsys, tmp_path):
     before = {f: f.read_bytes() for f in (demo/'stages').iterdir()}
     assert main(['compress','--data','digits','--epochs','8,8,120','--out',str(demo),'--quiet'])==0       # nothing is trained again
