@@ -639,6 +639,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdnb.prune.criteria._channels_only': ('prune.criteria.html#_channels_only', 'kdnb/prune/criteria.py'),
                                      'kdnb.prune.criteria._even': ('prune.criteria.html#_even', 'kdnb/prune/criteria.py'),
                                      'kdnb.prune.criteria._keep_best': ('prune.criteria.html#_keep_best', 'kdnb/prune/criteria.py'),
+                                     'kdnb.prune.criteria._outputs_first': ('prune.criteria.html#_outputs_first', 'kdnb/prune/criteria.py'),
                                      'kdnb.prune.criteria._plain_loss': ('prune.criteria.html#_plain_loss', 'kdnb/prune/criteria.py'),
                                      'kdnb.prune.criteria._say_empty': ('prune.criteria.html#_say_empty', 'kdnb/prune/criteria.py'),
                                      'kdnb.prune.criteria._shuffled': ('prune.criteria.html#_shuffled', 'kdnb/prune/criteria.py'),

@@ -591,6 +591,13 @@ def test_penalties(name):
             p.data.view(-1)[j] = was
             assert abs((ends[0]-ends[1])/2e-6 - p.grad.view(-1)[j].item())<1e-5
 
+def test_group_lasso_of_a_transposed_convolution():
+    "Groups are outputs: of the 6, three are made from each half of the 4 inputs"
+    m = nn.ConvTranspose2d(4, 6, 2, groups=2)
+    w = m.weight.detach()
+    want = sum(w[2*g:2*g+2,i].numel()**.5 * w[2*g:2*g+2,i].norm() for g in range(2) for i in range(3))
+    assert torch.allclose(penalties['group_lasso'](m), want)
+
 def test_group_lasso_of_a_pruned_row():
     m = mask_model(nn.Linear(4,3), {'weight': tensor([[0,0,0,0], [1,1,0,0], [1,1,1,1]])})
     penalties['group_lasso'](m).backward()

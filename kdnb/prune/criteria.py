@@ -39,6 +39,10 @@ def _plain_loss(learn):
     "The learner's loss, also while MixUp or its like have put their own there"
     return next((cb.old_lf for cb in learn.cbs if hasattr(cb, 'old_lf') and learn.loss_func==getattr(cb, 'lf', None)), learn.loss_func)
 
+def _outputs_first(m, v):
+    "`v`, shaped like the weight of layer `m`, with a row for each of its outputs"
+    return (v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1) if getattr(m, 'transposed', False) else v).flatten(1)
+
 class Scoring:
     "What a criterion looks at: a network, the weights that are scored, and the units (weights or channels) they form"
     def __init__(self,
@@ -77,9 +81,7 @@ class Scoring:
 
     def _by_output(self, path, v):
         "`v`, shaped like the weight of layer `path`, summed for each of its outputs"
-        m = get_layer(self.model, path)
-        if getattr(m, 'transposed', False): v = v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1)
-        return v.flatten(1).sum(1)
+        return _outputs_first(get_layer(self.model, path), v).sum(1)
 
     def dls(self):
         if not isinstance(self.data, DataLoaders) or not len(self.data.train):
@@ -317,7 +319,9 @@ def bn_scales(model):
     return ws
 
 def l1(model): return sum(w.abs().sum() for w in prunable(model).values())
-def lasso(model): return sum(w[0].numel()**.5 * w.flatten(1).norm(dim=1).sum() for w in prunable(model).values())
+def lasso(model):
+    rows = (_outputs_first(unwrap(model).get_submodule(k.rpartition('.')[0]), w) for k,w in prunable(model).items())
+    return sum(w.shape[1]**.5 * w.norm(dim=1).sum() for w in rows)
 def slimming(model): return sum(w.abs().sum() for w in bn_scales(model))
 def polarization(model, t=1.2): # Weight of the L1 norm
     scales = torch.cat([w.flatten() for w in bn_scales(model)])
