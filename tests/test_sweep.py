@@ -39,12 +39,20 @@ def log(out):
     f = out/'log.txt'
     return [o.split() for o in f.read_text().splitlines()] if f.exists() else []
 
-def until(f, timeout=20):
+def until(f, timeout=60):      # a lock whose holder was killed is broken after half a minute
     end = time.monotonic()+timeout
     while not (o := f()):
         assert time.monotonic()<end, 'it takes too long'
         time.sleep(.01)
     return o
+
+def put_to_sleep(p, storage):
+    "Stop `p` when nobody holds the journal's lock: others would break it, and `p` wake up in the middle of writing"
+    while True:
+        os.kill(p.pid, signal.SIGSTOP); os.waitpid(p.pid, os.WUNTRACED)
+        if not os.path.lexists(f'{storage}.lock'): return
+        os.kill(p.pid, signal.SIGCONT)
+        time.sleep(.01)
 
 def counts(out, word): return Counter(o[0] for o in log(out) if o[1]==word)
 def names(g): return {name for name,_ in Grid(g).combinations().values()}
@@ -162,7 +170,7 @@ def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, mon
     b = start(g, storage, there, init=lambda: monkeypatch.setattr(sw, '_kernel', lambda: 'another'))
     until(lambda: counts(here, 'step').total()>52)     # 50 steps of .05 s at work: it is not taken for dead
     assert not log(there)
-    os.kill(a.pid, signal.SIGSTOP)
+    put_to_sleep(a, storage)
     until(lambda: counts(there, 'begin'))
     os.kill(a.pid, signal.SIGCONT)     # wakes up, sees that the trial is not its own any more, and waits for the other
     a.join(); b.join()
