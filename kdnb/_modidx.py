@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.channels._groups': ('channels.html#_groups', 'kdnb/channels.py'),
                                'kdnb.channels._hear_zeros': ('channels.html#_hear_zeros', 'kdnb/channels.py'),
                                'kdnb.channels._kept': ('channels.html#_kept', 'kdnb/channels.py'),
+                               'kdnb.channels._left': ('channels.html#_left', 'kdnb/channels.py'),
                                'kdnb.channels._narrow': ('channels.html#_narrow', 'kdnb/channels.py'),
                                'kdnb.channels._narrow_layer': ('channels.html#_narrow_layer', 'kdnb/channels.py'),
                                'kdnb.channels._others': ('channels.html#_others', 'kdnb/channels.py'),

@@ -590,16 +590,20 @@ def max_difference(a, b, data):
     return torch.stack([(o-p).abs().max()/p.abs().max().clamp(min=1) for o,p in zip(ya, yb)]).max().item()     # NaN stays NaN
 
 # %% ../nbs/04_channels.ipynb #6657adf2
+def _left(t, model, path, name, kept):
+    "What is left of the tensor `t`, shaped like the one called `name` of the layer at `path`"
+    if path not in kept: return t.clone()
+    return _narrow(t, model.get_submodule(path), name, *(o.to(t.device) for o in kept[path])).contiguous()
+
 def _carry_masks(model, small, kept, paths):
     "Masks of `model` that still have something to hold at zero in `small` go on holding it"
     for path,m in model.named_modules():
         for name in ('weight_mask','bias_mask') if hasattr(m, 'fold_masks') else ():      # kdnb's masks
             if (mask := m._buffers.get(name)) is None: continue
-            if path in kept: mask = _narrow(mask, m, name.removesuffix('_mask'), *(o.to(mask.device) for o in kept[path])).contiguous()
-            if mask.all(): continue
+            if (mask := _left(mask, model, path, name.removesuffix('_mask'), kept)).all(): continue
             new = small.get_submodule(paths.get(path, path))
             new.__class__ = type(m)
-            new.register_buffer(name, mask.clone())
+            new.register_buffer(name, mask)
 
 def _carry_state(old, new, # Optimisers
     model, small, # Their networks
@@ -612,9 +616,7 @@ def _carry_state(old, new, # Optimisers
         target = params.get(f'{paths.get(path, path)}.{attr}'.lstrip('.'))
         if target is None: continue
         def cut(t):
-            if not (isinstance(t, torch.Tensor) and t.shape==p.shape): return deepcopy(t)
-            if path not in kept: return t.clone()
-            return _narrow(t, get_layer(model, path), attr, *(o.to(t.device) for o in kept[path])).contiguous()
+            return _left(t, model, path, attr, kept) if isinstance(t, torch.Tensor) and t.shape==p.shape else deepcopy(t)
         for a,b in states:
             if p in a: b[target] = {k: cut(v) for k,v in a[p].items()}
     for p in (p for ps in new.param_lists for p in ps):        # of others than the network, such as a loss term
