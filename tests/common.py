@@ -6,7 +6,7 @@ from kdnb.all import *
 
 X,Y = (o[:201] for o in (image_dls('digits').train.dataset.x, image_dls('digits').train.dataset.y))   # three batches are left for training
 
-def data(**kwargs): return from_arrays(X, Y, device='cpu', **kwargs)
+def data(**kwargs): return from_arrays(X, Y, **kwargs)
 
 def seeded(dls, model, **kwargs):
     "A `Learner` that shuffles and draws as any other made here"
@@ -39,7 +39,7 @@ class Two(nn.Module):
 def per_item():
     "Plain fastai `DataLoaders`, item by item, for `Two`"
     items = [(torch.randn(1),torch.randn(1),torch.tensor(i%3)) for i in range(50)]
-    dls = DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16), device='cpu')
+    dls = DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16))
     dls.n_inp = 2
     return dls
 

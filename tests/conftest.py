@@ -1,13 +1,17 @@
 import os
 from pathlib import Path
 
+DEVICE = os.environ.get('KDNB_DEVICE', 'cpu')
+if DEVICE=='cpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''     # before torch looks: processes that a test starts follow
+
 import matplotlib
 import pytest
 import torch
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 
 matplotlib.use('Agg')
 torch.set_num_threads(1)
+default_device(DEVICE!='cpu')     # where loaders put their batches, and learners their networks
 
 @pytest.fixture
 def data_dir():
@@ -21,6 +25,7 @@ def pytest_runtest_setup():
 def pytest_collection_modifyitems(items):
     for o in items:
         if o.get_closest_marker('mnist'): o.fixturenames.insert(0, 'data_dir')
+        if o.get_closest_marker('cuda') and DEVICE=='cpu': o.add_marker(pytest.mark.skip('needs a GPU: KDNB_DEVICE=cuda make test'))
 
 def pytest_pycollect_makeitem(collector, obj):
     "`from kdnb.all import *` brings fastcore's `test_eq` and its like: they are no tests of ours"

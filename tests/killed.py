@@ -21,7 +21,7 @@ def work(path, pipe=None):
             return f(self, *args, **kwargs)
         setattr(core.Run, name, g)
     for name in ('_train','enter','finish'): says(name, getattr(core.Run, name))
-    dls = image_dls('digits', device='cpu', bs=256, pad=1)
+    dls = image_dls('digits', bs=256, pad=1)
     vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), single_weights=20., show=False).report()
 
 def attempt(path, stage, delay):

@@ -6,7 +6,7 @@ from common import Two, ends, flat, per_item, quiet, seeded
 from kdnb import processes
 from kdnb.all import *
 
-DLS = {k: image_dls('digits', device='cpu', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
+DLS = {k: image_dls('digits', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
 
 def net(hidden=(16,)): set_seed(1); return create('lenet300', DLS['plain'], hidden=hidden)
 TEACHER = net((32,))

@@ -450,7 +450,7 @@ def test_an_optimiser_built_by_hand():
 
 def test_a_shrunken_network_is_looked_at_quietly(capfd):
     "The maps of a network whose flattened pixels are picked by number stay, and torch.fx says nothing of the trial"
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     v = to_variational(create('lenet5', dls), dls, 'channels')
     with torch.no_grad():
         for g in noise_groups(v).values(): g.gamma_logvar[::3] = 9.

@@ -38,7 +38,7 @@ def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
     assert (r.data,r.seeds,r.settings['lam'],r.settings['gamma_weight'],r.settings['epochs'])==(photos.name,(0,1),.5,20,[2,2,4])
     assert r.n_test==40 and r.has_test and [o['seed'] for o in r.stages]==[0]*4+[1]*4
     model = load_model(out/'model.safetensors')
-    dls = image_dls(photos, device='cpu')
+    dls = image_dls(photos)
     assert accuracy_on(model, dls.test)==r.stages[3]['test_accuracy'] and dls.vocab[7]=='digit 7'
     before = {f: f.read_bytes() for f in (out/'stages').iterdir()}
     text = said(capsys, 0, *argv)                                                                 # again: nothing is trained
@@ -60,7 +60,7 @@ def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
     assert 'more than once' in said(capsys, 1, 'report', out, out)
 
 def test_report_of_a_run_without_a_stage(tmp_path, capsys):
-    Run(tmp_path/'run', 'own', image_dls('digits', device='cpu'), show=False)
+    Run(tmp_path/'run', 'own', image_dls('digits'), show=False)
     text = said(capsys, 0, 'report', tmp_path/'run')
     assert 'No stage is done yet.' in text and 'Report: ' in text
 

@@ -6,14 +6,14 @@ from fastai.vision.all import *
 from kdnb.data import *
 
 def test_the_split_is_fixed_and_stratified():
-    a,b = image_dls('digits', device='cpu'),image_dls('digits', device='cpu', bs=7)
+    a,b = image_dls('digits'),image_dls('digits', bs=7)
     for i in range(3): assert torch.equal(a[i].dataset.x, b[i].dataset.x)
     whole = torch.cat([a[i].dataset.x.flatten(1) for i in range(3)])
     assert len(whole)==1797 and len(whole.unique(dim=0))==1797        # every image once
     assert torch.bincount(a.valid.dataset.y).min()>=13
 
 def test_shuffling_follows_the_rng():
-    dls = image_dls('digits', device='cpu', index=True)
+    dls = image_dls('digits', index=True)
     def order():
         dls.train.rng = random.Random(3)
         return torch.cat([b[2] for b in dls.train])
@@ -21,19 +21,19 @@ def test_shuffling_follows_the_rng():
     assert not torch.equal(order(), torch.cat([b[2] for b in dls.train]))
 
 def test_items_and_batches_agree():
-    dls = image_dls('digits', device='cpu', bs=32, index=True)
+    dls = image_dls('digits', bs=32, index=True)
     for x,y,i in dls.train:
         assert torch.equal(y, dls.train.dataset.y[i])
         one = dls.train.after_batch((dls.train.dataset[int(i[0])][0][None],))[0]
         assert torch.allclose(one[0], x[0])
 
 def test_drop_last_and_len():
-    dls = image_dls('digits', device='cpu', bs=100, drop_last=True)
+    dls = image_dls('digits', bs=100, drop_last=True)
     assert [len(b[1]) for b in dls.train]==[100]*12 and len(dls.train)==12
     assert sum(len(b[1]) for b in dls.valid)==143
 
 def test_crop_flip_is_training_only_and_keeps_pixels():
-    dls = image_dls('digits', device='cpu', pad=2, flip=True)
+    dls = image_dls('digits', pad=2, flip=True)
     assert dls.train.augments and not dls.valid.augments
     x = dls.valid.one_batch()[0]
     assert torch.equal(x, dls.valid.one_batch()[0])
@@ -44,16 +44,16 @@ def test_crop_flip_is_training_only_and_keeps_pixels():
 
 def test_float_images_and_own_stats():
     x,y = torch.rand(40,3,6,6),torch.arange(40)%4
-    dls = from_arrays(x, y, stats=([.5]*3,[.25]*3), device='cpu', vocab=list('abcd'))
+    dls = from_arrays(x, y, stats=([.5]*3,[.25]*3), vocab=list('abcd'))
     xb,yb = dls.valid.one_batch()
     assert torch.allclose(xb*.25+.5, dls.valid.dataset.x[:len(xb)], atol=1e-6) and list(dls.vocab)==list('abcd')
 
 @pytest.mark.mnist
 def test_mnist(data_dir):
-    dls = image_dls('mnist', device='cpu', bs=256)
+    dls = image_dls('mnist', bs=256)
     assert [len(o.dataset) for o in dls.loaders]==[54001,5999,10000] and dls.in_shape==(1,28,28)
     assert torch.bincount(dls.test.dataset.y).tolist()==[980,1135,1032,1010,982,892,958,1028,974,1009]
-    assert list(image_dls('fashion_mnist', device='cpu').vocab)[9]=='Boot'
+    assert list(image_dls('fashion_mnist').vocab)[9]=='Boot'
 
 @pytest.mark.mnist
 def test_a_corrupt_file_is_named(data_dir, tmp_path):

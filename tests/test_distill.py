@@ -171,7 +171,7 @@ def test_two_inputs(name):
     if hasattr(term, 'pairs'): term.pairs = [(under(s),under(t)) for s,t in term.pairs]
     if name=='semckd': term.student_layers,term.teacher_layers = (list(map(under, o)) for o in (term.student_layers, term.teacher_layers))
     if name=='old_head': term.layer = under(term.layer)
-    dls = ArrayDataLoaders(*[TwoInputsDL(o.dataset, bs=64, shuffle=i==0, after_batch=o.after_batch) for i,o in enumerate(data().loaders)], device='cpu')
+    dls = ArrayDataLoaders(*[TwoInputsDL(o.dataset, bs=64, shuffle=i==0, after_batch=o.after_batch) for i,o in enumerate(data().loaders)])
     dls.n_inp = 2
     learn = quiet(learner(dls, TwoInputs(student())), 1, 1e-3, cbs=KnowledgeDistillation(TwoInputs(make_teacher()), term))
     assert learn.recorder.values[-1][-1]>0
@@ -179,7 +179,7 @@ def test_two_inputs(name):
 def test_segmentation():
     "Every pixel is a sample: the student's answers come nearer to the teacher's at each"
     items = [(x,(x[0]>.5).long()) for x in X[:64].float()/255]
-    dls = DataLoaders(*[DataLoader(items, bs=16) for _ in range(2)], device='cpu')
+    dls = DataLoaders(*[DataLoader(items, bs=16) for _ in range(2)])
     net = lambda: nn.Sequential(nn.Conv2d(1,8,3,padding=1), nn.ReLU(), nn.Conv2d(8,3,1))
     set_seed(0); teacher,model = net(),net()
     for terms in (KD()*.9, KD(standardize=True), DKD(), DIST(), LogitsMSE()):
@@ -260,7 +260,7 @@ def timm_net(): return timm.create_model('mobilenetv3_small_050', num_classes=10
                          ids=['torchvision','fastai','mobilenet','timm'])
 def test_models_as_they_are(make):
     set_seed(0)
-    dls = from_arrays(torch.randint(0, 256, (40,3,64,64), dtype=torch.uint8), torch.arange(40)%10, bs=16, valid_pct=.25, device='cpu')
+    dls = from_arrays(torch.randint(0, 256, (40,3,64,64), dtype=torch.uint8), torch.arange(40)%10, bs=16, valid_pct=.25)
     s,t = make(),make()
     pairs = dict(list(match_stages(s, t, dls, show=False).items())[-2:])
     learn = quiet(learner(dls, s), 1, 1e-3, cbs=KnowledgeDistillation(t, AT(pairs) + VID(pairs)))
@@ -349,7 +349,7 @@ def test_bad_input(message, terms, kw):
     dls = data(pad=kw.pop('pad', 0))
     if kw.pop('generic', False):
         items = ArrayDataset(X.float()/255, Y, vocab=range(10)) if kw.pop('labels', False) else list(zip(X.float()/255, Y))
-        dls = DataLoaders(*[TfmdDL(items, bs=64, num_workers=0) for _ in range(2)], device='cpu')
+        dls = DataLoaders(*[TfmdDL(items, bs=64, num_workers=0) for _ in range(2)])
     learn = learner(dls)
     if kw.pop('parallel', False): learn.model = nn.DataParallel(learn.model)
     cbs = L(kw.pop('cbs', None)).map(lambda o: o())

@@ -23,10 +23,10 @@ EXPECTED = {tuple(x.flatten().tolist()): int(y) for x,y in zip(X[:200], Y[:200])
 def sizes(dls): return [len(o.dataset) for o in dls.loaders]
 
 def test_class_folders(classes):
-    dls = image_dls(classes, device='cpu')
+    dls = image_dls(classes)
     assert whole(dls)==EXPECTED and len(dls.loaders)==3 and list(dls.vocab)==list('0123456789')
     assert 35<=len(dls.test.dataset)<=45 and torch.bincount(dls.test.dataset.y, minlength=10).min()>=3
-    again = folder_dls(str(classes), device='cpu', bs=7)
+    again = folder_dls(str(classes), bs=7)
     assert all(torch.equal(a.dataset.x, b.dataset.x) for a,b in zip(dls.loaders, again.loaders))
     assert len(folder_dls(classes, test_pct=0).loaders)==2
 
@@ -35,7 +35,7 @@ def test_class_folders(classes):
 def test_split_folders(tmp_path, valid, test):
     where = lambda i: test if test and i%5==0 else valid if valid and i%5==1 else 'train'
     for i in range(200): digit(i, tmp_path/where(i)/str(int(Y[i]))/'images'/f'{i:03}.png')
-    dls = folder_dls(tmp_path, device='cpu')
+    dls = folder_dls(tmp_path)
     assert whole(dls)==EXPECTED and len(dls.loaders)==2+bool(test)
     if valid: assert sizes(dls)[1]==40
     if test: assert sizes(dls)[2]==40
@@ -46,7 +46,7 @@ def test_labels_csv(tmp_path, split):
     df = pd.DataFrame(dict(name=[f'images/{i:03}.png' for i in range(200)], label=[f'class {int(y)}' for y in Y[:200]]))
     if split: df['split'] = [split[i%4] for i in range(200)]
     df.to_csv(tmp_path/'labels.csv', index=False)
-    dls = folder_dls(tmp_path, device='cpu')
+    dls = folder_dls(tmp_path)
     assert whole(dls)==EXPECTED and dls.vocab[3]=='class 3'
     if split: assert sizes(dls)==[100,50,50]
     assert whole(folder_dls(tmp_path/'labels.csv'))==EXPECTED
@@ -65,13 +65,13 @@ def test_a_turned_photograph_stands_upright(tmp_path):
     for i in range(20):
         (tmp_path/str(i%2)).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path/str(i%2)/f'{i}.png', exif=exif)
-    x = folder_dls(tmp_path, device='cpu').train.dataset.x[0,0]
+    x = folder_dls(tmp_path).train.dataset.x[0,0]
     assert x.shape==(16,8) and x[:4].min()==255 and x[4:].max()==0
 
 def test_what_is_no_image_is_left_out_and_said(classes):
     (classes/'0'/'notes.txt').write_text('hello'); (classes/'0'/'.DS_Store').touch(); (classes/'README.md').touch()
     with pytest.warns(UserWarning, match=r'left out of .*, 2 that are no images in class folders: README.md, notes.txt'):
-        assert whole(folder_dls(classes, device='cpu'))==EXPECTED
+        assert whole(folder_dls(classes))==EXPECTED
 
 def broken(f): f.write_bytes(f.read_bytes()[:60])
 

@@ -95,14 +95,14 @@ def test_tabular_data():
     k,y = (np.random.choice(list(o), 90) for o in ('abc','uvw'))
     df = pd.DataFrame(dict(k=k, v=np.random.randn(90), y=y))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['k'], cont_names=['v'], y_names='y', bs=8,
-                                     y_block=CategoryBlock(), valid_idx=list(range(30)), device='cpu')
+                                     y_block=CategoryBlock(), valid_idx=list(range(30)))
     m = TabularModel([(4,3)], 1, 3, [8])
     z,y = predictions(m, dls.train)
     assert z.shape==(60,3) and [dls.vocab[o] for o in y]==df.y[30:].tolist() and 0<accuracy_on(m, dls.train)<1
 
 @pytest.mark.parametrize('index', (False,True))
 def test_a_training_loader_is_read_as_if_for_validation(index):
-    dls = image_dls(pad=2, flip=True, drop_last=True, bs=100, index=index, device='cpu')
+    dls = image_dls(pad=2, flip=True, drop_last=True, bs=100, index=index)
     m = create('lenet300', dls)
     z,y = predictions(m, dls.train)
     ds = dls.train.dataset
@@ -116,7 +116,7 @@ def test_random_crops_of_any_dataloaders():
     imgs = [PILImage.create(np.random.randint(0, 255, (12,12,3), dtype=np.uint8)) for _ in range(20)]
     block = DataBlock((ImageBlock,CategoryBlock), get_x=lambda i: imgs[i], get_y=lambda i: 'ab'[i%2],
                       splitter=IndexSplitter(range(4)), item_tfms=RandomCrop(8), batch_tfms=Flip(p=.5))
-    dls = block.dataloaders(list(range(20)), bs=5, num_workers=0, device='cpu')
+    dls = block.dataloaders(list(range(20)), bs=5, num_workers=0)
     m = nn.Sequential(nn.Flatten(), nn.Linear(3*8*8,2))
     (za,y),(zb,_) = predictions(m, dls.train),predictions(m, dls.train)
     assert torch.equal(za, zb) and y.tolist()==[0,1]*8
@@ -134,7 +134,7 @@ def test_models_see_the_same_batches(data):
 def test_nothing_is_left_changed(nets, data):
     a,b = nets
     b[1].eval()
-    dls = image_dls(device='cpu')
+    dls = image_dls()
     m = create('lenet300', dls)
     states = random.getstate(),torch.get_rng_state()
     smoothness(a, b, batches(*data)); accuracy_on(m, dls.train)
@@ -161,10 +161,10 @@ def test_errors(dl, sentence):
         with pytest.raises(ValueError, match=sentence): f(nn.Identity(), dl)
 
 def test_loaders_instead_of_a_loader():
-    with pytest.raises(ValueError, match='such as dls.valid'): uncertainty(nn.Identity(), image_dls(device='cpu'))
+    with pytest.raises(ValueError, match='such as dls.valid'): uncertainty(nn.Identity(), image_dls())
 
 def test_test_time_augmentation_with_kdnb_data():
-    dls = image_dls(pad=1, device='cpu', bs=256)
+    dls = image_dls(pad=1, bs=256)
     learn = Learner(dls, create('lenet300', dls))
     with learn.no_bar(): p,y = learn.tta(n=2)
     assert p.shape==(len(dls.valid.dataset),10) and torch.equal(y.as_subclass(Tensor), dls.valid.dataset.y)

@@ -6,7 +6,7 @@ from common import X, Y, quiet, same, state
 from kdnb.all import *
 from kdnb.recipes.prue import _smoothed
 
-def data(**kwargs): return from_arrays(X[:160], Y[:160], test=(X[160:], Y[160:]), bs=32, device='cpu', **kwargs)
+def data(**kwargs): return from_arrays(X[:160], Y[:160], test=(X[160:], Y[160:]), bs=32, **kwargs)
 def net(seed=0, n=8):
     set_seed(seed)
     return nn.Sequential(OrderedDict(conv1=nn.Conv2d(1,n,3,padding=1), bn1=nn.BatchNorm2d(n), act1=nn.ReLU(), conv2=nn.Conv2d(n,2*n,3,2,1),

@@ -403,7 +403,7 @@ SY[:2] = 2                                                          # classes of
 
 class SmallDL(TfmdDL):
     def create_item(self, i): return SX[i],SY[i]
-def small_dls(bs=7, **kwargs): return DataLoaders(*[SmallDL(range(21), bs=bs, num_workers=0, **kwargs) for _ in range(2)], device='cpu')
+def small_dls(bs=7, **kwargs): return DataLoaders(*[SmallDL(range(21), bs=bs, num_workers=0, **kwargs) for _ in range(2)])
 
 @torch.no_grad()
 def by_mask(model, value, eps=1e-5, batch_stats=False):
@@ -886,7 +886,7 @@ def mnist_learners():
     if not os.environ.get('KDNB_DATA'): pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
     def trained(seed):
         set_seed(seed, reproducible=True)
-        learn = Learner(image_dls('mnist', bs=256, device='cpu'), lenet300(), metrics=accuracy, opt_func=fused_adam)
+        learn = Learner(image_dls('mnist', bs=256), lenet300(), metrics=accuracy, opt_func=fused_adam)
         return quiet(learn, 3, 4e-3, fit='fit_one_cycle')
     return [trained(seed) for seed in range(3)]
 

@@ -5,7 +5,7 @@ import pytest
 from common import X, Y, quiet, same, state
 from kdnb.all import *
 
-BS = dict(bs=64, device='cpu')
+BS = dict(bs=64)
 def data(): return from_arrays(X[:160], Y[:160], test=(X[160:], Y[160:]), **BS)
 def net(seed=0): set_seed(seed); return lenet300(in_shape=(1,8,8), hidden=(20,12))
 def recipe(path, dls=None, teacher=None, **kwargs):

@@ -59,7 +59,7 @@ RICH = {
 
 def training(path, kind, stop, fit='fit_one_cycle'):
     set_seed(3, reproducible=True)
-    dls = image_dls('digits', device='cpu', bs=128, pad=1)
+    dls = image_dls('digits', bs=128, pad=1)
     dls.train.rng = random.Random(0)
     model = nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(.3), nn.Linear(216,10))
     kwargs,cbs = RICH[kind]()
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_stays_keeps_trainings_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, 'share', None)
     def go(n):
         set_seed(0)
-        learn = Learner(image_dls('digits', device='cpu', bs=256), mlp(in_shape=(1,8,8), hidden=9), cbs=Checkpoint(tmp_path), path=tmp_path)
+        learn = Learner(image_dls('digits', bs=256), mlp(in_shape=(1,8,8), hidden=9), cbs=Checkpoint(tmp_path), path=tmp_path)
         with learn.no_bar(),learn.no_logging():
             for i in range(n):
                 learn.validate()
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_stays_keeps_trainings_alone(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError): quiet(learn, 1)
 
 def small_run(path, lr=3e-3, seeds=1, stop=-1, width=30):
-    dls = image_dls('digits', device='cpu', bs=256)
+    dls = image_dls('digits', bs=256)
     run = Run(path, 'small', dls, seeds=seeds, show=False)
     for _ in run.each_seed():
         teacher = run.teacher('lenet300', 2, lr)
@@ -149,7 +149,7 @@ def with_forward(f):
 def seeded(f, *args, **kwargs): set_seed(0); return f(*args, **kwargs)
 
 def test_a_network_is_known_by_its_code_and_its_settings(tmp_path):
-    own,dls = with_forward(torch.relu),image_dls('digits', device='cpu', bs=256)
+    own,dls = with_forward(torch.relu),image_dls('digits', bs=256)
     marks = [fingerprint(seeded(f, *args)) for f,args in ((own,()), (with_forward(torch.sin),()), (own,(-3.,)))]
     assert len({*marks})==3 and fingerprint(seeded(with_forward(torch.relu)))==marks[0]
     assert fingerprint(nn.CrossEntropyLoss())!=fingerprint(nn.CrossEntropyLoss(label_smoothing=.2))
@@ -176,9 +176,9 @@ def test_a_callback_is_known_by_its_code():
 
 def test_data_are_known_by_their_labels(tmp_path):
     x,y = torch.rand(40,1,8,8),torch.arange(40)%4
-    def dsets(ds): return DataLoaders.from_dsets(ds, ds, bs=20, device='cpu')
+    def dsets(ds): return DataLoaders.from_dsets(ds, ds, bs=20)
     for i,o in enumerate(x): Image.fromarray((255*o[0]).byte().numpy()).save(tmp_path/f'{i}.png')
-    files,kwargs = get_image_files(tmp_path).sorted(),dict(device='cpu', num_workers=0, seed=1, bs=8)
+    files,kwargs = get_image_files(tmp_path).sorted(),dict(num_workers=0, seed=1, bs=8)
     def of(ys): return dict(zip([f'{i}.png' for i in range(40)], map(int, ys)))
     make = [lambda ys: dsets(torch.utils.data.TensorDataset(x, ys)), lambda ys: dsets([*zip(x, ys)]),
             lambda ys: ImageDataLoaders.from_path_func(tmp_path, files, lambda f: of(ys)[f.name], **kwargs),
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, monkeypa
     with pytest.raises(Stop): small_run(tmp_path/'run', stop=2)
     newest = sorted((tmp_path/'run'/'checkpoints').rglob('epoch-*'))[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    dls = image_dls('digits', device='cpu', bs=256)
+    dls = image_dls('digits', bs=256)
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged.*Training 'student' goes on from the checkpoint before it"):
         with pytest.raises(Stop): small_run(tmp_path/'run', stop=2)
     state = tmp_path/'whole'/'stages'/'teacher-seed0.safetensors'
@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, monkeypa
 FULL = '''
 import sys, warnings; warnings.filterwarnings('ignore')
 from kdnb.all import *
-dls = image_dls('digits', device='cpu', bs=256)
+dls = image_dls('digits', bs=256)
 run = Run(sys.argv[1], 'small', dls, show=False)
 run.fit('first', run.learner(run.network('lenet300')), 2, 1e-3)
 run.fit('big', run.learner(run.network(mlp(in_shape=dls.in_shape, hidden=4000))), 2, 1e-3)
@@ -229,7 +229,7 @@ def test_a_full_disk_names_the_file_and_harms_nothing(tmp_path):
         if mounted: subprocess.run(['umount',str(disk)])
 
 def test_other_folders_are_refused(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     Run(tmp_path/'a', 'one', dls, show=False)
     with pytest.raises(ValueError, match='holds a run of one, this is two'): Run(tmp_path/'a', 'two', dls)
     o = json.loads((tmp_path/'a'/'run.json').read_text())
@@ -246,9 +246,9 @@ def test_one_process_writes_a_run(tmp_path):
     hold = 'import sys\nfrom kdnb.all import *\nRun(sys.argv[1], "small", image_dls("digits", device="cpu"), show=False)\nprint("here", flush=True)\nsys.stdin.read()'
     p = subprocess.Popen([sys.executable,'-W','ignore','-c',hold,tmp_path/'run'], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert 'here' in p.stdout.readline()
-    with pytest.raises(ValueError, match='another process is writing the run'): Run(tmp_path/'run', 'small', image_dls('digits', device='cpu'))
+    with pytest.raises(ValueError, match='another process is writing the run'): Run(tmp_path/'run', 'small', image_dls('digits'))
     p.kill(); p.wait()
-    Run(tmp_path/'run', 'small', image_dls('digits', device='cpu'), show=False)     # a dead one holds nothing
+    Run(tmp_path/'run', 'small', image_dls('digits'), show=False)     # a dead one holds nothing
 
 def test_state_is_plain_and_exact(tmp_path):
     t = torch.randn(4,4)
@@ -271,7 +271,7 @@ TWO = '''
 import sys, warnings; warnings.filterwarnings('ignore')
 from kdnb.all import *
 torch.set_num_threads(1)
-dls = image_dls('digits', device='cpu', bs=128, drop_last=True)
+dls = image_dls('digits', bs=128, drop_last=True)
 run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', sys.argv[1], (6,6,40), data='digits', gamma_weight=20., show=False)
 if run.rank==0: run.report()
 '''

@@ -23,7 +23,7 @@ def test_what_is_written(demo):
     assert {'report.html','model.safetensors','summary.json','run.json','stages'}<={o.name for o in demo.iterdir()}
 
 def test_the_saved_network_is_the_measured_one(demo):
-    s,dls = json.loads((demo/'summary.json').read_text()),image_dls('digits', device='cpu')
+    s,dls = json.loads((demo/'summary.json').read_text()),image_dls('digits')
     m = load_model(demo/'model.safetensors')
     assert accuracy_on(m, dls.test)==s['stages'][-1]['test_accuracy'] and n_weights(m)==s['stages'][-1]['weights']
     assert not any(type(o).__module__.startswith('kdnb') for o in m.modules())
@@ -40,17 +40,17 @@ def test_a_folder_is_taken_up_or_left_alone(demo, capsys, tmp_path):
     assert 'not the folder of a run' in capsys.readouterr().err and (tmp_path/'thesis.txt').exists()
 
 def test_data_that_says_which_sample_is_which(tmp_path):
-    a,b = (vbgs_kd(image_dls('digits', device='cpu', index=i), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
+    a,b = (vbgs_kd(image_dls('digits', index=i), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
 
 def test_the_same_seed_gives_the_same_network(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seeds=(s,), show=False).models['sparse'] for i,s in enumerate((0,0,1)))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.fc1.weight, c.fc1.weight)
 
 def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     teacher = Learner(dls, create('lenet300', dls), metrics=accuracy)
     quiet(teacher, 5, 3e-3, fit='fit_one_cycle')
     before = deepcopy(teacher.model.state_dict())
@@ -63,13 +63,13 @@ def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
     assert accuracy_on(load_model(run.path/'model.safetensors', build), dls.test)==run.stages[-1]['test_accuracy']
 
 def test_a_student_without_groups(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     conv = nn.Sequential(nn.Conv2d(1,10,8), nn.Flatten())
     with pytest.raises(ValueError, match='there is nothing to group'): vbgs_kd(dls, 'lenet300', conv, tmp_path/'run', epochs=(1,1,1), show=False)
     assert not (tmp_path/'run').exists()          # said before anything is trained
 
 def test_a_nan_stops_the_run_and_the_last_good_weights_stay(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch \d+, batch \d+ of training 'teacher'"):
         vbgs_kd(dls, path=tmp_path/'run', epochs=(3,1,1), teacher_lr=1e30, show=False)
     assert json.loads((tmp_path/'run'/'run.json').read_text())['stages']==[]
@@ -84,14 +84,14 @@ def test_help_is_quick_and_mistakes_are_sentences(capsys):
 @pytest.mark.mnist
 def test_mnist_is_within_reach(data_dir, tmp_path):
     "A minute of the real thing: a few epochs on 6,000 MNIST images already remove most of the student"
-    dls = image_dls('mnist', bs=128, n_per_class=600, device='cpu')
+    dls = image_dls('mnist', bs=128, n_per_class=600)
     run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,4,20), lr=2e-3, show=False)
     stages = {o['name']: o for o in run.stages}
     assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
 
 def test_single_weights_last(tmp_path):
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     with pytest.raises(ValueError, match='single_weights is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)
     assert not (tmp_path/'run').exists()
     run = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
@@ -104,9 +104,9 @@ def test_single_weights_last(tmp_path):
     assert run.stages==again.stages
 
 def test_any_fastai_data_without_a_test_set(tmp_path):
-    x,y = image_dls('digits', device='cpu').test.dataset[torch.arange(359)]
+    x,y = image_dls('digits').test.dataset[torch.arange(359)]
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]
-    dls = DataLoaders(TfmdDL(items[:300], bs=32, shuffle=True, num_workers=0), TfmdDL(items[300:], bs=32, num_workers=0), device='cpu')
+    dls = DataLoaders(TfmdDL(items[:300], bs=32, shuffle=True, num_workers=0), TfmdDL(items[300:], bs=32, num_workers=0))
     dls.c = 10
     teacher = create('lenet300', dls, hidden=(20,))
     with pytest.raises(ValueError, match='1-lam is -1'): vbgs_kd(dls, teacher, path=tmp_path/'run', lam=2., show=False)

@@ -54,9 +54,9 @@ def test_nothing_to_prune_is_no_error(tmp_path):
     assert rows(run, 'tuned')[0]['sparsity']==0 and rows(run, 'small')[0]['weights']==rows(run, 'SimKD')[0]['weights']
 
 def test_a_trained_teacher_several_methods_and_data_without_a_test_set(tmp_path):
-    x,y = image_dls('digits', device='cpu').test.dataset[torch.arange(200)]
+    x,y = image_dls('digits').test.dataset[torch.arange(200)]
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]
-    dls = DataLoaders(TfmdDL(items[:150], bs=32, shuffle=True, num_workers=0), TfmdDL(items[150:], bs=32, num_workers=0), device='cpu')
+    dls = DataLoaders(TfmdDL(items[:150], bs=32, shuffle=True, num_workers=0), TfmdDL(items[150:], bs=32, num_workers=0))
     dls.c = 10
     teacher = quiet(Learner(dls, create('lenet5_caffe', dls), CrossEntropyLossFlat(), metrics=accuracy), 1, 1e-3)
     student = nn.Sequential(nn.Conv2d(1,6,3,padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96,10))

@@ -476,7 +476,7 @@ def test_refused_with_a_sentence(message, f):
 def test_a_stream_has_no_size():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self): yield from [(torch.randn(4),torch.tensor(1))]*8
-    dls = DataLoaders(DataLoader(Stream(), bs=4), DataLoader(Stream(), bs=4), device='cpu')
+    dls = DataLoaders(DataLoader(Stream(), bs=4), DataLoader(Stream(), bs=4))
     learn = Learner(dls, to_variational(nn.Linear(4,2)), loss_func=CrossEntropyLossFlat(), cbs=VariationalSparsifier())
     with pytest.raises(ValueError, match='size of the training set is unknown'): learn.fit(1)
 
@@ -544,7 +544,7 @@ def test_nan_is_named():
 @pytest.fixture(scope='module')
 def sparse():
     "A learner whose network has lost groups in training"
-    dls = image_dls('digits', device='cpu')
+    dls = image_dls('digits')
     learn = Learner(dls, lenet((20,)), metrics=accuracy)
     set_seed(0); dls.train.rng = random.Random(0)
     quiet(learn, 5, 5e-3)

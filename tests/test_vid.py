@@ -7,7 +7,7 @@ from kdnb.all import *
 
 def digits(classes):
     here = torch.isin(Y, torch.tensor(classes))
-    return from_arrays(X[here], Y[here]-classes[0], vocab=list(classes), device='cpu', test=(X[here][:40], Y[here][:40]-classes[0]))
+    return from_arrays(X[here], Y[here]-classes[0], vocab=list(classes), test=(X[here][:40], Y[here][:40]-classes[0]))
 
 def recipe(path, dls=None, teacher='resnet8', student='resnet8', epochs=(1,1,1,1), **kwargs):
     return vid(dls or data(), teacher, student, path, epochs, quick=True, show=False, **kwargs)
@@ -80,7 +80,7 @@ def test_transfer_from_data_or_from_a_network(tmp_path):
 
 def test_a_trained_teacher_and_data_that_cannot_be_cut(tmp_path):
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(X, Y)]
-    dls = DataLoaders(TfmdDL(items[:150], bs=32, shuffle=True, num_workers=0), TfmdDL(items[150:], bs=32, num_workers=0), device='cpu')
+    dls = DataLoaders(TfmdDL(items[:150], bs=32, shuffle=True, num_workers=0), TfmdDL(items[150:], bs=32, num_workers=0))
     dls.c = 10
     teacher = quiet(Learner(dls, create('resnet8', dls), CrossEntropyLossFlat(), metrics=accuracy), 1, 1e-3)
     with pytest.raises(ValueError, match='cannot be cut'): recipe(tmp_path/'run', dls, teacher, n_per_class=(None,3))
@@ -101,7 +101,7 @@ def test_learning_without_forgetting_learns_a_last_layer_of_its_own():
     ('there is no experiment', dict(experiments='tables')), ('needs source=', dict(experiments='transfer')), ('source is int', dict(source=3)),
     ('from 1 to', dict(n_per_class=1000)), ('no method is called', dict(methods=('magic',))), ('task is -1', dict(task=-1)),
     ('expected names of networks', dict(students=(nn.Identity(),))), ('students is', dict(students=(1,))), ('expected 4 whole numbers', dict(epochs=1)), ('clip is', dict(clip=-1)),
-    ('no maps', dict(student='lenet300')), ("source's images are", dict(source=from_arrays(torch.zeros(40,9,9), torch.arange(40)%4, device='cpu')))])
+    ('no maps', dict(student='lenet300')), ("source's images are", dict(source=from_arrays(torch.zeros(40,9,9), torch.arange(40)%4)))])
 def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
