@@ -120,11 +120,12 @@ class Trace(TorchDispatchMode):
         if (kind,path) in self.parts: self.join(self.parts[kind,path], labels)
         else: self.parts[kind,path] = labels
 
-# %% ../nbs/03a_trace.ipynb #2eea43bf
+# %% ../nbs/03a_trace.ipynb #839fe7ef
 @patch
 def along(self:Trace, l, axis):
     "Labels `l` along one axis (n,)"
-    l = _small(l.movedim(axis, 0)).flatten(1)
+    if not l.numel(): return l.new_zeros(l.shape[axis])
+    l = _small(l.movedim(axis, 0)).flatten(1) if l.ndim>1 else l[:,None]
     if l.shape[1]>1: self.join(l[:,:1].expand_as(l), l)
     return l[:,0]
 
@@ -169,7 +170,9 @@ def follows(*names):
 def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     out,kwargs = func(*args, **(kwargs or {})),kwargs or {}
     if self._quiet or not any(hasattr(o, '_labels') for o in tree_leaves((args, kwargs))): return out
-    name = func.overloadpacket.__name__
+    name,given = func.overloadpacket.__name__,_inputs(dict(args=args, kwargs=kwargs))
+    if not all(o.numel() for o in _outputs(out)):
+        for o in given: self.hold(labels_of(o), 'nothing of them was left in this batch')      # no boxes, say: who would read them is not seen
     rule = _rules.get(name) or next((f for k,f in _rules.items() if k[0]=='*' and k[1:] in name), None)
     if rule is None: rule = _move if func.is_view else _pointwise if torch.Tag.pointwise in func.tags else _unknown
     named = dict(zip((o.name for o in func._schema.arguments), args)) | kwargs
@@ -179,6 +182,7 @@ def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
         if isinstance(o, torch.Tensor): o._labels = l if l.shape==o.shape else self.hold(l, LOST).new_zeros(()).expand(o.shape).clone()
     return out
 
+def _outputs(out): return [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
 def _inputs(named): return [o for o in tree_leaves(list(named.values())) if isinstance(o, torch.Tensor)]
 def _unknown(trace, func, named, out):
     for o in _inputs(named): trace.hold(labels_of(o), f'{func.overloadpacket.__name__} reads them')

@@ -1,5 +1,5 @@
 "The package equals its notebooks, what is stored is clean, rooms import only downwards, and the package builds."
-import ast, importlib, json, pkgutil, re, runpy, subprocess, sys, sysconfig, zipfile
+import ast, importlib, json, os, pkgutil, re, runpy, subprocess, sys, sysconfig, zipfile
 from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from importlib.metadata import version
@@ -124,6 +124,11 @@ def test_rooms_import_only_downwards():
     assert not [(o, t) for o,ts in graph.items() for t in ts if not allowed(room(o), room(t))]
     TopologicalSorter(graph).prepare()
 
+
+def test_the_gpu_script_says_that_there_is_no_gpu():
+    run = subprocess.run(['bash', ROOT/'bench/gpu.sh'], env={**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'KDNB_DEVICE': 'cuda'},
+                         capture_output=True, text=True)
+    assert run.returncode==1 and 'sees no GPU' in run.stderr
 
 def test_builds(copy):
     subprocess.run([sys.executable, '-m', 'build', '--no-isolation'], cwd=copy, check=True)
