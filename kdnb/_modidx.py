@@ -1116,7 +1116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdnb.trace.put_labels': ('trace.html#put_labels', 'kdnb/trace.py'),
                             'kdnb.trace.spanned_axis': ('trace.html#spanned_axis', 'kdnb/trace.py'),
                             'kdnb.trace.tensors_of': ('trace.html#tensors_of', 'kdnb/trace.py'),
-                            'kdnb.trace.trace': ('trace.html#trace', 'kdnb/trace.py'),
+                            'kdnb.trace.trace_channels': ('trace.html#trace_channels', 'kdnb/trace.py'),
                             'kdnb.trace.varies': ('trace.html#varies', 'kdnb/trace.py')},
             'kdnb.variational.callback': { 'kdnb.variational.callback.Learner.compress': ( 'variational.callback.html#learner.compress',
                                                                                            'kdnb/variational/callback.py'),

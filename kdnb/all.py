@@ -4,7 +4,7 @@ from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
-from kdnb.trace import trace
+from kdnb.trace import trace_channels
 from kdnb.channels import *
 from kdnb.terms import *
 from kdnb.checkpoint import *

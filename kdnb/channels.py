@@ -31,7 +31,7 @@ from fastai.optimizer import OptimWrapper
 from .measure import evaluating,first_samples,inputs,weighted
 from .features import unwrap,get_layer,layer_shapes
 from .trace import (LOST,OUTPUT,WIDTHS,channel_axis,components,is_depthwise,n_channels,norms,over_weight,spanned_axis,
-                        tensors_of,trace)
+                        tensors_of,trace_channels)
 
 # %% ../nbs/04_channels.ipynb #f94f3859
 def set_layer(model, path, new):
@@ -481,7 +481,7 @@ def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
     until,xb,fault = time.monotonic()+seconds,first_samples(xb, 2, 2),None
     for probe,x in _probes(model, xb):
-        try: t = trace(probe, x); break
+        try: t = trace_channels(probe, x); break
         except Exception as e: fault = fault or e
     else:
         layers = [p for p,m in model.named_modules() if isinstance(m, weighted)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['norms', 'OUTPUT', 'WIDTHS', 'LOST', 'labels_of', 'put_labels', 'varies', 'is_depthwise', 'n_channels', 'channel_axis',
-           'spanned_axis', 'over_weight', 'Trace', 'follows', 'tensors_of', 'components', 'trace']
+           'spanned_axis', 'over_weight', 'Trace', 'follows', 'tensors_of', 'components', 'trace_channels']
 
 # %% ../nbs/03a_trace.ipynb #a681d3af
 import numpy as np, pandas as pd, torch
@@ -435,7 +435,7 @@ def stays(self:Trace):
     return found
 
 @torch.no_grad()
-def trace(model, # Any module
+def trace_channels(model, # Any module
     xb): # Tuple of its inputs, two samples or more
     "A `Trace` of `model`, in evaluation and in training mode"
     t = Trace(model)

@@ -211,7 +211,7 @@ def test_mean_and_covariance_of_the_output(kind, noise, axis, bias):
     with torch.no_grad():
         if noise=='group': outs = torch.stack([m(x[None]).flatten() for _ in range(n)])
         else: outs = m(x.expand(n, *x.shape)).flatten(1)
-        if noise=='group': assert torch.equal(*m(torch.stack([x,x])))
+        if noise=='group': assert torch.allclose(*m(torch.stack([x,x])))       # some processors round rows of a product differently
     sd = cov.diag().sqrt()
     assert ((outs.mean(0)-mean).abs() < 5*sd/n**.5 + 1e-9).all()
     assert ((outs.T.cov()-cov).abs() < 12*sd[:,None]*sd/n**.5 + 1e-9).all()
@@ -229,7 +229,7 @@ def test_more_axes(noise):
     "A linear layer acts on the last axis; each example has its draw"
     m = random_layer('linear', noise, 'both').float().train()
     out = m(torch.ones(3,2,5))
-    assert out.shape==(3,2,4) and torch.equal(out[0], out[1])==(noise=='group')
+    assert out.shape==(3,2,4) and torch.allclose(out[0], out[1])==(noise=='group')
     assert torch.allclose(still(m)(torch.ones(3,2,5)), F.linear(torch.ones(5)*m.inputs.gamma, m.weight, m.bias).expand(3,2,4)*m.outputs.gamma, atol=1e-5)
 
 def test_padding_modes_and_dilation():
