@@ -379,16 +379,19 @@ def constant_draws(model):
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(list(devices)), _Constant(): yield
 
-# %% ../nbs/04_channels.ipynb #7c5f25b1
+# %% ../nbs/04_channels.ipynb #46aa00d5
 @torch.no_grad()
 def layer_outputs(model, xb):
     "Outputs of all layers with weights, as `(path, tensor)` in the order of running, and of the network, called ''"
-    said,hooks = [],[]
+    said,hooks,begun = [],[],['']
     for path,m in model.named_modules():
+        if isinstance(m, weighted+norms):
+            hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: begun.append(path)))
         if isinstance(m, weighted):
             hooks.append(m.register_forward_hook(lambda m,x,out,path=path: said.append((path, out.clone()))))
     try:
         with constant_draws(model), evaluating(model): return said + [('', o) for o in tensors_of(model(*xb))]
+    except Exception as e: e.where = begun[-1]; raise
     finally:
         for h in hooks: h.remove()
 
@@ -418,7 +421,7 @@ def _some(g, order):
     return dead
 
 def _difference(model, xb, groups):
-    "What is wrong with removing a third of the channels of `groups` when nobody reads them, or None"
+    "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
     masked,small = deepcopy(model),deepcopy(model)
@@ -426,21 +429,36 @@ def _difference(model, xb, groups):
     try:
         kept = _remove(small, gone)
         with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)       # torch.fx prints the errors of its modules
-    except Exception as e: return f"the network's code counts on their number ({(str(e).splitlines() or [type(e).__name__])[0]:.80})"
+    except Exception as e:
+        return f"the network's code counts on their number ({(str(e).splitlines() or [type(e).__name__])[0]:.80})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
-    if _first_difference(layer_outputs(masked, xb), small, model, kept, tol) is not None: return LOST
+    where = _first_difference(layer_outputs(masked, xb), small, model, kept, tol)
+    return None if where is None else (LOST,where)
 
-# %% ../nbs/04_channels.ipynb #238df93f
+# %% ../nbs/04_channels.ipynb #51844b37
+def _late(until): return ('there was no time to try them',None) if time.thread_time()>until else None
+
 def _try(model, xb, groups, until):
-    "Let those of `groups` stay that cannot be removed exactly, alone or together, or are not tried at the time `until`"
-    def stay(groups, why):
-        for g in groups: g.stays = why
-    if time.monotonic()>until: return stay(groups, 'there was no time to try them')
-    if not groups or not (why := _difference(model, xb, groups)): return
-    if len(groups)==1: return stay(groups, why)
+    "Let those of `groups` stay that cannot be removed exactly, alone or together, or are not tried when this thread has run `until`"
+    aside,sound = [],list(groups)
+    while sound and (found := _late(until) or _difference(model, xb, sound)):
+        bad = [g for g in sound if any(p.path==found[1] for p in g.parts)]
+        if not bad: return _halve(model, xb, groups, until)
+        aside,sound = aside+bad,[g for g in sound if g not in bad]
+    for g in aside: _halve(model, xb, [g], until)
+    if back := [g for g in aside if not g.stays]: _halve(model, xb, sound+back, until)
+
+# %% ../nbs/04_channels.ipynb #1bcec0c6
+def _halve(model, xb, groups, until):
+    "As `_try`, by halves"
+    if not groups or not (found := _late(until) or _difference(model, xb, groups)): return
+    if len(groups)==1 or found[1] is None:
+        for g in groups: g.stays = found[0]
+        return
     i = len(groups)//2
-    _try(model, xb, groups[:i], until); _try(model, xb, groups[i:], until)
-    if (groups := [g for g in groups if not g.stays]) and (why := _difference(model, xb, groups)): stay(groups, why)
+    _halve(model, xb, groups[:i], until); _halve(model, xb, groups[i:], until)
+    if (groups := [g for g in groups if not g.stays]) and (found := _difference(model, xb, groups)):
+        for g in groups: g.stays = found[0]
 
 # %% ../nbs/04_channels.ipynb #de92f4b0
 @patch
@@ -479,7 +497,7 @@ def _probes(model, xb):
 
 def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
-    until,xb,fault = time.monotonic()+seconds,first_samples(xb, 2, 2),None
+    until,xb,fault = time.thread_time()+seconds,first_samples(xb, 2, 2),None
     for probe,x in _probes(model, xb):
         try: t = trace_channels(probe, x); break
         except Exception as e: fault = fault or e

@@ -234,7 +234,7 @@ def _sliced(trace, l, dim, new, name):
     "The parts of labels `l` that are `new`"
     dim %= max(l.ndim, 1)
     if not varies(l, dim) or sum(varies(l, d) for d in range(l.ndim))>1: return
-    if name in ('select','unbind'): trace.hold(l, 'the code picks them by number'); return
+    if name in ('select','unbind','split_with_sizes'): trace.hold(l, 'the code picks them by number'); return
     sizes = {o.shape[dim] for o in tree_leaves(new)}
     if len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size: return
     l = _small(l)
