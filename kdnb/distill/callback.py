@@ -25,6 +25,7 @@ from ..features import Capture,answers,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
 from ..terms import LossTerm,TermSplitter
 from .methods import KD,GaussianHead,Terms
+from .task import TeacherAdapter,targets,task_of,usual_terms
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):
@@ -57,21 +58,23 @@ class KnowledgeDistillation(LossTerm):
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
         teacher, # Trained `Learner` or module
-        terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
+        terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
         task=None, # Weight of the task loss, a number or schedule; if None .1 with the default terms, else 1 (SimKD: 0)
         cache=False, # Ask the teacher once per sample, not per epoch: True (in memory), or a folder (memory-mapped files)
-        n_views=None): # With `cache` and random augmentation: train on so many fixed views of each image
-        if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
+        n_views=None, # With `cache` and random augmentation: train on so many fixed views of each image
+        teacher_tfm=None): # Function from the student's inputs to what the teacher wants, such as a resize
+        self.by_task,self.adapter = terms is None,TeacherAdapter(teacher, teacher_tfm)
         if isinstance(teacher, Learner): teacher = teacher.model
         if not isinstance(teacher, nn.Module):
             raise ValueError(f'teacher is {teacher!r}, expected a trained Learner or nn.Module.')
-        named = (Terms()+terms).named()
+        named = {} if self.by_task else (Terms()+terms).named()
         if n_views and not cache:
             raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
-        if not named: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
-        if task is None: task = min(t.task for t in named.values())
+        if not named and not self.by_task: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
+        if task is None: task = .1 if self.by_task else min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.teacher,self.cache,self.n_views,self.heads = teacher,cache,n_views,Heads()
+        self._decided = self._unsure = None
         self._built = self._fault = self._ears = self._loader = self._now = self._views = None
         self._modes,self._kept,self._said,self._after = [],{},[],[]
 
@@ -86,6 +89,7 @@ class KnowledgeDistillation(LossTerm):
             if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
                 raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s terms. Add the '
                                  'terms up in one, KD()*.9 + VID(...), or take the first away: learn.remove_cb(KnowledgeDistillation).')
+            self._choose_terms()
             self._prepare()
         except ValueError as e: self._fault = e
         super().attach()
@@ -97,12 +101,36 @@ class KnowledgeDistillation(LossTerm):
 
     def before_fit(self):
         if self._fault is not None: raise self._fault
+        self._choose_terms()
         super().before_fit()
 
     def __getstate__(self):   # `learn.export` leaves the teacher out
-        state = {**self.__dict__, 'teacher': None, 'heads': Heads()}
+        state = {**self.__dict__, 'teacher': None, 'heads': Heads(), 'adapter': TeacherAdapter(), '_decided': None}
         return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None,
                             _after=[])
+
+# %% ../../nbs/12_distill.callback.ipynb #42712ced
+@patch
+def _outputs(self:KnowledgeDistillation, *models):
+    "What `models` answer to one validation batch"
+    with undisturbed(self.model): return tuple(hear(m, [], self.dls)[0] for m in models)
+
+@patch
+def _choose_terms(self:KnowledgeDistillation):
+    "Terms that nobody has named: those of the task; if that is not certain, training will say so"
+    now = self.loss_func,self.dls,self.model
+    if not self.by_task or 'gather_preds' in vars(self.learn) or all(a is b for a,b in zip(now, self._decided or (None,))): return
+    self._unsure,self._decided,named = None,None,{}
+    try: named = (Terms()+usual_terms[task_of(now[0], lambda: (*self._outputs(self.model), targets(self.dls)))]).named()
+    except ValueError as e: self._unsure = e
+    else: self._decided = now
+    self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
+
+@patch
+def _meet(self:KnowledgeDistillation):
+    "Let the adapter see how the data of teacher and student differ"
+    by_class = any(t.by_class for t in self.terms.values())
+    with undisturbed(self.model): self.adapter.meet(self.dls, self.teacher, (lambda: self._outputs(self.model, self.teacher)) if by_class else None)
 
 # %% ../../nbs/12_distill.callback.ipynb #c5e067af
 @patch
@@ -111,8 +139,8 @@ def _probe(self:KnowledgeDistillation):
     "What the terms see of one validation batch"
     xb = inputs(self.dls)
     z_s,f_s = hear(self.model, self._paths('probe_layers'), xb)
-    z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb)
-    return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, student=unwrap(self.model), teacher=unwrap(self.teacher),
+    with self.adapter.fed(self.teacher): z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb)
+    return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, order=self.adapter.order, student=unwrap(self.model), teacher=unwrap(self.teacher),
                            bs=self.dls.train.bs or len(z_s),
                            labels=self._labels() if any(t.needs_index for t in self.terms.values()) else None)
 
@@ -130,6 +158,7 @@ def _prepare(self:KnowledgeDistillation):
     if self._built is not unwrap(self.model):
         self._check_teacher()
         with undisturbed(self.model):
+            self._meet()
             o,self.heads = self._probe(),Heads()
             for k,t in self.terms.items():
                 if (new := t.rebuild(o)) is not None: self._replace(new)
@@ -172,6 +201,7 @@ def _check_teacher(self:KnowledgeDistillation):
 @patch
 def before_train(self:KnowledgeDistillation):
     super(KnowledgeDistillation, self).before_train()
+    if self._unsure is not None: raise self._unsure
     if self._ears is None: self._begin()
     for t in self.terms.values(): t.before_train(unwrap(self.model))
     if self._views is not None:
@@ -191,6 +221,8 @@ def _begin(self:KnowledgeDistillation):
                          f'Move the teacher: teacher.to({str(s.device)!r}).')
     self._modes = [(m, m.training) for m in self.teacher.modules()]
     self.teacher.eval()
+    self._meet()
+    self.adapter.connect(self.teacher)
     if self.needs_index: self._number()
     if not all(torch.equal(m.labels.cpu(), self._labels().cpu()) for m in self.heads.modules() if hasattr(m, 'labels')):
         raise ValueError('CRD has a memory of another training set: the labels of this one differ. '
@@ -200,7 +232,7 @@ def _begin(self:KnowledgeDistillation):
         paths_s,paths_t,xb = self._paths('student_layers'),[] if self.cache else self._paths('teacher_layers'),None
         if paths_s or paths_t: xb = inputs(self.dls)
         self._ears = [Capture(m, p, p and inputs(xb, m)) for m,p in ((self.model,paths_s), (self.teacher,paths_t))]
-    self._checked,self._after = False,[m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
+    self._checked,self._judged,self._after = False,set(),[m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
 
 @patch
 def before_batch(self:KnowledgeDistillation):
@@ -213,7 +245,8 @@ def values(self:KnowledgeDistillation, names):
                         index=self.learn.sample_index if self.needs_index else None)
     res = {}
     for k in names:
-        o.head = self.heads[k] if k in self.heads else None
+        if k not in self._judged: self._judged.add(k); self.adapter.check(self.terms[k], o.z_s, z_t, o.y)
+        o.head,o.z_t = self.heads[k] if k in self.heads else None,self.adapter.logits(z_t, self.terms[k])
         res[k] = self.terms[k](o)
     return res
 
@@ -254,6 +287,7 @@ def after_backward(self:KnowledgeDistillation):
 def put_back(self:KnowledgeDistillation):
     super(KnowledgeDistillation, self).put_back()
     for c in self._ears or (): c.remove()
+    self.adapter.disconnect()
     for m,mode in self._modes: m.training = mode
     if self._loader is not None:
         for k,v in self._loader[1].items(): setattr(self._loader[0], k, v)
@@ -295,15 +329,16 @@ def _ask_all(self:KnowledgeDistillation):
 def distill(self:Learner,
     teacher, # Trained `Learner` or module
     n_epoch, # Epochs
-    terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
+    terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
     task=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
     fit='fit_one_cycle', # Which method of the learner trains
     cbs=None, # More callbacks
     cache=False, # Ask the teacher once per sample, see `KnowledgeDistillation`
     n_views=None, # With `cache`: number of fixed views of each image
+    teacher_tfm=None, # Function from the student's inputs to what the teacher wants, such as a resize
     **kwargs): # Passed on to the fit method
     "Train with what `teacher` knows; returns the `KnowledgeDistillation`"
-    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views)
+    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, teacher_tfm)
     with self.added_cbs(kd): getattr(self, fit)(n_epoch, cbs=cbs, **kwargs)
     return kd
 
@@ -327,7 +362,7 @@ def check_terms(terms, # A term or a sum of terms
 # %% ../../nbs/12_distill.callback.ipynb #bb520526
 def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which the first is trained
     n_epoch, # Epochs of each training, or a list of them
-    terms=None, # A term or a sum of terms for every step; `KD(T=4)*.9` if None
+    terms=None, # A term or a sum of terms for every step; if None what the task asks for
     **kwargs): # Passed on to `distill`
     "Distil along a chain of learners; returns the last"
     if len(learners)<2:
@@ -350,10 +385,12 @@ def show_distilled(self:Learner,
     dl=None, # The validation set if None
     figsize=None):
     "The images of one batch on which teacher and student differ most, and what they think of them; returns the axes"
-    dl,teacher = dl or self.dls.valid,teacher.model if isinstance(teacher, Learner) else teacher
-    b,probs = dl.one_batch(),[]
-    for m in (teacher, self.model):
-        with evaluating(m), torch.no_grad(): probs.append(m(*inputs(b[:1], m)).float().softmax(1).cpu())
+    dl,adapter,teacher = dl or self.dls.valid,TeacherAdapter(teacher),teacher.model if isinstance(teacher, Learner) else teacher
+    b,probs,said = dl.one_batch(),[],lambda m,xb: hear(m, [], xb)[0]
+    adapter.meet(self.dls, teacher, lambda: tuple(said(m, self.dls) for m in (self.model, teacher)))
+    with adapter.fed(teacher): zs = said(teacher, b[:1]),said(self.model, b[:1])
+    adapter.check(KD(), zs[1], zs[0])
+    for z in (adapter.logits(zs[0], KD()),zs[1]): probs.append(z.float().softmax(1).cpu())
     most = (probs[0]-probs[1]).abs().sum(1).topk(n := min(n, len(probs[0]))).indices
     b,probs = [o[most.to(o.device)] for o in b],[p[most] for p in probs]
     axs = plt.subplots(2, n, figsize=figsize or (1.5*n,3), squeeze=False, layout='constrained')[1]
@@ -383,7 +420,8 @@ def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
     "Images (n, C, H, W), and by title the maps (n, H, W) of log q(t|s) and of the teacher's activity, for each pair"
     found,b = _gaussians(kd),dl.one_batch()
     xb = inputs(b[:1], model)
-    f_s,f_t = hear(model, [s for s,_,_ in found], xb)[1],hear(kd.teacher, [t for _,t,_ in found], xb)[1]
+    f_s = hear(model, [s for s,_,_ in found], xb)[1]
+    with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
     res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x,*_ in dl.decode_batch(tuple(b), max_n=n)])}
     for s,t,head in found:
         with evaluating(head): known = -head(f_s[s], f_t[t]).sum(1, keepdim=True)
