@@ -519,6 +519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.distill.task._plain': ('distill.task.html#_plain', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.are_class_numbers': ('distill.task.html#are_class_numbers', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.asks_yes_or_no': ('distill.task.html#asks_yes_or_no', 'kdnb/distill/task.py'),
+                                   'kdnb.distill.task.check_classes': ('distill.task.html#check_classes', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.check_size': ('distill.task.html#check_size', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.check_targets': ('distill.task.html#check_targets', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.class_names': ('distill.task.html#class_names', 'kdnb/distill/task.py'),

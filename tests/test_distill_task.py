@@ -205,7 +205,7 @@ def test_classes_are_matched_by_name(name, cache, dls, capsys):
         said = [o for o in capsys.readouterr().out.splitlines() if o.strip()]
         assert [('by name' in o) for o in said]==[True][:len(res)==1], said
     if 'srrl' in name and dls is few: return            # the whole of the teacher's last layer judges, not the part
-    assert torch.allclose(*res, atol=1e-4)       # a product over four outputs rounds otherwise than one over ten
+    assert (res[0]-res[1]).abs().mean()<1e-5       # a product over four outputs rounds otherwise than one over ten
 
 @pytest.mark.parametrize('dls', [named, few], ids=['order','subset'])
 def test_simkd_answers_in_the_student_s_order(dls, tmp_path):

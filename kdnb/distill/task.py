@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['usual_terms', 'loss_kind', 'unseen_shift', 'asks_yes_or_no', 'is_distribution', 'are_class_numbers', 'task_of',
-           'targets', 'check_targets', 'probabilities_in', 'log_of', 'class_names', 'class_order', 'normalisation',
-           'Feed', 'feed_of', 'image_shape', 'check_size', 'TeacherAdapter']
+           'targets', 'check_targets', 'check_classes', 'probabilities_in', 'log_of', 'class_names', 'class_order',
+           'normalisation', 'Feed', 'feed_of', 'image_shape', 'check_size', 'TeacherAdapter']
 
 # %% ../../nbs/11a_distill.task.ipynb #802c3c1d
 import math,warnings
@@ -111,7 +111,10 @@ def task_of(loss, # Loss function of the training
         raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. Leave the sigmoid out of '
                          'student and teacher, and train with BCEWithLogitsLossFlat.')
     if kind: return kind
-    z,yb = ask()
+    name = getattr(loss, '__name__', type(loss).__name__)
+    try: z,yb = ask()
+    except Exception as e: raise ValueError(f'what the loss function {name} asks of the outputs is not known, and no batch could be looked at '
+                                            f'({e}). Name the terms, {_terms}.') from e
     y = yb[0] if len(yb) and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
     if are_class_numbers(y, z): return 'classes'
     if y.numel()==z.numel():
@@ -119,7 +122,6 @@ def task_of(loss, # Loss function of the training
         if unseen=='both': return 'values'
         if unseen=='rows' and y.shape==z.shape and is_distribution(y): return 'classes'
         if unseen=='none' and asks_yes_or_no(loss, z, yb): return 'labels'
-    name = getattr(loss, '__name__', type(loss).__name__)
     raise ValueError(f'what the loss function {name} asks of the outputs is not certain: targets are {y.dtype} of shape '
                      f'{tuple(y.shape)}, outputs of shape {tuple(z.shape)}. Name the terms, {_terms}.')
 
@@ -142,6 +144,15 @@ def check_targets(term, # A term
         raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, but targets are {y.dtype} of '
                          f'shape {tuple(y.shape)}, neither class numbers nor distributions over classes. '
                          'Use BinaryKD for several labels, LogitsMSE for numbers.')
+
+# %% ../../nbs/11a_distill.task.ipynb #3145e947
+def check_classes(dls): # `DataLoaders`
+    "ValueError, if the targets of `dls` are not one class number for each sample"
+    y = next(iter(targets(dls)), None)
+    if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.numel()==len(y): return
+    said = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, torch.Tensor) else type(y).__name__
+    raise ValueError(f'targets are {said}, and a recipe trains classifiers: it needs one class number for each sample. '
+                     'learn.distill knows other tasks, such as several labels or numbers.')
 
 # %% ../../nbs/11a_distill.task.ipynb #0f99c325
 def probabilities_in(z): # A network's answers
@@ -196,9 +207,12 @@ class Feed:
     "What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images"
     def __init__(self, tfm=None, # Function of the inputs
         ours=None, theirs=None): # `normalisation` of the student's images and of the teacher's; nothing is done if None
+        if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function of the inputs.')
         self.tfm,self.ours,self.theirs = tfm,ours,theirs
     def __call__(self, *xb):
-        if self.tfm is not None: xb = tuplify(self.tfm(*xb))
+        if self.tfm is not None: xb = tuple(map(_plain, tuplify(self.tfm(*xb))))
+        if not xb or not all(isinstance(x, torch.Tensor) for x in xb):
+            raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the teacher\'s inputs as tensors.')
         return xb if self.ours is None else tuple(map(self.renormalised, xb))
     @property
     def matters(self):
@@ -304,8 +318,12 @@ def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
     if ask is None or class_names(dls)==class_names(self.source): return
     with self.fed(teacher): outputs = ask()
     if not all(isinstance(z, torch.Tensor) and z.ndim>1 for z in outputs): return
-    ours,theirs = (class_names(o, z.shape[class_dim(z)]) for o,z in zip((dls, self.source), outputs))
+    c_s,c_t = (z.shape[class_dim(z)] for z in outputs)
+    ours,theirs = class_names(dls, 2 if c_s==1 else c_s),class_names(self.source, 2 if c_t==1 else c_t)
     self.order = class_order(ours, theirs)
+    if self.order is not None and 1 in (c_s,c_t):
+        raise ValueError(f'one output says yes or no, and yes is {theirs[-1]!r} for the teacher, {ours[-1]!r} for the student. '
+                         'Number the classes alike, or use terms that compare features.')
     if self.order is not None:
         what = 'reordered' if len(ours)==len(theirs) else f'taken for the {len(ours)} of its {len(theirs)} that the student has'
         self.say(f'Teacher and student number their classes differently: the teacher\'s answers are {what}, by name.')
