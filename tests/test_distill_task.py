@@ -10,10 +10,9 @@ IMAGES = X.float()/255
 LABELS = torch.stack([Y%2==0, Y>=5, torch.isin(Y, torch.tensor([2,3,5,7], device=Y.device))], 1).float()       # even, large, prime
 NUMBERS = torch.stack([torch.cos(Y*.6), torch.sin(Y*.6), Y/9], 1)
 
-def mlp(c, hidden=16, seed=1):
-    set_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64,hidden), nn.ReLU(), nn.Linear(hidden,c))
-def conv(c, seed=2): set_seed(seed); return nn.Sequential(nn.Conv2d(1,8,3), nn.ReLU(), nn.Flatten(), nn.Linear(288,c))
+def here(model): return model.to(default_device())
+def mlp(c, hidden=16, seed=1): set_seed(seed); return here(nn.Sequential(nn.Flatten(), nn.Linear(64,hidden), nn.ReLU(), nn.Linear(hidden,c)))
+def conv(c, seed=2): set_seed(seed); return here(nn.Sequential(nn.Conv2d(1,8,3), nn.ReLU(), nn.Flatten(), nn.Linear(288,c)))
 
 def foreign(y, x=None, bs=67):
     "Plain fastai `DataLoaders`, item by item"
@@ -43,10 +42,12 @@ class Method:
     def loss(self, z, y): return self.f(z, y)
 def around(f): return lambda z,y: f(z, y)
 def own_bce(z, y): return (F.softplus(z) - z*y).mean()
+def smoothed(z, y): return own_bce(z, y*.9+.05)
+def focal(z, y): return ((z.sigmoid()-y).abs()**2*F.binary_cross_entropy_with_logits(z, y, reduction='none')).mean()
 
 @pytest.mark.parametrize('loss', [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), BCEWithLogitsLossFlat(pos_weight=torch.tensor([1.,2,3]).to(default_device())),
                                   partial(F.binary_cross_entropy_with_logits, reduction='mean'), Mine(), Wrapped(nn.BCEWithLogitsLoss()), Method().loss,
-                                  around(nn.BCEWithLogitsLoss()), own_bce, nn.MultiLabelSoftMarginLoss(), timm.loss.BinaryCrossEntropy(smoothing=0.),
+                                  around(nn.BCEWithLogitsLoss()), own_bce, smoothed, focal, nn.MultiLabelSoftMarginLoss(), timm.loss.BinaryCrossEntropy(smoothing=0.),
                                   timm.loss.AsymmetricLossMultiLabel()], ids=str)
 def test_several_labels_get_binary_kd(loss):
     assert chosen(learner(LABELS, loss), conv(3))==dict(binarykd=(BinaryKD,.9), task=.1)
@@ -79,11 +80,11 @@ def test_classes_get_softmax_kd(loss): assert chosen(learner(Y, loss), conv(10))
 def test_soft_labels_and_pixels_are_classes():
     soft = F.one_hot(Y, 10)*.9+.01
     for loss in (nn.CrossEntropyLoss(), timm.loss.SoftTargetCrossEntropy()): assert 'kd' in chosen(learner(soft, loss), conv(10))
-    net = lambda: nn.Conv2d(1, 3, 3, padding=1)
+    net = lambda: here(nn.Conv2d(1, 3, 3, padding=1))
     for loss in (CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss(), lambda z,y: F.cross_entropy(z, y)):
         learn = learner((IMAGES[:,0]*2.9).long(), loss, net())
         assert 'kd' in chosen(learn, net())
-    assert 'binarykd' in chosen(learner((IMAGES>.5).float(), nn.BCEWithLogitsLoss(), nn.Conv2d(1, 1, 3, padding=1)), nn.Conv2d(1, 1, 3, padding=1))
+    assert 'binarykd' in chosen(learner((IMAGES>.5).float(), nn.BCEWithLogitsLoss(), here(nn.Conv2d(1, 1, 3, padding=1))), here(nn.Conv2d(1, 1, 3, padding=1)))
 
 def test_log_probabilities_of_a_student():
     assert 'kd' in chosen(learner(Y, nn.NLLLoss(), nn.Sequential(mlp(10), nn.LogSoftmax(1))), conv(10))
@@ -169,6 +170,15 @@ def test_an_old_head_beside_another_task():
     quiet(learner(NUMBERS, nn.MSELoss()), conv(3), 1, LwF('2'), fit='distill')
 
 
+@pytest.mark.parametrize('recipe', [vbgs_kd, prune_then_distill, prue, distill_then_prune, vid], ids=lambda f: f.__name__)
+def test_recipes_train_classifiers(recipe, tmp_path):
+    for y in (LABELS, NUMBERS):
+        dls = foreign(y)
+        dls.c = 3
+        with pytest.raises(ValueError, match='targets are torch.float32 .* one class number for each sample'): recipe(dls, path=tmp_path/'run', quick=True, show=False)
+        assert not (tmp_path/'run').exists()
+
+
 NAMES = 'zero one two three four five six seven eight nine'.split()
 OTHER = sorted(NAMES)
 PLACE = torch.tensor([OTHER.index(n) for n in NAMES], device=Y.device)
@@ -176,13 +186,13 @@ PLACE = torch.tensor([OTHER.index(n) for n in NAMES], device=Y.device)
 def named(vocab=NAMES, **kwargs):
     y = Y if vocab is NAMES else PLACE.to(Y.device)[Y]
     return from_arrays(X, y, vocab=vocab, stats=([.3],[.37]), **kwargs)
-def net(seed=2, **kwargs): set_seed(seed); return create('lenet5_caffe', data(), **kwargs)
+def net(seed=2): set_seed(seed); return here(create('lenet5_caffe', data()))
 def few():
     "Images of four classes, in an order of their own"
     names = ['seven','two','zero','nine']
-    here = torch.isin(Y, torch.tensor([NAMES.index(n) for n in names], device=Y.device))
+    some = torch.isin(Y, torch.tensor([NAMES.index(n) for n in names], device=Y.device))
     to = torch.tensor([names.index(n) if n in names else -1 for n in NAMES], device=Y.device)
-    return from_arrays(X[here], to[Y[here]], vocab=names, bs=16, stats=([.3],[.37]))
+    return from_arrays(X[some], to[Y[some]], vocab=names, bs=16, stats=([.3],[.37]))
 def in_order(teacher, dls):
     "The network with its last layer in the order of the classes of `dls`"
     new,order = deepcopy(teacher),[OTHER.index(n) for n in dls.vocab]
@@ -223,6 +233,16 @@ def test_simkd_answers_in_the_student_s_order(dls, tmp_path):
 def test_simkd_refuses_what_it_cannot_reorder():
     teacher = Learner(named(OTHER), nn.Sequential(net(), nn.BatchNorm1d(10)).to(default_device()))
     with pytest.raises(ValueError, match='does not end in a linear layer'): quiet(seeded(named(), create('lenet5', named())), teacher, 1, SimKD({'conv2': '0.conv2'}), fit='distill')
+
+def test_one_output_whose_yes_is_the_others_no():
+    def dls(vocab):
+        d = from_arrays(X, Y%2, vocab=vocab)
+        for dl in d.loaders: dl.dataset.loss_func = BCEWithLogitsLossFlat()
+        return d
+    learn = seeded(d := dls(['cat','dog']), mlp(1))
+    learn.loss_func = BCEWithLogitsLossFlat()
+    quiet(learn, Learner(dls(['cat','dog']), conv(1)), 1, fit='distill')
+    with pytest.raises(ValueError, match="yes is 'cat' for the teacher, 'dog' for the student"): quiet(learn, Learner(dls(['dog','cat']), conv(1)), 1, fit='distill')
 
 def test_features_do_not_mind_other_classes(capsys):
     animals = from_arrays(X, Y%4, vocab=['ant','bee','cat','dog'])
@@ -351,7 +371,7 @@ def test_the_teacher_gets_its_own_normalisation(kw, term, capsys):
         def __init__(self, net): super().__init__(); self.net = net
         def forward(self, x): return self.net((x*.3+.2-.5)/.25)
     res,pad = [],1 if 'n_views' in kw else 0
-    for t in (Learner(stats(.5, .25), nn.Sequential(OrderedDict(net=net())).to(default_device())), Itself(net())):
+    for t in (Learner(stats(.5, .25), nn.Sequential(OrderedDict(net=net()))), here(Itself(net()))):
         kw = dict(kw, cbs=[type(c)() for c in kw.get('cbs', [])])
         d = stats(.2, .3, pad=pad); set_seed(1); learn = seeded(d, create('lenet5', d))
         before = state(learn.model) if not res else before
@@ -369,7 +389,7 @@ def test_pixels_are_those_of_the_teacher_s_loaders(ours, theirs):
         if o is None:
             for dl in d.loaders: dl.after_batch = Pipeline([t for t in dl.after_batch if not isinstance(t, Normalize)])
         return d
-    teacher = Learner(dls(theirs), Sees(net()).to(default_device()))
+    teacher = Learner(dls(theirs), here(Sees(net())))
     learn = seeded(d := dls(ours), create('lenet5', d))
     quiet(learn, teacher, 1, fit='distill')
     seen = torch.cat(teacher.model.seen)
@@ -381,7 +401,7 @@ def test_pixels_are_those_of_the_teacher_s_loaders(ours, theirs):
 def test_nothing_is_done_to_what_is_not_known(capsys):
     "A bare network, and loaders that do not say how they normalise"
     d = stats(.2, .3)
-    teacher = Sees(net()).to(default_device())
+    teacher = here(Sees(net()))
     for t in (teacher, Learner(foreign(Y), teacher, loss_func=nn.CrossEntropyLoss())):
         quiet(seeded(d, create('lenet5', d)), t, 1, fit='distill')
         assert torch.allclose(torch.cat(teacher.seen).min(), torch.tensor(-.2/.3, device=X.device), atol=1e-4)
@@ -398,7 +418,7 @@ def test_weight_0_and_another_normalisation():
         assert torch.equal(flat(quiet(seeded(stats(.2, .3), mlp(10)), 2, 1e-3, cbs=cb).model), plain)
 
 def large(**kwargs): return from_arrays(F.interpolate(X.float(), size=16).byte(), Y, **kwargs)
-def conv_net(): set_seed(2); return create('lenet5_caffe', large())
+def conv_net(): set_seed(2); return here(create('lenet5_caffe', large()))
 def grow(x): return F.interpolate(x, size=16)
 
 def test_images_of_another_size():
@@ -421,7 +441,7 @@ def test_any_size_is_said(capsys):
 
 def test_a_transform_for_a_bare_network():
     "It sees what the student sees, and the teacher what it makes of it, wherever it is called from"
-    seen,teacher = [],Sees(conv_net()).to(default_device())
+    seen,teacher = [],here(Sees(conv_net()))
     def tfm(x): seen.append(x.clone()); return grow(x)
     learn = seeded(data(), create('lenet5', data()))
     kd = learn.distill(teacher, 1, KD() + VID({'conv2': 'net.conv2'}), teacher_tfm=tfm)
@@ -429,8 +449,13 @@ def test_a_transform_for_a_bare_network():
     plot_log_likelihood(kd, learn, n=1)
     assert not hooks(teacher)
 
+def test_transforms_that_are_none():
+    learn = seeded(data(), create('lenet5', data()))
+    for tfm,said in ((16, 'teacher_tfm is 16, expected a function'), (lambda x: None, 'teacher_tfm gives None'), (lambda x: x.cpu().numpy(), 'gives ndarray')):
+        with pytest.raises(ValueError, match=said): quiet(learn, conv_net(), 1, fit='distill', teacher_tfm=tfm)
+
 def test_a_compiled_teacher_is_fed_and_left_as_it_was():
-    compiled = torch.compile(conv_net(), backend='aot_eager')
+    compiled = torch.compile(conv_net(), backend='eager')
     x = torch.randn(2,1,16,16, device=X.device)
     with torch.no_grad(): compiled.eval()(x)
     quiet(seeded(data(), create('lenet5', data())), compiled, 1, KD() + VID({'conv2': 'conv2'}), fit='distill', teacher_tfm=grow)

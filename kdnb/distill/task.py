@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
 from fastai.callback.mixup import MixHandler
-from fastai.data.core import Datasets,TfmdLists
-from fastai.data.transforms import CategoryMap,Normalize
+from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
 from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
 from fastai.torch_core import no_random
@@ -80,7 +79,8 @@ def asks_yes_or_no(loss, # Loss function
     z, # Logits
     yb): # Targets, a tuple of tensors, the first with as many numbers as `z`
     "Are targets 0 or 1, and does `loss` want each logit to rise or fall accordingly?"
-    y,z = yb[0].float(),z.detach().float().requires_grad_()
+    y,z = yb[0].float(),z.detach().float()
+    z = (z/z.abs().max().clamp(min=1)).requires_grad_()     # smoothed labels hold large logits back
     if not ((y==0) | (y==1)).all(): return False
     try:
         with torch.enable_grad(): g, = torch.autograd.grad(torch.as_tensor(loss(z, y, *yb[1:])).sum(), z)
@@ -115,7 +115,8 @@ def task_of(loss, # Loss function of the training
     try: z,yb = ask()
     except Exception as e: raise ValueError(f'what the loss function {name} asks of the outputs is not known, and no batch could be looked at '
                                             f'({e}). Name the terms, {_terms}.') from e
-    y = yb[0] if len(yb) and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
+    yb = tuple(o.to(z.device) if isinstance(o, torch.Tensor) else o for o in yb)
+    y = yb[0] if yb and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
     if are_class_numbers(y, z): return 'classes'
     if y.numel()==z.numel():
         unseen = unseen_shift(loss, z, yb)
@@ -191,11 +192,10 @@ def class_order(names, # Names of the student's classes, or None
 # %% ../../nbs/11a_distill.task.ipynb #0f1e6303
 def normalisation(dls): # `DataLoaders`, or None
     "`(mean, std)` of the images of `dls` before they were normalised, `(0, 1)` if they are not; None if that is not known"
-    dl = getattr(dls, 'train', None)
-    tfms,ds = getattr(dl, 'after_batch', None),getattr(dl, 'dataset', None)
-    found = [t for t in getattr(tfms, 'fs', ()) if isinstance(t, Normalize)]
+    tfms = getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', ())
+    found = [t for t in tfms if isinstance(t, Normalize)]
     if any(t.mean is None or t.std is None for t in found): return
-    if not found and not isinstance(ds, (ArrayDataset,Datasets,TfmdLists)): return
+    if not found and not any(isinstance(t, IntToFloatTensor) for t in tfms): return     # no images of fastai or of ours
     mean,std = torch.zeros(1,1,1,1),torch.ones(1,1,1,1)
     for t in found:
         m,s = (_plain(torch.as_tensor(o)).detach().float().cpu() for o in (t.mean, t.std))
