@@ -119,9 +119,11 @@ def _outputs(self:KnowledgeDistillation, *models):
 def _choose_terms(self:KnowledgeDistillation):
     "Terms that nobody has named: those of the task; if that is not certain, training will say so"
     now = self.loss_func,self.dls,self.model
-    if not self.by_task or 'gather_preds' in vars(self.learn) or all(a is b for a,b in zip(now, self._decided or (None,))): return
+    if not self.by_task or 'gather_preds' in vars(self.learn): return
+    if self._decided and all(a is b for a,b in zip(now, self._decided)): return
     self._unsure,self._decided,named = None,None,{}
-    try: named = (Terms()+usual_terms[task_of(now[0], lambda: (*self._outputs(self.model), targets(self.dls)))]).named()
+    ask = lambda: (*self._outputs(self.model), targets(self.dls))
+    try: named = (Terms()+usual_terms[task_of(self.loss_func, ask)]).named()
     except ValueError as e: self._unsure = e
     else: self._decided = now
     self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
@@ -129,8 +131,8 @@ def _choose_terms(self:KnowledgeDistillation):
 @patch
 def _meet(self:KnowledgeDistillation):
     "Let the adapter see how the data of teacher and student differ"
-    by_class = any(t.by_class for t in self.terms.values())
-    with undisturbed(self.model): self.adapter.meet(self.dls, self.teacher, (lambda: self._outputs(self.model, self.teacher)) if by_class else None)
+    ask = (lambda: self._outputs(self.model, self.teacher)) if any(t.by_class for t in self.terms.values()) else None
+    with undisturbed(self.model): self.adapter.meet(self.dls, self.teacher, ask)
 
 # %% ../../nbs/12_distill.callback.ipynb #c5e067af
 @patch
@@ -140,8 +142,8 @@ def _probe(self:KnowledgeDistillation):
     xb = inputs(self.dls)
     z_s,f_s = hear(self.model, self._paths('probe_layers'), xb)
     with self.adapter.fed(self.teacher): z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb)
-    return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, order=self.adapter.order, student=unwrap(self.model), teacher=unwrap(self.teacher),
-                           bs=self.dls.train.bs or len(z_s),
+    return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, student=unwrap(self.model), teacher=unwrap(self.teacher),
+                           order=self.adapter.order, bs=self.dls.train.bs or len(z_s),
                            labels=self._labels() if any(t.needs_index for t in self.terms.values()) else None)
 
 @patch
@@ -232,7 +234,8 @@ def _begin(self:KnowledgeDistillation):
         paths_s,paths_t,xb = self._paths('student_layers'),[] if self.cache else self._paths('teacher_layers'),None
         if paths_s or paths_t: xb = inputs(self.dls)
         self._ears = [Capture(m, p, p and inputs(xb, m)) for m,p in ((self.model,paths_s), (self.teacher,paths_t))]
-    self._checked,self._judged,self._after = False,set(),[m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
+    self._checked,self._judged = False,set()
+    self._after = [m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
 
 @patch
 def before_batch(self:KnowledgeDistillation):
@@ -245,9 +248,11 @@ def values(self:KnowledgeDistillation, names):
                         index=self.learn.sample_index if self.needs_index else None)
     res = {}
     for k in names:
-        if k not in self._judged: self._judged.add(k); self.adapter.check(self.terms[k], o.z_s, z_t, o.y)
-        o.head,o.z_t = self.heads[k] if k in self.heads else None,self.adapter.logits(z_t, self.terms[k])
-        res[k] = self.terms[k](o)
+        term = self.terms[k]
+        if k not in self._judged and self.adapter.compares(term): self.adapter.check(term, o.z_s, z_t, o.y)
+        self._judged.add(k)
+        o.head,o.z_t = self.heads[k] if k in self.heads else None,self.adapter.logits(z_t, term)
+        res[k] = term(o)
     return res
 
 @patch
@@ -385,7 +390,8 @@ def show_distilled(self:Learner,
     dl=None, # The validation set if None
     figsize=None):
     "The images of one batch on which teacher and student differ most, and what they think of them; returns the axes"
-    dl,adapter,teacher = dl or self.dls.valid,TeacherAdapter(teacher),teacher.model if isinstance(teacher, Learner) else teacher
+    dl,adapter = dl or self.dls.valid,TeacherAdapter(teacher)
+    if isinstance(teacher, Learner): teacher = teacher.model
     b,probs,said = dl.one_batch(),[],lambda m,xb: hear(m, [], xb)[0]
     adapter.meet(self.dls, teacher, lambda: tuple(said(m, self.dls) for m in (self.model, teacher)))
     with adapter.fed(teacher): zs = said(teacher, b[:1]),said(self.model, b[:1])

@@ -27,7 +27,8 @@ from .losses import *
 
 # %% ../../nbs/11_distill.methods.ipynb #639277f6
 usual_weights,_terms,_aliases = {},{},{}
-def _both(find): return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),find(teacher, data)))
+def _both(find):
+    return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),find(teacher, data)))
 def _own(find): return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),))
 
 class Term:
@@ -68,7 +69,7 @@ def _product(a, b, pct): return weight_at(a, pct)*weight_at(b, pct)
 
 def _register(cls):
     name = cls.__name__
-    if name in _terms and _terms[name].__module__==__name__!=cls.__module__: return     # the package's names stay its own
+    if name in _terms and _terms[name].__module__==__name__!=cls.__module__: return     # the package's names stay
     _terms[name] = cls
     if 'usual' in vars(cls): usual_weights[name] = cls.usual
     else: usual_weights.setdefault(name, cls.usual)
@@ -516,8 +517,8 @@ class SimKD(LayerTerm):
         new = _chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
         archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
         if all(archs):
-            new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm,
-                                                               **({} if order is None else dict(order=order))))
+            more = {} if order is None else dict(order=order)
+            new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more))
         return new
 
     def projector(self, c_s, c_t):
@@ -531,9 +532,10 @@ def _reorder(rest, order):
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
     if not isinstance(layer, (nn.Linear,nn.Conv2d)) or getattr(layer, 'groups', 1)>1:
-        raise ValueError("the student's classes are others of the teacher's or stand in another order, and the teacher does not end "
-                         'in a linear layer whose outputs SimKD could choose. Train the student on classes in the teacher\'s order.')
-    for k,p in layer.named_parameters(recurse=False): setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
+        raise ValueError("the student's classes are not the teacher's, in their order, and the teacher does not end in a linear "
+                         'layer whose outputs SimKD could choose. Train the student on classes in the teacher\'s order.')
+    for k,p in layer.named_parameters(recurse=False):
+        setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
 
 def _chain(body, projector, head):
@@ -579,9 +581,11 @@ def named_term(name, # Name of a term, such as 'SimKD', or a sum such as 'KD + V
     "The terms called `name`, on the layers that such methods look at"
     def build(k):
         if (cls := _terms.get(k)) is None:
-            raise ValueError(f'usual_weights names {k!r}, but no term is called so. Write it as a class {k}(LogitTerm) or {k}(LayerTerm).')
+            raise ValueError(f'usual_weights names {k!r}, but no term is called so. Write it as a class {k}(LogitTerm) or '
+                             f'{k}(LayerTerm).')
         found = cls.usual_layers(student, teacher, data, layers)
         try: return cls(*found, **(options or {}).get(k, {}))
         except TypeError as e:
-            raise ValueError(f'{k} cannot be built by its name: {e}. Pass options={{{k!r}: dict(...)}}, or an object {k}(...).') from e
+            raise ValueError(f'{k} cannot be built by its name: {e}. Pass options={{{k!r}: dict(...)}}, or an object '
+                             f'{k}(...).') from e
     return Terms(*(build(k)*(weights or {}).get(k, usual_weights[k]) for k in method_names(name)))

@@ -54,7 +54,7 @@ def _parts(loss):
 
 def loss_kind(loss, # Any loss function
     depth=4): # How deep to look into what is wrapped around it
-    "'classes', 'labels', 'values' or 'probabilities' (of labels), as the class of `loss` says, or of what it holds; else None"
+    "'classes', 'labels', 'values' or 'probabilities' (of labels), as the class of `loss` says, or of what it holds; or None"
     if (kind := _known(loss)) or not depth: return kind
     kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o) and not isinstance(o, (type,Learner))} - {None}
     return kinds.pop() if len(kinds)==1 else None
@@ -64,7 +64,7 @@ def loss_kind(loss, # Any loss function
 def unseen_shift(loss, # Loss function
     z, # Outputs
     yb): # Targets, a tuple of tensors, the first with as many numbers as `z`
-    "What `loss` does not see: 'rows' (all logits of a sample move), 'both' (outputs and targets move), 'none'; None if it cannot tell"
+    "What `loss` does not see: that logits of a sample move ('rows'), outputs and targets ('both'), 'none'; None if unknown"
     z,y,more = z.float(),yb[0].float(),yb[1:]
     d = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
     def at(z, y): return float(torch.as_tensor(loss(z, y, *more)).float().mean())
@@ -101,30 +101,36 @@ def are_class_numbers(y, z):
     c = z.shape[class_dim(z)] if z.ndim>1 else 1
     return c>1 and y.numel()*c==z.numel() and not (y.is_floating_point() and (y!=y.round()).any())
 
+# %% ../../nbs/11a_distill.task.ipynb #3fdc34bf
+def _kind_of(loss, z, y, yb):
+    "What is certain of the outputs `z` by the behaviour of `loss` and the targets `y`, the first of `yb`; or None"
+    if are_class_numbers(y, z): return 'classes'
+    if y.numel()!=z.numel(): return
+    unseen = unseen_shift(loss, z, yb)
+    if unseen=='both': return 'values'
+    if unseen=='rows' and y.shape==z.shape and is_distribution(y): return 'classes'
+    if unseen=='none' and asks_yes_or_no(loss, z, yb): return 'labels'
+
 # %% ../../nbs/11a_distill.task.ipynb #b5d04ffd
-_terms = ('KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, or LogitsMSE()*.9 for numbers')
+_terms = 'KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, or LogitsMSE()*.9 for numbers'
+
+_uncertain = 'what the loss function {} asks of the outputs is not certain'
 
 def task_of(loss, # Loss function of the training
     ask): # Function that gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
-    "What the outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'; ValueError if unknown"
+    "What outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'; ValueError if unknown"
     if (kind := loss_kind(loss))=='probabilities':
-        raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. Leave the sigmoid out of '
-                         'student and teacher, and train with BCEWithLogitsLossFlat.')
+        raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. '
+                         'Leave the sigmoid out of student and teacher, and train with BCEWithLogitsLossFlat.')
     if kind: return kind
-    name = getattr(loss, '__name__', type(loss).__name__)
+    said = _uncertain.format(getattr(loss, '__name__', type(loss).__name__))
     try: z,yb = ask()
-    except Exception as e: raise ValueError(f'what the loss function {name} asks of the outputs is not known, and no batch could be looked at '
-                                            f'({e}). Name the terms, {_terms}.') from e
+    except Exception as e: raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, {_terms}.') from e
     yb = tuple(o.to(z.device) if isinstance(o, torch.Tensor) else o for o in yb)
     y = yb[0] if yb and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
-    if are_class_numbers(y, z): return 'classes'
-    if y.numel()==z.numel():
-        unseen = unseen_shift(loss, z, yb)
-        if unseen=='both': return 'values'
-        if unseen=='rows' and y.shape==z.shape and is_distribution(y): return 'classes'
-        if unseen=='none' and asks_yes_or_no(loss, z, yb): return 'labels'
-    raise ValueError(f'what the loss function {name} asks of the outputs is not certain: targets are {y.dtype} of shape '
-                     f'{tuple(y.shape)}, outputs of shape {tuple(z.shape)}. Name the terms, {_terms}.')
+    if kind := _kind_of(loss, z, y, yb): return kind
+    raise ValueError(f'{said}: targets are {y.dtype} of shape {tuple(y.shape)}, outputs of shape {tuple(z.shape)}. '
+                     f'Name the terms, {_terms}.')
 
 # %% ../../nbs/11a_distill.task.ipynb #cb10b2f2
 def targets(dls):
@@ -138,12 +144,12 @@ usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*
 def check_targets(term, # A term
     z, # The student's outputs
     y): # Targets
-    "ValueError, if `term` takes the outputs for logits of classes of which one is right, and the targets are nothing of that kind"
+    "ValueError, if `term` takes outputs for logits of classes of which one is right, and targets are nothing of the kind"
     if not (term.softmax and term.by_class) or isinstance(term, DKD) or z.shape[class_dim(z)]<2: return
     if are_class_numbers(y, z) or (y.shape==z.shape and is_distribution(y)): return
     if y.numel()==z.numel() or y.is_floating_point():
-        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, but targets are {y.dtype} of '
-                         f'shape {tuple(y.shape)}, neither class numbers nor distributions over classes. '
+        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, but targets are '
+                         f'{y.dtype} of shape {tuple(y.shape)}, neither class numbers nor distributions over classes. '
                          'Use BinaryKD for several labels, LogitsMSE for numbers.')
 
 # %% ../../nbs/11a_distill.task.ipynb #3145e947
@@ -185,8 +191,8 @@ def class_order(names, # Names of the student's classes, or None
     if numbers[0]!=numbers[1]: return                         # one side has no names
     if missing := [o for o in names if o not in known]:
         some = lambda o: ', '.join(map(repr, o[:5])) + (' …' if len(o)>5 else '')
-        raise ValueError(f'the teacher does not know {len(missing)} of the student\'s {len(names)} classes, {some(missing)}; it knows '
-                         f'{some(known)}. Use a teacher of these classes, or terms that compare features.')
+        raise ValueError(f'the teacher does not know {len(missing)} of the student\'s {len(names)} classes, {some(missing)}; '
+                         f'it knows {some(known)}. Use a teacher of these classes, or terms that compare features.')
     return [known.index(o) for o in names]
 
 # %% ../../nbs/11a_distill.task.ipynb #0f1e6303
@@ -207,25 +213,20 @@ class Feed:
     "What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images"
     def __init__(self, tfm=None, # Function of the inputs
         ours=None, theirs=None): # `normalisation` of the student's images and of the teacher's; nothing is done if None
-        if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function of the inputs.')
+        if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
         self.tfm,self.ours,self.theirs = tfm,ours,theirs
     def __call__(self, *xb):
         if self.tfm is not None: xb = tuple(map(_plain, tuplify(self.tfm(*xb))))
         if not xb or not all(isinstance(x, torch.Tensor) for x in xb):
-            raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the teacher\'s inputs as tensors.')
+            raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the '
+                             'teacher\'s inputs as tensors.')
         return xb if self.ours is None else tuple(map(self.renormalised, xb))
-    @property
-    def matters(self):
-        "Does normalisation differ by more than what two samples of the same images do?"
-        if self.ours is None: return False
-        (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
-        return bool(((m_s-m_t).abs()>.05*s_t).any() or ((s_s/s_t-1).abs()>.05).any())
     def renormalised(self, x):
         (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
         if x.ndim!=s_s.ndim or not x.is_floating_point(): return x
         if s_s.shape[1] not in (1,x.shape[1]):
-            raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are normalised over {s_s.shape[1]}. '
-                             'Pass the bare network, teacher.model, and let teacher_tfm normalise, too.')
+            raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are normalised over '
+                             f'{s_s.shape[1]}. Pass the bare network, teacher.model, and let teacher_tfm normalise, too.')
         a,b = (o.to(x.device) for o in (s_s/s_t, (m_s-m_t)/s_t))
         return (x.float()*a + b).to(x.dtype)
 
@@ -235,12 +236,11 @@ def feed_of(source, # The teacher's `DataLoaders`, or None
     tfm=None): # Function from the student's inputs to what the teacher wants
     "The `Feed` for a teacher that was trained on `source`, or None if it is given what the student is given"
     ours,theirs = (None,None) if source is None or source is dls else map(normalisation, (dls, source))
-    if ours is None or theirs is None or all(a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5) for a,b in zip(ours, theirs)):
-        return None if tfm is None else Feed(tfm)
-    ratio = (ours[1]/theirs[1]).log().abs().max()
-    if ratio>math.log(20):
-        raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the student\'s about {ours[1].mean():.3g}: '
-                         'their pixels are on other scales, such as 0…255 and 0…1. Pass the bare network, teacher.model, and '
+    alike = lambda a,b: a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5)
+    if ours is None or theirs is None or all(map(alike, ours, theirs)): return None if tfm is None else Feed(tfm)
+    if (ours[1]/theirs[1]).log().abs().max()>math.log(20):
+        raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the student\'s about '
+                         f'{ours[1].mean():.3g}: their pixels are on other scales, such as 0…255 and 0…1. Pass the bare network, teacher.model, and '
                          'teacher_tfm=, a function from the student\'s inputs to what the teacher wants.')
     return Feed(tfm, ours, theirs)
 
@@ -253,6 +253,7 @@ def image_shape(dls):
     except Exception: return None       # an exported learner has no images
     return tuple(shape) if len(shape)==3 else None
 
+# %% ../../nbs/11a_distill.task.ipynb #d939bf93
 def check_size(teacher, # Network
     xb, # What it is to be given
     shape): # Shape (C, H, W) of the images it was trained on
@@ -262,14 +263,13 @@ def check_size(teacher, # Network
     try:
         with evaluating(teacher), torch.no_grad(): teacher(*xb)
     except Exception as e:
-        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these of {by(got)}. Pass teacher_tfm=, a function '
-                         f'from the student\'s inputs to the teacher\'s, such as lambda x: F.interpolate(x, size={shape[1:]}).') from e
-    return f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as they are; teacher_tfm= can resize them.'
+        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these of {by(got)}. Pass teacher_tfm=, '
+                         f'a function from the student\'s inputs to the teacher\'s, such as lambda x: F.interpolate(x, size={shape[1:]}).'
+                        ) from e
+    return (f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as they are; '
+            'teacher_tfm= can resize them.')
 
 # %% ../../nbs/11a_distill.task.ipynb #5596ee73
-def _forget_compiled(net):
-    if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in net.modules()): torch._dynamo.reset()
-
 class TeacherAdapter:
     "Give a teacher its inputs, and terms its answers, in the form that they expect"
     def __init__(self, teacher=None, # `Learner`, or a module, of which nothing is known
@@ -290,6 +290,9 @@ class TeacherAdapter:
             if not there: self.disconnect()
 
 # %% ../../nbs/11a_distill.task.ipynb #eb4c1649
+def _forget_compiled(net):
+    if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in net.modules()): torch._dynamo.reset()
+
 @patch
 def connect(self:TeacherAdapter, net):
     "From now on `net` is called with what the feed makes of its inputs"
@@ -304,7 +307,7 @@ def disconnect(self:TeacherAdapter):
     hook.remove()
     _forget_compiled(net)
 
-# %% ../../nbs/11a_distill.task.ipynb #ba2e044d
+# %% ../../nbs/11a_distill.task.ipynb #673425fd
 @patch
 def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
     teacher, # The teacher's network
@@ -312,46 +315,62 @@ def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
     "Find out how inputs and answers differ; say so, or ValueError if they do not fit"
     self.feed,self.order = feed_of(self.source, dls, self.tfm),None
     if self.source is None or self.source is dls: return
-    if self.feed is not None and self.feed.matters: self.say('The teacher gets the images in its own normalisation.')
+    if self.feed is not None and self.feed.ours is not None and _far(self.feed.ours, self.feed.theirs):
+        self.say('The teacher gets the images in its own normalisation.')
     xb,self._shape = inputs(dls, teacher),self._shape or image_shape(self.source)
     self.say(check_size(teacher, xb if self.feed is None else self.feed(*xb), self._shape))
     if ask is None or class_names(dls)==class_names(self.source): return
     with self.fed(teacher): outputs = ask()
-    if not all(isinstance(z, torch.Tensor) and z.ndim>1 for z in outputs): return
-    c_s,c_t = (z.shape[class_dim(z)] for z in outputs)
+    if all(isinstance(z, torch.Tensor) and z.ndim>1 for z in outputs): self._match(dls, *outputs)
+
+def _far(ours, theirs):
+    "Do these normalisations differ by more than two samples of the same images do?"
+    (m_s,s_s),(m_t,s_t) = ours,theirs
+    return bool(((m_s-m_t).abs()>.05*s_t).any() or ((s_s/s_t-1).abs()>.05).any())
+
+# %% ../../nbs/11a_distill.task.ipynb #396d75d5
+@patch
+def _match(self:TeacherAdapter, dls, z_s, z_t):
+    "The teacher's answers in the order of the student's classes, by name"
+    c_s,c_t = (z.shape[class_dim(z)] for z in (z_s, z_t))
     ours,theirs = class_names(dls, 2 if c_s==1 else c_s),class_names(self.source, 2 if c_t==1 else c_t)
     self.order = class_order(ours, theirs)
-    if self.order is not None and 1 in (c_s,c_t):
+    if self.order is None:
+        if ours and theirs and ours!=theirs:
+            self.say('The classes of one side are plain numbers, those of the other have names: they are taken in the order '
+                     'they stand in.')
+        return
+    if 1 in (c_s,c_t):
         raise ValueError(f'one output says yes or no, and yes is {theirs[-1]!r} for the teacher, {ours[-1]!r} for the student. '
                          'Number the classes alike, or use terms that compare features.')
-    if self.order is not None:
-        what = 'reordered' if len(ours)==len(theirs) else f'taken for the {len(ours)} of its {len(theirs)} that the student has'
-        self.say(f'Teacher and student number their classes differently: the teacher\'s answers are {what}, by name.')
-    elif ours and theirs and ours!=theirs:
-        self.say('The classes of one side are plain numbers, those of the other have names: both are taken in the order they stand in.')
+    what = 'reordered' if len(ours)==len(theirs) else f'taken for the {len(ours)} of its {len(theirs)} that the student has'
+    self.say(f'Teacher and student number their classes differently: the teacher\'s answers are {what}, by name.')
 
-# %% ../../nbs/11a_distill.task.ipynb #d4019c0b
+# %% ../../nbs/11a_distill.task.ipynb #a2dcebfe
 @patch
 def check(self:TeacherAdapter, term, # A term that is about to compare
-    z_s, z_t, # Outputs of student and teacher
+    z_s, z_t, # Logits of student and teacher
     y=None): # Targets, if there are any
-    "Are outputs and targets of the kind that `term` takes them for?"
-    if not (term.softmax or isinstance(term, LogitTerm)) or not all(isinstance(z, torch.Tensor) for z in (z_s, z_t)): return
+    "Are logits and targets of the kind that `term` takes them for?"
     self.form,self.numbered = probabilities_in(z_t),y is not None and are_class_numbers(y, z_s)
     if y is not None: check_targets(term, z_s, y)
     if term.softmax and term.by_class and probabilities_in(z_s)=='probabilities':
-        raise ValueError(f'the student answers in probabilities, and {type(term).__name__} compares logits. Leave its softmax out: '
-                         'cross-entropy has one of its own.')
+        raise ValueError(f'the student answers in probabilities, and {type(term).__name__} compares logits. Leave its softmax '
+                         'out: cross-entropy has one of its own.')
     if self.form and (term.softmax or self.numbered):
         how = 'their logarithms are taken' if self.form=='probabilities' else 'they are taken as they are'
         self.say(f'The teacher answers in {self.form}: {how} for its logits.')
     if isinstance(term, BinaryKD) and ((z_t>=0) & (z_t<=1)).all():
-        warnings.warn('all of the teacher\'s answers lie between 0 and 1, as if it ended in a sigmoid, and BinaryKD expects logits. '
-                      'If it does, leave the sigmoid out.')
+        warnings.warn('all of the teacher\'s answers lie between 0 and 1, as if it ended in a sigmoid, and BinaryKD expects '
+                      'logits. If it does, leave the sigmoid out.')
+
+# %% ../../nbs/11a_distill.task.ipynb #260d1319
+@patch
+def compares(self:TeacherAdapter, term): "Does `term` compare logits?"; return term.softmax or isinstance(term, LogitTerm)
 
 @patch
 def logits(self:TeacherAdapter, z, term):
     "The teacher's answers `z` as `term` expects them"
-    if not isinstance(z, torch.Tensor): return z
     if self.form=='probabilities' and (term.softmax or term.by_class and self.numbered): z = log_of(z)
-    return z if self.order is None or not term.by_class else z.index_select(class_dim(z), torch.tensor(self.order, device=z.device))
+    if self.order is None or not term.by_class: return z
+    return z.index_select(class_dim(z), torch.tensor(self.order, device=z.device))
