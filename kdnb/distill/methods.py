@@ -349,11 +349,11 @@ class ConnectorHead(nn.Module):
         f = self.conv(f)
         return f,self._rest[0].to(f.device)(f)
 
-def rest_of(teacher, path, f_s, f_t):
-    "A frozen copy of what follows the layer `path` in `teacher`, if it can take the student's maps `f_s`"
+def rest_of(teacher, path, f_s, f_t, logits=None):
+    "A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, if it can take the student's maps `f_s`"
     if f_s.ndim!=4 or f_t.ndim!=4:
         raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W).')
-    with evaluating(teacher): rest = deepcopy(cut(teacher, path)[1]).requires_grad_(False).eval()
+    with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
@@ -367,7 +367,7 @@ class SRRL(HeadTerm):
     "Softmax regression representation learning (Yang et al. 2021), on the last map; usual weight 1"
     def __init__(self, layer, teacher_layer=None): super().__init__(layer, teacher_layer)
     def prepare(self, o):
-        return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t))
+        return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)))
                               for (_,t),(f_s,f_t) in zip(self.pairs, self.features(o))])
     def __call__(self, o):
         res = 0
@@ -446,7 +446,7 @@ class SimKD(LayerTerm):
         "The plain module student's body → projector → rest of the teacher"
         (s,t), = self.pairs
         f_s,f_t = o.f_s[s],o.f_t[t]
-        rest = rest_of(o.teacher, t, f_s, f_t)
+        rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
         small = same_size(f_s, f_t)[0]
         pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
         with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
