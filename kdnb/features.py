@@ -42,6 +42,7 @@ def get_layer(model, path):
 # %% ../nbs/03_features.ipynb #1cfcb352
 def described(o):
     "What `o` is, in a few words for a message"
+    if isinstance(o, partial): o = o.func
     if isinstance(o, type): return f'the class {o.__name__}'
     if isinstance(o, nn.Module): return f'a {type(o).__name__}'
     if isinstance(o, (tuple,list,dict,set)): return f'a {type(o).__name__} of {len(o)}'
@@ -55,7 +56,7 @@ def as_network(o, what='teacher'):
     several = isinstance(o, (tuple,list,dict,nn.ModuleList,nn.ModuleDict))
     if isinstance(o, nn.Module) and not several: return o
     said = 'one network is expected' if several else f'expected {"a trained Learner or " if what=="teacher" else ""}nn.Module'
-    name = getattr(o, '__name__', 'it')
+    name = getattr(getattr(o, 'func', o), '__name__', 'it')
     do = ('Distil from one after the other, or from a module that returns the mean of their logits.' if several and what=='teacher'
           else f'Call it: {name}(...) is a network.' if callable(o) and not several else 'Pass a network.')
     raise ValueError(f'{what} is {described(o)}, {said}. {do}')

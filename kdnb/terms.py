@@ -102,6 +102,7 @@ class LossTerm(TidyCallback):
         self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
         self.task,self._sums,self._n,self._files = check_weight(task, 'task'),{},{},{}
 
+    def __getstate__(self): return {**self.__dict__, '_files': {}}
     def params(self, model): "Parameters of `model` that belong to this term"; return []
     def values(self, names):
         "The terms called `names`, as a dict of scalars"

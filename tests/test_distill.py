@@ -12,6 +12,7 @@ from torchvision.models import mobilenet_v2, resnet18
 import two_processes as ddp
 from common import CPUAutocast, StopAt, X, Y, data, ends, flat, quiet, seeded
 from kdnb.all import *
+from kdnb.checkpoint import load_state
 from kdnb.features import as_logits
 from kdnb.terms import param_states
 
@@ -582,6 +583,8 @@ def test_heads_are_resumed_exactly(tmp_path, monkeypatch):
     def run(path, at=-1):
         learn,cb = learner(),KnowledgeDistillation(TEACHER, KD() + HEADS_OF)
         quiet(learn, 4, 1e-3, fit='fit_one_cycle', cbs=[cb, At(at), Checkpoint(path)])
+        held = {k for f in path.rglob('*.safetensors') for k in load_state(f)['model']}
+        assert any('memory_s' in k for k in held) and not any(k.split('.')[-1] in ('labels','by_class') for k in held)     # those come with the data
         return flat(learn.model),cb.heads.state_dict()
     whole = run(tmp_path/'whole')
     for at in (1,3):
@@ -762,6 +765,18 @@ def test_features_need_no_logits(cache):
     quiet(learn, Returns(TEACHER, odd), 1, at(AT('conv2')) + at(FitNet('conv2')), cache=cache, fit='distill')
     with pytest.raises(ValueError, match='the (teacher|student) returns a dict'): quiet(learn, Returns(TEACHER, odd), 1, KD() + at(AT('conv2')), cache=cache, fit='distill')
 
+def test_inputs_in_a_dict_reach_the_teacher():
+    class FromDict(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, b): return dict(logits=self.net(b['x']))
+    class Pack(Callback):
+        order = -9
+        def before_batch(self): self.learn.xb = (dict(x=self.xb[0]),)
+    learn = learner(model=FromDict(student()), cbs=Pack())
+    learn.loss_func,learn.metrics = lambda out,y: F.cross_entropy(out['logits'], y),[]
+    quiet(learn, 1, 1e-3, cbs=[KnowledgeDistillation(FromDict(TEACHER), KD()), Unlabelled(2)])
+    assert learn.recorder.values[-1][-1]>0
+
 def test_show_distilled_understands_them():
     learn = learner(model=Returns(student(), RETURNS['hf']))
     learn.show_distilled(Returns(TEACHER, lambda z: dict(a=-z, b=z)), n=2, logits=lambda o: o['b'] if 'b' in o else o['logits'])
@@ -793,6 +808,10 @@ class Whole(nn.Linear):
     ('T is a schedule, expected a number', lambda: VIDLP('fc2') and LwF(T=lambda p: 4.)),
     ("T is '4', expected a temperature", lambda: DIST(T='4')),
     ("fit is 'fit_onecycle', .* Did you mean 'fit_one_cycle'", lambda: learner().distill(TEACHER, 1, fit='fit_onecycle')),
+    ('task is a term', lambda: learner().distill(TEACHER, 1, KD(), AT('conv2'))),
+    ('logits is a list of 1, expected a key', lambda: learner().distill(TEACHER, 1, logits=[1])),
+    ('fit is the function fit, expected the name', lambda: learner().distill(TEACHER, 1, fit=learner().fit)),
+    ('the chain holds a LeNet|the chain holds a Sequential', lambda: teacher_assistant([TEACHER, learner()], 1)),
     ('lr and lr_max are both given', lambda: learner().distill(TEACHER, 1, lr=.1, lr_max=.1)),
 ])
 def test_unclear_errors_are_sentences(message, make):

@@ -81,6 +81,7 @@ class KnowledgeDistillation(LossTerm):
         if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
         teacher = as_network(teacher)
         named = (Terms()+_checked(terms)).named()
+        if isinstance(task, (Term,Terms)): raise ValueError('task is a term, expected the weight of the task loss. Add terms up: KD() + AT(...).')
         if n_views and not cache:
             raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
         if not named: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
@@ -89,7 +90,10 @@ class KnowledgeDistillation(LossTerm):
         self.teacher,self.cache,self.n_views,self.heads = teacher,cache,n_views,Heads()
         self._built = self._fault = self._ears = self._loader = self._now = self._views = None
         self._modes,self._kept,self._said,self._after,self._params,self._replaced = [],{},[],[],[],None
-        if logits is not None: self.logits = logits
+        if logits is None: return
+        if not (callable(logits) or isinstance(logits, (str,int))):
+            raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what the networks return.')
+        self.logits = logits
 
     def _paths(self, which): return list(dict.fromkeys(p for t in self.terms.values() for p in getattr(t, which)))
     @property
@@ -262,7 +266,8 @@ def _targets(self:KnowledgeDistillation, term):
 @patch
 def _ask(self:KnowledgeDistillation):
     "The teacher's logits for this batch, or what it returns, if none are known in that"
-    return find_logits(self.teacher(*(x.as_subclass(torch.Tensor) for x in self.xb)), self.logits)
+    xb = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in self.xb)
+    return find_logits(self.teacher(*xb), self.logits)
 
 @patch
 @torch.no_grad()
@@ -340,7 +345,7 @@ def _fit_method(learn, name, kwargs):
     method = getattr(type(learn), name, None) if isinstance(name, str) else None
     if method is None:
         near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
-        raise ValueError(f'fit is {name!r}, and the learner has no such method.' + (f' Did you mean {near[0]!r}?' if near else ''))
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.' + (f' Did you mean {near[0]!r}?' if near else ''))
     takes = inspect.signature(method).parameters
     if 'lr' in kwargs and 'lr' not in takes and (own := [k for k in ('base_lr','lr_max','max_lr') if k in takes]):
         if own[0] in kwargs: raise ValueError(f'lr and {own[0]} are both given, and {name} has one learning rate.')
@@ -374,6 +379,7 @@ def check_terms(terms, # A term or a sum of terms
     dls, # `DataLoaders` that both can read
     logits=None): # Where the logits are in what they return, see `as_logits`
     "Raise the error that `distill` would raise, if `terms` do not fit these networks"
+    student,teacher = as_network(student, 'student'),as_network(teacher)
     kd,p = KnowledgeDistillation(teacher, terms, logits=logits),next(teacher.parameters(), torch.zeros(0))
     learn = Learner(dls, deepcopy(student).to(p.device), CrossEntropyLossFlat(), cbs=kd)
     if kd._fault is not None: raise kd._fault
@@ -392,6 +398,8 @@ def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which
     terms=None, # A term or a sum of terms for every step; `KD(T=4)*.9` if None
     **kwargs): # Passed on to `distill`
     "Distil along a chain of learners; returns the last"
+    if bad := [o for o in learners if not isinstance(o, Learner)]:
+        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one before it.')
     if len(learners)<2:
         raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at least.')
     epochs = [n_epoch]*(len(learners)-1) if isinstance(n_epoch, int) else list(n_epoch)

@@ -42,7 +42,7 @@ def check_T(T):
     if callable(T):
         raise ValueError('T is a schedule, expected a number: a temperature does not change while training. '
                          'What can is the weight of a term, KD(T=4)*SchedCos(1., .1).')
-    if isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
+    if T is None or isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
 def _classes(z): "The dimension of the classes"; return 1 if z.ndim==4 else -1
 def _rows(z): return z.movedim(_classes(z), -1).flatten(0, -2) if z.ndim>2 else z

@@ -279,9 +279,15 @@ class ContrastHead(nn.Module):
         self.K = K if K and K<len(labels) else None
         count = labels.bincount()
         memory_s,memory_t = unit(torch.randn(2, len(labels), dim), 2)
-        for name,o in dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count,
-                           memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
-        self._new = None
+        for name,o in dict(memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
+        of_data = dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count)
+        self._new,self._of_data = None,list(of_data)
+        vars(self).update(of_data)
+
+    def _apply(self, fn, recurse=True):
+        "Also move what is known of the data, which is no buffer: no file holds the labels"
+        vars(self).update({k: fn(getattr(self, k)) for k in self._of_data})
+        return super()._apply(fn, recurse)
 
     def negatives(self, y):
         "Places of `K` samples of other classes for each of the labels `y` (B, K), or the mask of all of them (B, N)"
