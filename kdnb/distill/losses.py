@@ -40,7 +40,10 @@ def unit(v, dim=1, p=2, eps=1e-12):
 
 # %% ../../nbs/10_distill.losses.ipynb #1c0806f2
 def check_T(T):
-    if not T>0: raise ValueError(f'T is {T}, expected a temperature above 0.')
+    if callable(T):
+        raise ValueError('T is a schedule, expected a number: a temperature does not change while training. '
+                         'What can is the weight of a term, KD(T=4)*SchedCos(1., .1).')
+    if T is None or isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
 def class_dim(z): "The dimension of the classes"; return 1 if z.ndim>3 else -1
 def _rows(z): return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z

@@ -333,9 +333,15 @@ class ContrastHead(nn.Module):
         self.K = K if K and K<len(labels) else None
         count = labels.bincount()
         memory_s,memory_t = unit(torch.randn(2, len(labels), dim), 2)
-        for name,o in dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count,
-                           memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
-        self._new = None
+        for name,o in dict(memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
+        of_data = dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count)
+        self._new,self._of_data = None,list(of_data)
+        vars(self).update(of_data)
+
+    def _apply(self, fn, recurse=True):
+        "Also move what is known of the data, which is no buffer: no file holds the labels"
+        vars(self).update({k: fn(getattr(self, k)) for k in self._of_data})
+        return super()._apply(fn, recurse)
 
     def negatives(self, y):
         "Places of `K` samples of other classes for each of the labels `y` (B, K), or the mask of all of them (B, N)"
@@ -403,11 +409,11 @@ class ConnectorHead(nn.Module):
         f = self.conv(f)
         return f,self._rest[0].to(f.device)(f)
 
-def rest_of(teacher, path, f_s, f_t):
-    "A frozen copy of what follows the layer `path` in `teacher`, if it can take the student's maps `f_s`"
+def rest_of(teacher, path, f_s, f_t, logits=None):
+    "A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, if it can take the student's maps `f_s`"
     if f_s.ndim!=4 or f_t.ndim!=4:
         raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W).')
-    with evaluating(teacher): rest = deepcopy(cut(teacher, path)[1]).requires_grad_(False).eval()
+    with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
@@ -422,7 +428,7 @@ class SRRL(HeadTerm):
     usual_layers = _both(last_map)
     def __init__(self, layer, teacher_layer=None): super().__init__(layer, teacher_layer)
     def prepare(self, o):
-        return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t))
+        return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)))
                               for (_,t),(f_s,f_t) in zip(self.pairs, self.features(o))])
     def __call__(self, o):
         res = 0
@@ -506,7 +512,7 @@ class SimKD(LayerTerm):
         "The plain module student's body → projector → rest of the teacher"
         (s,t), = self.pairs
         f_s,f_t = o.f_s[s],o.f_t[t]
-        rest,order = rest_of(o.teacher, t, f_s, f_t),getattr(o, 'order', None)
+        rest,order = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)),getattr(o, 'order', None)
         if order is not None: _reorder(rest, order)
         small = same_size(f_s, f_t)[0]
         pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
