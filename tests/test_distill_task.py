@@ -531,3 +531,32 @@ def test_the_table_is_as_it_was():
         KD=.9, BinaryKD=.9, LogitsMSE=1., DKD=1., DIST=1., LwF=1., AT=1000., NST=50., SP=3000., PKT=30000., RKD=1., FSP=50., FitNet=100., VID=10., VIDLP=10., CRD=.8, SRRL=1.,
         SemCKD=400., SimKD=1.).items()}
     assert method_names('vid-lp + Similarity + logits')==['VIDLP','SP','LogitsMSE']
+
+
+class Said(nn.Module):
+    "Returns a dict"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return dict(hidden=x.flatten(1)*2, logits=self.net(x))
+
+def test_networks_that_return_a_dict(capsys):
+    "The task, the order of the classes and probabilities are those of the logits in it"
+    res = []
+    for t in (Learner(named(OTHER), here(Said(Last(net(), partial(torch.softmax, dim=1))))), in_order(net(), named())):
+        set_seed(1); learn = seeded(named(), here(Said(create('lenet5', named()))))
+        learn.loss_func = lambda out,y: own_ce(out['logits'], y)
+        learn.metrics = []
+        res.append(flat(quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(t, KD(T=4)*.9, task=.1)).model))
+    assert torch.allclose(*res, atol=1e-4)
+    said = capsys.readouterr().out
+    assert said.count('by name')==1 and said.count('probabilities')==1
+
+@pytest.mark.parametrize('loss,c,name', [(nn.BCEWithLogitsLoss(), 3, 'binarykd'), (nn.MSELoss(), 3, 'logitsmse'), (nn.CrossEntropyLoss(), 10, 'kd')])
+def test_images_without_targets(loss, c, name):
+    "What the loss function asks is known without them"
+    items = [(x,) for x in IMAGES]
+    dls = DataLoaders(DataLoader(items, bs=67), DataLoader(items, bs=67), device=default_device())
+    dls.n_inp = 1
+    learn = Learner(dls, mlp(c), loss_func=loss)
+    before = flat(learn.model).clone()
+    quiet(learn, conv(c), 1, fit='distill')
+    assert name in learn.recorder.metric_names and not torch.equal(flat(learn.model), before)
