@@ -80,8 +80,8 @@ def _stack(items):
 # %% ../nbs/00_data.ipynb #b3b53b33
 def take_index(learn):
     "Move the samples' places from the batch (`index=True`) to `learn.sample_index`"
-    bare = getattr(learn.dl, 'index', False) and getattr(learn.dl.dataset, 'y', None) is None     # without targets it is alone
-    if len(learn.yb) > (not bare): *learn.yb,learn.sample_index = learn.yb
+    if not isinstance(dl := learn.dl, TensorDL) or not dl.index: return
+    if len(learn.yb) > (dl.dataset.y is not None): *learn.yb,learn.sample_index = learn.yb     # not twice, and also without targets
 
 class SampleIndex(Callback):
     "`take_index` from every batch"

@@ -53,7 +53,7 @@ def described(o):
 def as_network(o, what='teacher'):
     "The network of a `Learner`, or the network `o`"
     if isinstance(o, Learner): o = o.model
-    several = isinstance(o, (tuple,list,dict,nn.ModuleList,nn.ModuleDict))
+    several = isinstance(o, (tuple,list,dict)) or isinstance(o, (nn.ModuleList,nn.ModuleDict)) and type(o).forward is nn.Module.forward
     if isinstance(o, nn.Module) and not several: return o
     said = 'one network is expected' if several else f'expected {"a trained Learner or " if what=="teacher" else ""}nn.Module'
     name = getattr(getattr(o, 'func', o), '__name__', 'it')
