@@ -214,7 +214,7 @@ class Feed:
     def __init__(self, tfm=None, # Function of the inputs
         ours=None, theirs=None): # `normalisation` of the student's images and of the teacher's; nothing is done if None
         if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
-        self.tfm,self.ours,self.theirs = tfm,ours,theirs
+        self.tfm,self.ours,self.theirs,self._on = tfm,ours,theirs,{}
     def __call__(self, *xb):
         if self.tfm is not None: xb = tuple(map(_plain, tuplify(self.tfm(*xb))))
         if not xb or not all(isinstance(x, torch.Tensor) for x in xb):
@@ -227,7 +227,8 @@ class Feed:
         if s_s.shape[1] not in (1,x.shape[1]):
             raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are normalised over '
                              f'{s_s.shape[1]}. Pass the bare network, teacher.model, and let teacher_tfm normalise, too.')
-        a,b = (o.to(x.device) for o in (s_s/s_t, (m_s-m_t)/s_t))
+        if x.device not in self._on: self._on[x.device] = (s_s/s_t).to(x.device),((m_s-m_t)/s_t).to(x.device)
+        a,b = self._on[x.device]
         return (x.float()*a + b).to(x.dtype)
 
 # %% ../../nbs/11a_distill.task.ipynb #b72e8842
@@ -275,7 +276,7 @@ class TeacherAdapter:
     def __init__(self, teacher=None, # `Learner`, or a module, of which nothing is known
         tfm=None): # Function from the student's inputs to what the teacher wants
         self.source,self.tfm = teacher.dls if isinstance(teacher, Learner) else None,tfm
-        self.feed = self.order = self.form = self._hook = self._shape = None
+        self.feed = self.order = self.form = self._hook = self._shape = self._index = None
         self.numbered,self._said = False,set()
     def say(self, line):
         if line and line not in self._said: print(line)
@@ -313,7 +314,7 @@ def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
     teacher, # The teacher's network
     ask=None): # Function that gives outputs of student and teacher for a batch; None if nobody compares them by class
     "Find out how inputs and answers differ; say so, or ValueError if they do not fit"
-    self.feed,self.order = feed_of(self.source, dls, self.tfm),None
+    self.feed,self.order,self._index = feed_of(self.source, dls, self.tfm),None,None
     if self.source is None or self.source is dls: return
     if self.feed is not None and self.feed.ours is not None and _far(self.feed.ours, self.feed.theirs):
         self.say('The teacher gets the images in its own normalisation.')
@@ -373,4 +374,5 @@ def logits(self:TeacherAdapter, z, term):
     "The teacher's answers `z` as `term` expects them"
     if self.form=='probabilities' and (term.softmax or term.by_class and self.numbered): z = log_of(z)
     if self.order is None or not term.by_class: return z
-    return z.index_select(class_dim(z), torch.tensor(self.order, device=z.device))
+    if self._index is None or self._index.device!=z.device: self._index = torch.tensor(self.order, device=z.device)
+    return z.index_select(class_dim(z), self._index)
