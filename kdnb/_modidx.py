@@ -226,6 +226,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation._replace': ( 'distill.callback.html#knowledgedistillation._replace',
                                                                                                  'kdnb/distill/callback.py'),
+                                       'kdnb.distill.callback.KnowledgeDistillation._take_index': ( 'distill.callback.html#knowledgedistillation._take_index',
+                                                                                                    'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation._targets': ( 'distill.callback.html#knowledgedistillation._targets',
                                                                                                  'kdnb/distill/callback.py'),
                                        'kdnb.distill.callback.KnowledgeDistillation._undo_replace': ( 'distill.callback.html#knowledgedistillation._undo_replace',

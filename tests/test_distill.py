@@ -681,6 +681,14 @@ def test_a_training_of_nothing_is_refused(tmp_path):
     quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(TEACHER, KD()*(lambda pct: float(pct>=.5))))     # in the second epoch
     quiet(learn, 1, 1e-3, cbs=[KnowledgeDistillation(TEACHER, KD()*0), Lasso()])                     # another term has a weight
 
+def test_a_sample_that_lost_its_place_is_not_taken_for_another():
+    "A callback that takes all of `yb` takes the sample's places, too; `SampleIndex` comes before it"
+    for every in (1,2):
+        with pytest.raises(ValueError, match='without the places of its samples: another callback'):
+            quiet(learner(), 1, cbs=[KnowledgeDistillation(TEACHER, KD(), cache=True), Unlabelled(every)])
+        a,b = (flat(quiet(learner(), 2, 1e-3, cbs=[KnowledgeDistillation(TEACHER, KD(), task=0, cache=cache), Unlabelled(every), SampleIndex()]).model) for cache in (False,True))
+        assert torch.allclose(a, b, atol=1e-5)
+
 def test_mixup_refuses_them():
     with pytest.raises(ValueError, match='MixUp mixes targets'): quiet(learner(), 1, cbs=[KnowledgeDistillation(TEACHER), Unlabelled(), MixUp()])
 

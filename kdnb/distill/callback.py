@@ -71,7 +71,7 @@ def undisturbed(model):
 class KnowledgeDistillation(LossTerm):
     "Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss"
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
-    logits = None
+    logits = _places = None
     def __init__(self,
         teacher, # Trained `Learner` or module
         terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
@@ -129,7 +129,7 @@ class KnowledgeDistillation(LossTerm):
     def __getstate__(self):   # `learn.export` leaves the teacher out
         state = {**self.__dict__, 'teacher': None, 'heads': Heads(), 'adapter': TeacherAdapter(), '_decided': None}
         return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None,
-                            _after=[], _params=[], _files={}, _replaced=None)
+                            _after=[], _params=[], _files={}, _replaced=None, _places=None)
 
 # %% ../../nbs/12_distill.callback.ipynb #42712ced
 @patch
@@ -275,9 +275,19 @@ def _begin(self:KnowledgeDistillation):
 
 @patch
 def before_batch(self:KnowledgeDistillation):
-    if self.needs_index: take_index(self.learn)
+    if self.needs_index: self._take_index()
     if not len(self.yb) and (mix := _mixer(self.learn)):
         raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
+
+@patch
+def _take_index(self:KnowledgeDistillation):
+    "The places of this batch's samples; those of an earlier batch would be taken for them"
+    take_index(self.learn)
+    now = vars(self.learn).get('sample_index')
+    if now is None or now is self._places:
+        raise ValueError('a batch came without the places of its samples: another callback took them away with the targets. '
+                         'Add SampleIndex(), which takes them first.')
+    self._places = now
 
 def _mixer(learn): return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
