@@ -11,6 +11,7 @@ from kdnb.checkpoint import *
 from kdnb.processes import *
 from kdnb.distill.losses import *
 from kdnb.distill.methods import *
+from kdnb.distill.task import *
 from kdnb.distill.callback import *
 from kdnb.variational.layers import *
 from kdnb.variational.convert import *

@@ -320,7 +320,7 @@ class Checkpoint(QuickCallback):
     learn = property(lambda self: self._learn, _set_learn)
 
     def after_loss(self):
-        if not self._on: return
+        if not self._on or not len(self.learn.yb): return
         loss = self.learn.loss
         with torch._C.DisableTorchFunctionSubclass(): total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
         if math.isfinite(total): return

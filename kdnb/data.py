@@ -80,7 +80,8 @@ def _stack(items):
 # %% ../nbs/00_data.ipynb #b3b53b33
 def take_index(learn):
     "Move the samples' places from the batch (`index=True`) to `learn.sample_index`"
-    if len(learn.yb) > 1: *learn.yb,learn.sample_index = learn.yb
+    if not isinstance(dl := learn.dl, TensorDL) or not dl.index: return
+    if len(learn.yb) > (dl.dataset.y is not None): *learn.yb,learn.sample_index = learn.yb     # not twice, and also without targets
 
 class SampleIndex(Callback):
     "`take_index` from every batch"
@@ -115,13 +116,17 @@ def views(self:TensorDL, n):
         views.append(ArrayDataset(x, ds.y, ds.vocab, ds.split_idx))
     return views,steady
 
+# %% ../nbs/00_data.ipynb #cdb85f4f
+@patch(as_prop=True)
+def test(self:DataLoaders):
+    "The third loader"
+    if len(self.loaders)>2: return self.loaders[2]
+    raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`, or a third loader, '
+                     '`DataLoaders(train, valid, test)`; `dls.test_dl(items, with_labels=True)` makes one from files.')
+
 # %% ../nbs/00_data.ipynb #1345a76d
 class ArrayDataLoaders(DataLoaders):
     "`DataLoaders` with a `test` loader that no training loop touches, `in_shape` and `c`"
-    @property
-    def test(self):
-        if len(self) < 3: raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`.')
-        return self[2]
     @property
     def in_shape(self): return tuple(self.train.dataset.x.shape[1:])
     @property

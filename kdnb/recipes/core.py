@@ -31,6 +31,7 @@ from .. import __version__
 from ..checkpoint import (Checkpoint,atomic_write,bookkeeping,callback_memory,fingerprint,load_state,save_state,set_callback_memory,
                              set_tensors,tensors_in)
 from ..data import SampleIndex,TensorDL
+from ..distill.task import check_classes
 from ..export import load_model,save_model
 from ..features import unwrap
 from ..measure import accuracy_on,cost,latency,macs,n_bytes,n_params,n_weights
@@ -205,6 +206,7 @@ class Run(Record):
         show=True, # Progress bars
         **settings): # What else defines the run, for the record; plain data
         self.path,self.recipe,self.dls,self.data,self.seeds,self.settings = Path(path),recipe,dls,data,check_seeds(seeds),settings
+        check_classes(dls)
         self.rank,self.n_processes = join_processes()
         self.show,self.seed,self.networks = show and self.rank==0,self.seeds[0],{}
         self.stages,self.exhibits,self._ids,self._shown = [],{},[],[]
