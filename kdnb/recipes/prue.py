@@ -19,9 +19,10 @@ from ..distill.methods import KD,Term,Terms,method_names,named_term
 from ..features import hear,match_stages
 from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
-from ..prune.criteria import check_criterion,check_sparsity
+from ..prune.criteria import check_sparsity
 from ..prune.masks import mask_model,masks
-from .core import Run,accuracies,check_epochs,check_settings,fit_in_drops,name_of,network_for,untrained
+from .core import (Run,accuracies,check_classes,check_epochs,check_settings,criteria_by_title,fit_in_drops,methods_by_title,
+                               name_of,network_for,untrained)
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d
 prue_defaults = dict(
@@ -63,12 +64,9 @@ def _term(method, s, student, teacher, dls):
     return named_term(method, student, teacher, dls, _middle(student, teacher, dls) if method=='FitNet' else None, s['weights']),1.
 
 # %% ../../nbs/53_recipes.prue.ipynb #ad7ac41c
-def _named(criterion): return criterion if isinstance(criterion, str) else getattr(criterion, '__name__', 'own')
-
 def _check(s):
     for o in s['sparsities']: check_sparsity(o, 'each of sparsities')
-    for c in s['criteria']:
-        check_criterion(c)
+    for c in s['criteria'].values():
         if c in ('bn_scale','group_lasso'):
             raise ValueError(f'{c!r} scores channels, and PrUE prunes single weights. Leave it out of criteria.')
     check_sparsity(s['lam'], 'lam')
@@ -94,10 +92,10 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `prue_defaults`
     "Prune a teacher for uncertainty, then distil it (paper 002); returns the finished `Run`"
+    check_classes(dls)
     s = check_settings('prue', settings, prue_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((3,2,3) if quick else _epochs), 'the teachers', 'fine-tuning', 'each student')
-    for k in ('criteria','sparsities','methods'): s[k] = s[k] if isinstance(s[k], dict) else tuplify(s[k])
-    if not isinstance(s['methods'], dict): s['methods'] = {m: m for m in s['methods']}
+    s['sparsities'],s['criteria'],s['methods'] = tuplify(s['sparsities']),criteria_by_title(s['criteria']),methods_by_title(s['methods'])
     s['weights'] = prue_defaults['weights'] | s['weights']
     _check(s)
     teacher = ('resnet14' if quick else 'resnet56') if teacher is None else teacher
@@ -105,7 +103,7 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     if 'TA' in s['methods'].values(): nets['assistant'] = ('resnet8' if quick else 'resnet20') if assistant is None else assistant
     _refuse(dls, nets, s)
     names = dict(methods={k: m if isinstance(m, str) else repr(m) for k,m in s['methods'].items()},
-                 criteria=[_named(c) for c in s['criteria']])
+                 criteria=[*s['criteria']])
     run = Run(path, 'prue', dls, data, seeds, force, show, **{k: name_of(o) for k,o in nets.items()}, epochs=epochs, quick=quick,
               **s | names)
     teachers = _teachers(run, teacher, epochs, s)
@@ -144,10 +142,10 @@ def _teachers(run, teacher, epochs, s):
     if s['smoothing'] is not None:
         net,c = untrained(run.dls, teacher, run.seed),hear(dense, [], run.dls)[0].shape[1]
         res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=_smoothed(s['smoothing'], c), more=soft)
-    for c,sparsity in product(s['criteria'], s['sparsities']):
-        stage = f'{_named(c)} {sparsity:.4g}'
+    for (name,c),sparsity in product(s['criteria'].items(), s['sparsities']):
+        stage = f'{name} {sparsity:.4g}'
         net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls))
-        more = partial(_soft_pruned, run.dls.train, _named(c), sparsity)
+        more = partial(_soft_pruned, run.dls.train, name, sparsity)
         res[stage] = fit_in_drops(run, stage, net, epochs[1], s, 'tune_', of=dense, more=more)
     return res
 
@@ -223,7 +221,7 @@ def _lines(run):
 def _predictions(run, teachers, s):
     "The picture of the teachers' answers to three classes"
     y = predictions(teachers['teacher'], run.test)[-1]
-    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(f"{_named(s['criteria'][0])} ")] if s['criteria'] else []
+    classes,pruned = y.unique()[:3].tolist(),[k for k in teachers if k.startswith(f"{[*s['criteria']][0]} ")] if s['criteria'] else []
     shown = {k: teachers[k] for k in ['teacher','smoothed',*pruned] if k in teachers}
     if sum(int((y==c).sum()) for c in classes)<4: return
     df = run.value('answers', embed_predictions, shown, run.test, s['n_points'], classes)

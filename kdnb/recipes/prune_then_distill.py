@@ -12,21 +12,25 @@ import pandas as pd
 from fastcore.basics import tuplify
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from ..distill.callback import KnowledgeDistillation
+from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
 from ..measure import agreement,smoothness,uncertainty
 from ..prune.callback import prune_model
 from ..prune.criteria import check_choice,check_sparsity
+from ..prune.masks import mask_model,masks
 from ..prune.student import design_student,student_table
-from .core import Run,accuracies,check_epochs,check_settings,fit_in_drops,name_of,network_for,untrained
+from .core import (Run,accuracies,check_classes,check_epochs,check_keeps,check_settings,criteria_by_title,fit_in_drops,
+                               methods_by_title,name_of,network_for,term_for,untrained)
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #31436e4b
 prune_then_distill_defaults = dict(
     sparsities=(.36,.59,.79), # Parts of the teacher's weights that go: 2, 4 and 7 rounds (section 5)
     rate=.2, # Part of what is left that goes each round (Table 7)
+    criterion='magnitude', # What the smallest of goes (section 3.1)
     pairs=('alone','unpruned','pruned'), # Who teaches a student (section 5); with 'mismatched' all others, too (Table 12)
     alpha=.95, # Weight of the teacher; labels have the rest (section 3.1)
     T=10., # Temperature (section 3.1)
+    terms=None, # What is distilled, if not KD(T)*alpha: a term or a sum with weights of its own, or a name such as 'KD + AT'
     lr=.1, # Learning rate of teacher and students (Table 7)
     drops=(.3,.6,.8), # It drops in epochs 60, 120 and 160 of 200 (Table 7)
     factor=.2, # by this factor (Table 7)
@@ -63,6 +67,9 @@ def _check(s, student):
     if not 0<check_sparsity(s['rate'], 'rate')<1: raise ValueError('rate is 0 or 1: pass the part that goes each round, such as .2.')
     check_sparsity(s['alpha'], 'alpha')
     KD(T=s['T'])
+    s['criterion'], = criteria_by_title(s['criterion']).values()
+    if s['criterion'] in ('bn_scale','group_lasso'):
+        raise ValueError(f"{s['criterion']!r} scores channels, and here single weights go. Choose another criterion.")
     if not s['pairs']: raise ValueError(f'pairs is empty: nobody would be taught. There are {", ".join(_pairs)}.')
     for p in s['pairs']: check_choice('each of pairs', p, _pairs)
     if 'mismatched' in s['pairs'] and student!='designed':
@@ -82,12 +89,13 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `prune_then_distill_defaults`
     "Prune a teacher in rounds, then distil it (paper 001); returns the finished `Run`"
+    check_classes(dls)
     s = check_settings('prune_then_distill', settings, prune_then_distill_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((4,2,4) if quick else _epochs), 'the teacher', 'each round of pruning', 'each student')
     s['sparsities'],s['pairs'] = tuple(sorted({*tuplify(s['sparsities'])})),tuplify(s['pairs'])
     _check(s, student)
     if teacher is None: teacher = 'resnet8' if quick else 'vgg19'
-    _refuse(dls, teacher, student)
+    _refuse(dls, teacher, student, s['terms'])
     run = Run(path, 'prune-then-distill', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=epochs, quick=quick, **s)
     teachers = _teachers(run, teacher, epochs, s)
@@ -99,11 +107,17 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     run.verdict = _verdict(run, best := _best(run))
     return run.finish(run.models[best], of=teachers[0])
 
-def _refuse(dls, teacher, student):
+def _refuse(dls, teacher, student, terms):
     "Say what will not do before anything is trained"
     model = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
-    if student=='designed' or student=='self' and not isinstance(teacher, str): design_student(model, dls)
-    elif student!='self': network_for(dls, student)
+    like = student=='designed' or student=='self' and not isinstance(teacher, str)
+    net = design_student(model, dls) if like else network_for(dls, teacher if student=='self' else student)
+    if terms is None: return
+    methods_by_title(terms, 'terms')
+    check_terms(check_keeps(term_for(terms, net, model, dls), 'prune_then_distill'), net, model, dls)
+
+def _masks(model, sparsity, criterion, rate, dls):
+    return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls, rate=rate)).items()}
 
 def _soft(dl, dense, model):
     return dict(uncertainty=uncertainty(model, dl), smoothness=smoothness(dense, model, dl) if dense else 0.)
@@ -115,7 +129,8 @@ def _teachers(run, teacher, epochs, s):
     res,model = {0: dense},dense
     for sparsity in pruning_rounds(s['sparsities'], s['rate']):
         station = next(o for o in s['sparsities'] if o>=sparsity)
-        model = prune_model(deepcopy(model), station, rate=s['rate'])
+        if s['criterion']=='magnitude': model = prune_model(deepcopy(model), station, rate=s['rate'])
+        else: model = mask_model(deepcopy(model), run.value(f'masks {sparsity:.4g}', _masks, model, station, s['criterion'], s['rate'], run.dls))
         model = fit_in_drops(run, f'pruned {sparsity:.4g}', model, epochs[1], s, 'prune_', of=dense,
                              more=partial(_soft, run.dls.train, dense))
         if sparsity==station: res[sparsity] = model
@@ -136,8 +151,11 @@ def _teach(run, name, make, teachers, t, n_epoch, s):
     "Train the student `name` with the teacher of sparsity `t`, or alone"
     who = None if t is None else f'pruned {t:.4g}' if t else 'teacher'
     more = partial(_lesson, run.test, name, who, t, teachers.get(t))
-    kd = [] if t is None else [KnowledgeDistillation(teachers[t], KD(T=s['T'])*s['alpha'], 1-s['alpha'], cache=run.cache)]
-    fit_in_drops(run, f'{name} from {who}' if who else f'{name} alone', make(), n_epoch, s, cbs=kd, of=teachers[0], more=more)
+    net,kd = make(),[]
+    if t is not None:
+        terms = KD(T=s['T'])*s['alpha'] if s['terms'] is None else term_for(s['terms'], net, teachers[t], run.dls)
+        kd = [KnowledgeDistillation(teachers[t], terms, 1-s['alpha'], cache=run.cache)]
+    fit_in_drops(run, f'{name} from {who}' if who else f'{name} alone', net, n_epoch, s, cbs=kd, of=teachers[0], more=more)
 
 def _lesson(dl, student, taught_by, teacher_sparsity, teacher, model):
     said = dict(agreement=agreement(model, teacher, dl)) if teacher else {}

@@ -12,19 +12,20 @@ from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import method_names,named_term
+from ..distill.methods import method_names
 from ..features import get_layer,hear,last_linear
 from ..measure import find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
-from ..prune.criteria import Scoring,check_choice,check_criterion,check_sparsity
+from ..prune.criteria import Scoring,check_choice,check_sparsity
 from ..prune.masks import fold
-from .core import Run,check_epochs,check_settings,name_of,network_for
+from .core import (Run,check_classes,check_epochs,check_settings,criteria_by_title,methods_by_title,name_of,network_for,
+                               said_methods,term_for)
 
 # %% ../../nbs/54_recipes.sequential.ipynb #8de88a19
 distill_then_prune_defaults = dict(
-    method='SimKD', # How to distil; of several, `('KD','SimKD')`, the best on the validation set is pruned (section 4.3)
+    method='SimKD', # How to distil, a name or a term; of several, `('KD','SimKD')`, the best on the validation set is pruned (section 4.3)
     T=4., # Temperature of KD (section 4.2)
-    criterion='magnitude', # What the smallest of goes (section 3.2)
+    criterion='magnitude', # What the smallest of goes, a name or a function (section 3.2)
     scope='global', # Weights compete in the whole network, or within each 'layer'
     levels=tuple(i/10 for i in range(10)), # Sparsities of the curves (section 4.4)
     sweep_epochs=0, # Epochs for which the last layer is fine-tuned at each level; then the curves are those of tuned networks
@@ -69,13 +70,14 @@ def _tune_last(run, stage, model, n_epoch, s, of, **more):
     learn = run.learner(only_last(model, run.dls), cbs=BnFreeze())
     return run.fit(stage, learn, n_epoch, s['tune_lr'], result=_folded, of=of, more=more)
 
-def _cut(run, model, sparsity, s):
-    return prune_model(deepcopy(model), sparsity, s['criterion'], run.dls, scope=s['scope'])
+def _cut(run, model, sparsity, s, **kwargs):
+    run._begin()      # some criteria look at a batch that is drawn
+    return prune_model(deepcopy(model), sparsity, s['criterion'], run.dls, **kwargs)
 
 def _small(run, student, sparsity, n_epoch, s, teacher):
     "Remove channels, fine-tune, shrink"
     fraction = channel_fraction(sparsity)
-    cut = prune_model(deepcopy(student), fraction, s['criterion'], run.dls, by='channel')
+    cut = _cut(run, student, fraction, s, by='channel')
     more = dict(sparsity=sparsity, channels_removed=fraction)
     cut = run.fit('channels', run.learner(cut), n_epoch, s['tune_lr'], result=fold, of=teacher, more=more)
     return run.enter('small', shrink(cut, run.dls).eval(), of=teacher, **more)
@@ -93,15 +95,17 @@ def distill_then_prune(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `distill_then_prune_defaults`
     "Distil, prune to the breakpoint, fine-tune (paper 003), and the same with channels; returns the finished `Run`"
+    check_classes(dls)
     s = check_settings('distill_then_prune', settings, distill_then_prune_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((5,6,3) if quick else _epochs), 'the teacher', 'the student', 'fine-tuning')
     teacher,student = teacher or ('resnet20' if quick else 'resnet101'),student or ('resnet8' if quick else 'resnet18')
-    s['method'] = (s['method'],) if isinstance(s['method'], str) else tuple(s['method'])
+    s['method'] = methods_by_title(s['method'], 'method')
+    s['criterion'], = criteria_by_title(s['criterion']).values()
     _check(dls, teacher, student, s)
     run = Run(path, 'sequential', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
-              epochs=epochs, quick=quick, **s)
+              epochs=epochs, quick=quick, **s | dict(method=said_methods(s['method'])))
     t = run.teacher(teacher, epochs[0], s['teacher_lr'], wd=s['wd'])
-    students = {(seed,m): _distil(run, m, t, student, epochs[1], s) for seed in run.each_seed() for m in s['method']}
+    students = {(seed,k): _distil(run, k, m, t, student, epochs[1], s) for seed in run.each_seed() for k,m in s['method'].items()}
     best = _best(run, s['method'])
     students = {seed: m for (seed,name),m in students.items() if name==best}
     curves = _curves(run, t, students, s)
@@ -109,27 +113,27 @@ def distill_then_prune(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
 
 def _check(dls, teacher, student, s):
     "Say what will not do before anything is trained"
-    for m in s['method']: method_names(m)
+    for m in s['method'].values():
+        if isinstance(m, str): method_names(m)
     for o in s['levels']: check_sparsity(o, 'each of levels')
     if len(s['levels'])<2 or min(s['levels'])!=0 or max(s['levels'])==1:
         raise ValueError(f"levels are {s['levels']}, expected fractions from 0 to below 1, such as (0,.3,.6,.9).")
-    check_criterion(s['criterion'])
     if s['criterion'] in ('bn_scale','group_lasso'):
         raise ValueError(f"{s['criterion']!r} scores channels, and here single weights go, too. Choose another criterion.")
     check_choice('scope', s['scope'], ('global','layer'))
     t,m = network_for(dls, teacher.model if isinstance(teacher, Learner) else teacher),network_for(dls, student)
     n_t,n_s = (hear(o, [], dls)[0].shape[1] for o in (t, m))
     if n_t!=n_s: raise ValueError(f'teacher gives {n_t} outputs, student {n_s}. Give a teacher of the same classes.')
-    for name in s['method']: check_terms(_term(name, m, t, dls, s), m, t, dls)
+    for o in s['method'].values(): check_terms(_term(o, m, t, dls, s), m, t, dls)
     if s['channels']: Scoring(m, dls, 'channel')      # are there any that can go?
 
-def _term(m, student, teacher, dls, s): return named_term(m, student, teacher, dls, options=dict(KD=dict(T=s['T'])))
+def _term(method, student, teacher, dls, s): return term_for(method, student, teacher, dls, options=dict(KD=dict(T=s['T'])))
 
-def _distil(run, name, teacher, student, n_epoch, s):
-    "A student by the method `name`; its labels count .1 beside KD alone (the usual weights .9 and .1), else as usual"
+def _distil(run, name, method, teacher, student, n_epoch, s):
+    "A student by `method`, called `name`; its labels count .1 beside 'KD' alone (the usual weights .9 and .1), else as usual"
     model = run.network(student)
-    kd = KnowledgeDistillation(teacher, _term(name, model, teacher, run.dls, s), .1 if method_names(name)==['KD'] else None,
-                               cache=run.cache)
+    task = .1 if isinstance(method, str) and method_names(method)==['KD'] else None
+    kd = KnowledgeDistillation(teacher, _term(method, model, teacher, run.dls, s), task, cache=run.cache)
     return run.fit(name, run.learner(model), n_epoch, s['lr'], wd=s['wd'], cbs=[kd], of=teacher, more=dict(method=name))
 
 def _best(run, methods):
@@ -151,10 +155,10 @@ def _compress(run, teacher, students, curves, best, n_epoch, s):
     "Prune to the breakpoints, fine-tune, show; returns the network to keep"
     found = {k: find_breakpoint(curves[k]).sparsity for k in ('teacher','student')}
     at = {k: min(s['levels'], key=lambda o: abs(o-x)) for k,x in found.items()}      # as it was asked for
-    _tune_last(run, 'teacher tuned', _cut(run, teacher, at['teacher'], s), n_epoch, s, teacher, sparsity=at['teacher'])
+    _tune_last(run, 'teacher tuned', _cut(run, teacher, at['teacher'], s, scope=s['scope']), n_epoch, s, teacher, sparsity=at['teacher'])
     for seed in run.each_seed():
         more = dict(sparsity=at['student'], method=best)
-        pruned = _cut(run, students[seed], at['student'], s)
+        pruned = _cut(run, students[seed], at['student'], s, scope=s['scope'])
         run.enter('pruned', fold(deepcopy(pruned)), of=teacher, **more)
         model = _tune_last(run, 'tuned', pruned, n_epoch, s, teacher, **more)
         if s['channels']: model = _small(run, students[seed], at['student'], n_epoch, s, teacher)

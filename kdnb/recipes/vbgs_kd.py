@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from fastai.learner import Learner
 from ..channels import shrink
-from ..distill.callback import KnowledgeDistillation
+from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
 from ..prune.criteria import check_choice,check_sparsity
-from .core import Run,check_epochs,check_settings,name_of,network_for
+from .core import (Run,check_classes,check_epochs,check_keeps,check_settings,methods_by_title,name_of,network_for,
+                               term_for)
 from ..terms import check_weight
 from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
 from ..variational.convert import threshold,to_deterministic,to_variational
@@ -23,6 +24,7 @@ from ..variational.convert import threshold,to_deterministic,to_variational
 vbgs_kd_defaults = dict(
     lam=.9, # λ: weight of the teacher against labels and prior (eq. 4)
     T=4., # Temperature of the soft targets
+    terms=None, # What is distilled, if not KD(T)*λ: a term or a sum with weights of its own, or a name such as 'KD + AT'; labels keep 1-λ
     gamma_weight=None, # Weight of the groups' KL (paper: 1); None is N/135, an equal pull on the mean loss for every N
     groups='channels', # What shares a γ, see `to_variational`
     noise='group', # Random γ and deterministic θ; the paper has 'full' noise
@@ -55,9 +57,10 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `vbgs_kd_defaults`
     "Distil, sparsify variationally, shrink (paper 000); returns the finished `Run`"
+    check_classes(dls)
     s,(n_teacher,n_student,n_sparse) = check_settings('vbgs_kd', settings, vbgs_kd_defaults),epochs_for(dls, epochs, quick)
     if s['gamma_weight'] is None: s['gamma_weight'] = train_size(dls)/135
-    term,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
+    soft,task = KD(T=s['T'])*s['lam'],check_weight(1-s['lam'], '1-lam')
     noisy = partial(to_variational, data=dls, groups=s['groups'], noise=s['noise'])
     prior = partial(VariationalSparsifier, task, **{k: s[k] for k in ('gamma_weight','warmup','cooldown','gamma_lr')})
     single = s['single_weights']
@@ -65,25 +68,32 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     check_sparsity(s['pct_start'], 'pct_start')
     if isinstance(T_log_alpha, str): check_choice('T_log_alpha', T_log_alpha, ('valley','gap'))
     prior(), singles and singles(), noisy(network_for(dls, student))    # refuse what cannot be done before anything is trained
-    if not isinstance(teacher, Learner): network_for(dls, teacher)
+    t = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
+    terms = soft if s['terms'] is None else _checked(s['terms'], network_for(dls, student), t, dls)
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=[n_teacher,n_student,n_sparse], T_log_alpha=T_log_alpha, quick=quick, **s)
     for seed in run.each_seed():
         t = run.teacher(teacher, n_teacher, s['teacher_lr'])
-        soft = partial(KnowledgeDistillation, t, term, task, cache=run.cache)
-        dense = run.fit('student', run.learner(run.network(student)), n_student, s['lr'], cbs=soft())
+        def taught(student): return KnowledgeDistillation(t, term_for(terms, student, t, dls), task, cache=run.cache)
+        net = run.network(student)
+        dense = run.fit('student', run.learner(net), n_student, s['lr'], cbs=taught(net))
         sparsify = partial(run.fit, n_epoch=n_sparse, lr=s['lr'], fit='fit_flat_cos', of=dense, pct_start=s['pct_start'])
-        sparse = sparsify('sparse', run.learner(noisy(dense), wd=0.), cbs=[soft(), kl := prior()],
+        sparse = sparsify('sparse', run.learner(net := noisy(dense), wd=0.), cbs=[taught(net), kl := prior()],
                           result=partial(to_deterministic, T=T_log_alpha))
         small = run.enter('small', shrink(sparse, dls).eval(), of=dense)
         if singles:
-            sparsify('thin', run.learner(to_variational(small, dls, 'weights'), wd=0.), cbs=[soft(), singles()],
+            sparsify('thin', run.learner(net := to_variational(small, dls, 'weights'), wd=0.), cbs=[taught(net), singles()],
                      result=partial(_plain, data=dls))
         if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
     named = T_log_alpha is None or isinstance(T_log_alpha, str)
     run.threshold = threshold(run.log_alphas[-1], T_log_alpha or 'valley') if named else T_log_alpha
     _show(run, run.models['sparse'])
     return run.finish(run.models['thin' if singles else 'small'], of=run.models['student'])
+
+def _checked(terms, student, teacher, dls):
+    methods_by_title(terms, 'terms')
+    check_terms(check_keeps(term_for(terms, student, teacher, dls), 'vbgs_kd'), student, teacher, dls)
+    return terms
 
 def _plain(model, data): return shrink(to_deterministic(model), data)
 

@@ -19,15 +19,16 @@ from fastai.torch_core import set_seed
 from ..channels import set_layer
 from ..data import ArrayDataLoaders
 from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
-from ..distill.methods import method_names,named_term,usual_weights
+from ..distill.methods import method_names,usual_weights
 from ..features import get_layer,last_linear,layer_shapes,stage_ends
 from ..models import in_shape,n_classes
-from .core import Run,check_epochs,check_settings,fit_in_drops,name_of,nesterov_sgd,network_for
+from .core import (Run,check_classes,check_epochs,check_settings,fit_in_drops,methods_by_title,name_of,nesterov_sgd,network_for,
+                               said_methods,term_for)
 from ..terms import check_weight
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
 vid_defaults = dict(
-    methods=('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I'), # For 'samples' and 'sizes' (Tables 1 and 2)
+    methods=('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I'), # For 'samples' and 'sizes' (Tables 1 and 2); names, or terms with weights of their own
     mlp_methods=('KD','FitNet','VID-I'), # Table 4
     transfer_methods=('fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I','LwF + FitNet','VID-LP + VID-I'), # Table 3
     n_per_class=None, # Training images of each class, `(None, 500, 100)`, where None is all; all, a 5th, a 10th, a 50th if None (Table 1)
@@ -58,7 +59,7 @@ _quick = dict(methods=('KD','VID-I'), mlp_methods=('KD','VID-I'), transfer_metho
 @dataclass
 class _Job:
     "A training: of which `kind`, by which method, of which student, with how many images per class (None: all)"
-    kind:str; method:str; student:object; n:int=None; hidden:int=None
+    kind:str; method:str; student:object; n:int=None; hidden:int=None; term:object=None   # None: what `method` names
     @property
     def which(self): "What the names of its settings begin with"; return '' if self.kind=='distil' else f'{self.kind}_'
     @property
@@ -72,13 +73,14 @@ class _Job:
 
 def _plan(experiments, student, s):
     "`{stage: _Job}` for the experiments"
-    jobs,both = [],('Student',*s['methods'])
-    if 'samples' in experiments: jobs += [_Job('distil', m, student, n) for n in s['n_per_class'] for m in both]
-    if 'sizes' in experiments: jobs += [_Job('distil', m, o) for o in s['students'] for m in both]
+    def every(k): return {'Student': None} | {m: None if isinstance(o, str) else o for m,o in methods_by_title(s[k], k).items()}
+    jobs,both = [],every('methods')
+    if 'samples' in experiments: jobs += [_Job('distil', m, student, n, term=o) for n in s['n_per_class'] for m,o in both.items()]
+    if 'sizes' in experiments: jobs += [_Job('distil', m, net, term=o) for net in s['students'] for m,o in both.items()]
     if 'maps' in experiments: jobs += [_Job('distil', m, student) for m in ('Student','VID-I')]
-    if 'mlp' in experiments: jobs += [_Job('mlp', m, 'mlp', hidden=h) for h in s['hidden'] for m in ('Student',*s['mlp_methods'])]
+    if 'mlp' in experiments: jobs += [_Job('mlp', m, 'mlp', hidden=h, term=o) for h in s['hidden'] for m,o in every('mlp_methods').items()]
     if 'transfer' in experiments:
-        jobs += [_Job('transfer', m, student, n) for n in s['n_per_class'] for m in ('Student',*s['transfer_methods'])]
+        jobs += [_Job('transfer', m, student, n, term=o) for n in s['n_per_class'] for m,o in every('transfer_methods').items()]
     return {o.stage: o for o in jobs}
 
 def _several(o): return tuple(o) if isinstance(o, (tuple,list)) else (o,)
@@ -87,7 +89,7 @@ def _taught(job): return job.method not in ('Student','fine-tuning')
 def _variants(job, s):
     "`(λ1, {term: λ2})` with which a job is done: the first of each, or all"
     if not _taught(job): return [(1., {})]
-    names = list(dict.fromkeys(method_names(job.method)))
+    names = list(dict.fromkeys(method_names(job.method))) if job.term is None else []
     given = [_several(s['task']), *(_several(s['weights'].get(k, usual_weights[k])) for k in names)]
     return [(task, dict(zip(names, ws))) for task,*ws in product(*(o if s['choose'] else o[:1] for o in given))]
 
@@ -112,9 +114,10 @@ def with_classes(model, # Any network that ends in a linear layer
     return model
 
 def _term(job, student, teacher, data, s, weights=None):
+    if job.term is not None: return job.term
     layers = mlp_pairs(student, teacher, data) if job.kind=='mlp' else s['layers']
     options = dict(KD=dict(T=s['T']), VID=s['transfer_vid'] if job.kind=='transfer' else s['vid'])
-    return named_term(job.method, student, teacher, data, layers, weights, options)
+    return term_for(job.method, student, teacher, data, layers, weights, options)
 
 # %% ../../nbs/55_recipes.vid.ipynb #aa82ffb1
 class LikelihoodWatch(Callback):
@@ -142,16 +145,19 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `vid_defaults`
     "Compare VID with other ways to distil (paper 004); returns the finished `Run`"
+    for o in (dls, source) if isinstance(source, DataLoaders) else (dls,): check_classes(o)
     s = check_settings('vid', settings, vid_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((3,)*4 if quick else _epochs), 'the teacher', 'students', 'MLPs', "students in 'transfer'")
     teacher,student = teacher or ('resnet14' if quick else 'wrn_40_2'),student or ('resnet8' if quick else 'wrn_16_1')
     experiments = _check_experiments(experiments, source)
     s['n_per_class'] = _check_sizes(dls, s['n_per_class'], quick)
-    if not isinstance(source, DataLoaders): s['transfer_methods'] = tuple(o for o in s['transfer_methods'] if o!='fine-tuning')
+    s['transfer_methods'] = methods_by_title(s['transfer_methods'], 'transfer_methods')
+    if not isinstance(source, DataLoaders): s['transfer_methods'].pop('fine-tuning', None)
     plan = _plan(experiments, student, s)
     _check(dls, teacher, student, source, plan, s)
     run = Run(path, 'vid', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
-              source=None if source is None else type(source).__name__, epochs=epochs, experiments=experiments, quick=quick, **s)
+              source=None if source is None else type(source).__name__, epochs=epochs, experiments=experiments, quick=quick,
+              **s | dict(transfer_methods=said_methods(s['transfer_methods'])))
     known = _teachers(run, teacher, student, source, plan, epochs, s)
     seen = [_train(run, job, known, epochs, s, 'maps' in experiments) for _ in run.each_seed() for job in plan.values()]
     if 'maps' in experiments: _show_maps(run, next(o for o in seen if o), known['distil'], epochs[1], s)
