@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'recipe', 'bring', 'find_recipe',
-           'check_classes', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps', 'criteria_by_title',
-           'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for',
-           'StageBar', 'set_result', 'nesterov_sgd', 'fit_in_drops', 'untrained']
+           'ask_recipe', 'settable', 'check_classes', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps',
+           'criteria_by_title', 'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run',
+           'fused_adam', 'network_for', 'StageBar', 'set_result', 'nesterov_sgd', 'fit_in_drops', 'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
-import hashlib,importlib,importlib.util,json,platform,random,re,shutil,sys,time,warnings
+import hashlib,importlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
 from copy import deepcopy
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -171,6 +171,30 @@ def find_recipe(name): # One of `recipes`, 'module:function', 'file.py:function'
                          "one of your own is 'module:function'.")
     if not callable(found := getattr(bring(module), f, None)): raise ValueError(f'there is no recipe {f!r} in {module}.')
     return found
+
+# %% ../../nbs/50_recipes.core.ipynb #370fbbe8
+def ask_recipe(f, # Function that runs a recipe
+    dls, # `DataLoaders`
+    settings, # What was asked for
+    **usual): # What recipes are told if they take it: folder, name of the data, and so on
+    "The run that the recipe makes"
+    takes = inspect.signature(f).parameters
+    if not any(p.kind==p.VAR_KEYWORD for p in takes.values()):
+        if odd := [k for k in settings if k not in takes]:
+            raise ValueError(f'the recipe {f.__name__} takes no {odd[0]}. It takes {", ".join([*takes][1:])}.')
+        usual = {k: v for k,v in usual.items() if k in takes}
+    run = f(dls, **usual | settings)
+    if not hasattr(run, 'stages'):
+        raise ValueError(f'the recipe {f.__name__} returned {type(run).__name__}, expected its run: end it with `return run.finish(model)`.')
+    return run
+
+# %% ../../nbs/50_recipes.core.ipynb #ccfad45b
+def settable(recipe): # Function that runs a recipe
+    "Names of what may be set of it besides data, folder and display; none if it takes whatever it is given"
+    own,takes = ('dls','path','data','force','show'),inspect.signature(recipe).parameters
+    defaults = getattr(sys.modules.get(recipe.__module__), f'{recipe.__name__}_defaults', {})
+    if not defaults and any(p.kind==p.VAR_KEYWORD for p in takes.values()): return []
+    return [k for k in dict.fromkeys([*(k for k,p in takes.items() if p.kind!=p.VAR_KEYWORD), *defaults]) if k not in own]
 
 # %% ../../nbs/50_recipes.core.ipynb #77b8de23
 def check_classes(dls): # `DataLoaders`
