@@ -109,7 +109,7 @@ def test_found_again(demo, monkeypatch):
     again = recipe(demo.path, **kwargs)
     assert [o['mark'] for o in again.stages]==[o['mark'] for o in demo.stages]
     assert taught_table(again).equals(taught_table(demo)) and [*again.exhibits]==[*demo.exhibits]
-    with pytest.raises(AssertionError, match='something is trained'): recipe(demo.path, alpha=.5, **kwargs)
+    with pytest.raises(ValueError, match='alpha is 0.5, was 0.95'): recipe(demo.path, alpha=.5, **kwargs)
 
 def test_a_trained_learner_is_left_as_it_was(tmp_path):
     dls = data()

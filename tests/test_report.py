@@ -175,7 +175,7 @@ def test_compare(folder, tmp_path):
 
 def test_of_a_run_that_begins_anew_only_what_is_known_is_shown(tmp_path):
     def run(name, finish):
-        r = Run(tmp_path/'run', 'own', data(), show=False)
+        r = Run(tmp_path/'run', 'own', data(), show=False, force=True)
         model = r.enter('student', r.network(name))
         return r.finish(model).report() if finish else r.report()
     def shown(page): return [o in page.read_text() for o in ('Use it','latency')]

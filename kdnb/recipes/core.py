@@ -562,7 +562,7 @@ def _record(self:Run, id_, mark, stage, parts):
     except (FileNotFoundError,ValueError): o = None
     if o and o['mark']==mark: return o
     if self.finished and self.seed in self._old['seeds']:
-        self._refuse(f'stage {stage!r}, {_changes(o, parts())}' if o else f'there is a new stage {stage!r}')
+        self._refuse(f'stage {stage!r} is made from other things ({_changes(o, parts())})' if o else f'there is a new stage {stage!r}')
     if o and 'epochs' in o: warnings.warn(f'{stage!r}{self._of_seed()} is trained again: {_changes(o, parts())}.', stacklevel=4)
     if o: self._old = self._old | dict(stages=[], exhibits=[])       # what follows may come from it
     self._new = True
