@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
 from .data import image_dls
 from .checkpoint import atomic_write
 from .recipes.core import ask_recipe,bring,find_recipe,release,settable
-from .report import Page,html_table,human,percent,picture
+from .report import Page,_axes,_in_style,html_table,human,label_points,percent,picture
 
 # %% ../nbs/61_sweep.ipynb #84fd642e
 _grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list)
@@ -463,13 +463,12 @@ def plot(self:SweepResult,
                 label='combination ± spread over seeds')
     ax.plot(front[size], 100*front.test_accuracy, 'o-', drawstyle='steps-post', color='C3', zorder=3,
             label='Pareto front' + (f', with its {names}' if names else ''))
-    for at,o in front.iterrows() if names else ():
-        ax.annotate(', '.join(map(str, at[:-1])), (o[size], 100*o.test_accuracy), xytext=(5,-11),
-                    textcoords='offset points', fontsize='small', color='C3')
     ax.set(xscale='log', xlabel=_sizes[size], ylabel='test accuracy (%)')
     ax.xaxis.set_major_locator(LogLocator(subs=(1,2,3,5,7) if df[size].max()<30*df[size].min() else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(x=.1); ax.grid(alpha=.3); ax.legend(loc='lower right')
+    written = [', '.join(map(str, o[:-1])) for o in front.index] if names else []
+    label_points(ax, zip(front[size], 100*front.test_accuracy), written, ['C3']*len(written))
     return ax
 
 # %% ../nbs/61_sweep.ipynb #bb9511bd
@@ -505,8 +504,8 @@ def page(self:SweepResult):
     about = {'recipe': g.recipe, 'data': g.data} | g.loaders | g.settings | g.lists
     parts = [f'<h1>{html.escape(title)}</h1><p class=lead>{html.escape(self._says())}']
     if len(self.stages):
-        parts += [picture(self.plot(), 'test accuracy against weights, the Pareto front marked'),
-                  html_table(_rows(self.table())),
+        with _in_style(): parts.append(picture(self.plot(ax=_axes(4.7, 3.3)), 'test accuracy against weights, the Pareto front marked'))
+        parts += [html_table(_rows(self.table())),
                   '<p class=note>Mean ± standard deviation over seeds. MACs for one image. The front is chosen by test '
                   'accuracy, so the best of many looks a little better than it is.']
     if len(failed): parts += ['<h2>What failed</h2>', html_table(failed[['name','error']], index=False)]

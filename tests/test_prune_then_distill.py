@@ -103,7 +103,7 @@ def test_alpha_0_is_training_alone(tmp_path):
     assert same(state(a), state(b)) and same(state(a), state(c))
 
 def test_found_again(demo, monkeypatch):
-    "A finished run is read, not trained; another sparsity trains only what it adds"
+    "A finished run is read, not trained, and not overwritten"
     forbid(monkeypatch)
     kwargs = dict(seeds=2, sparsities=(.36,.59,.79), pairs=('alone','unpruned','pruned','mismatched'))
     again = recipe(demo.path, **kwargs)
