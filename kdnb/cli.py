@@ -11,11 +11,11 @@ from pathlib import Path
 
 # %% ../nbs/70_cli.ipynb #8603bce9
 _about = {
-    'vbgs-kd': 'teach the student, sparsify it variationally, cut what is noise, shrink it (paper 000)',
-    'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (paper 001)',
-    'prue': 'prune the teacher so that it is less sure of itself, then let it teach (paper 002)',
-    'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (paper 003)',
-    'vid': 'let the student match the teacher’s features, also with few samples (paper 004)'}
+    'vbgs-kd': 'teach the student, sparsify it variationally, cut what is noise, shrink it (Ming et al. 2020)',
+    'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (Park and No 2022)',
+    'prue': 'prune the teacher so that it is less sure of itself, then let it teach (Wang et al. 2022)',
+    'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (Malihi and Heidemann 2023)',
+    'vid': 'let the student match the teacher’s features, also with few samples (Ahn et al. 2019)'}
 _recipes = '\n'.join(f'  {k:19} {v}' for k,v in _about.items())
 
 _help = f'''

@@ -50,7 +50,7 @@ def evaluating(model):
     finally:
         for m,mode in modes: m.training = mode
 
-# %% ../nbs/02_measure.ipynb #98a89a62
+# %% ../nbs/02_measure.ipynb #2c2eded3
 class Milliseconds(float):
     "A median, and its `spread`: half the distance of the quartiles"
     def __new__(cls, times): # Of all rounds (n,)
@@ -60,6 +60,7 @@ class Milliseconds(float):
         return self
     def __reduce__(self): return float,(float(self),)
 
+# %% ../nbs/02_measure.ipynb #98a89a62
 def median_ms(fs, # Functions without arguments
     rounds=11): # How often each is called
     "Median `Milliseconds` of each of `fs`: one thread, in turn, processor time (on a GPU: time until it is done)"
@@ -205,7 +206,7 @@ def _class_variance(p, y):
 
 def uncertainty(model, # Module that gives logits
     dl): # `DataLoader` or iterable of `(inputs, labels)`
-    "Variance of the true class's probability within a class, mean over classes: 0 to 1/4 (paper 002, equation 5)"
+    "Variance of the true class's probability within a class, mean over classes: 0 to 1/4 (Wang et al. 2022, equation 5)"
     return _class_variance(*predictions(model, dl, lambda z,y: (_log_p(z, y).exp(), y))).item()
 
 def agreement(a, # Module that gives logits
@@ -218,7 +219,7 @@ def agreement(a, # Module that gives logits
 def smoothness(teacher, # Module that gives logits
     regularized, # The same, trained with a regulariser or pruned
     dl): # `DataLoader` or iterable of `(inputs, labels)`
-    "Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother (paper 001, equation 7)"
+    "Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother (Park and No 2022, equation 7)"
     ratio, = predictions((teacher, regularized), dl, lambda z_t,z_r,y: _log_p(z_t, y) - _log_p(z_r, y))
     return ratio.mean().item()
 
@@ -238,7 +239,7 @@ def _levels(curve):
     return size,levels.round({'sparsity': 6})
 
 def find_breakpoint(curve): # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
-    "The last row before accuracy falls faster than size, as fractions of the dense network (paper 003, section 4.4)"
+    "The last row before accuracy falls faster than size, as fractions of the dense network (Malihi and Heidemann 2023, section 4.4)"
     size,levels = _levels(curve)
     best = levels['accuracy'][::-1].cummax()[::-1]   # of all that are as sparse or sparser: a dip is no fall
     lost,saved = -best.diff()*levels[size][0],-levels[size].diff()*levels['accuracy'][0]
@@ -248,7 +249,7 @@ def find_breakpoint(curve): # `DataFrame` with `sparsity`, `weights` left (or `p
 # %% ../nbs/02_measure.ipynb #5442c0a8
 def plot_breakpoint(curves, # `DataFrame` as in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
     ax=None):
-    "Accuracy against what is left, range of repeats and breakpoint (paper 003, Figures 2 and 3); returns the axes"
+    "Accuracy against what is left, range of repeats and breakpoint (Malihi and Heidemann 2023, Figures 2 and 3); returns the axes"
     ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
     for name,curve in (curves if isinstance(curves, dict) else {'': curves}).items():
         (size,levels),at = _levels(curve),find_breakpoint(curve)
@@ -268,7 +269,7 @@ def embed_predictions(models, # Module that gives logits, or `{name: module}` fo
     n=300, # Samples, drawn at random from those of `classes`
     classes=None, # Numbers of the classes; all if None
     seed=0): # For the draw and for t-SNE
-    "t-SNE of the probabilities (paper 002, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number"
+    "t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number"
     from sklearn.manifold import TSNE
     models = models if isinstance(models, dict) else {type(models).__name__: models}
     *probs,y = predictions(models.values(), dl, lambda *o: (*(z.double().softmax(1) for z in o[:-1]), o[-1]))
