@@ -155,7 +155,7 @@ class _Digest:
         if isinstance(o, BuiltinFunctionType): return o.__module__,o.__qualname__
         if not hasattr(o, '__dict__'): return repr(o),
         hidden = ('learn',) + tuple(k for k in vars(o) if k.startswith('_') and isinstance(o, TidyCallback))    # of an earlier fit
-        return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*_own_code(o)
+        return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*(_own_code(o) if isinstance(o, Callback) or _is_written_here(type(o)) else ())
 
     def loader(self, dl):
         tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
