@@ -773,6 +773,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.recipes.core._rows': ('recipes.core.html#_rows', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._run_file': ('recipes.core.html#_run_file', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._said': ('recipes.core.html#_said', 'kdnb/recipes/core.py'),
+                                   'kdnb.recipes.core._same_file': ('recipes.core.html#_same_file', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._set_layers': ('recipes.core.html#_set_layers', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._sets': ('recipes.core.html#_sets', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core._short': ('recipes.core.html#_short', 'kdnb/recipes/core.py'),

@@ -8,6 +8,7 @@ __all__ = ['bookkeeping', 'atomic_write', 'save_state', 'load_state', 'fingerpri
 
 # %% ../nbs/06_checkpoint.ipynb #e4a2ef5e
 import dis,hashlib,json,math,os,random,re,sys,time,warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from sysconfig import get_path
@@ -40,7 +41,8 @@ def atomic_write(path, # File to write
     except (OSError,SafetensorError) as e:
         raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}). '
                       f'{"What it held before is still there." if path.exists() else "Nothing was left there."}') from None
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink()     # a drive that can only be read has none
     return path
 
 # %% ../nbs/06_checkpoint.ipynb #bde25a5e
@@ -184,8 +186,8 @@ def _own_code(o):
         if isinstance(v, property): return [f for f in (v.fget,v.fset) if f]
         if isinstance(v, FunctionType): return [getattr(v, '__wrapped__', v)]
         return [(k, v)] if steady and k[:2]!='__' and _is_constant(v) else []
-    steady = not isinstance(o, Callback)    # a callback may count in its class
-    own = [c for c in (o if isinstance(o, type) else type(o)).__mro__ if _is_own(c)]
+    cls = o if isinstance(o, type) else type(o)
+    steady,own = not issubclass(cls, Callback),[c for c in cls.__mro__ if _is_own(c)]    # a callback may count in its class
     return [p for c in own for k,v in sorted(vars(c).items()) for p in parts(k, v)]
 
 def _is_constant(v): return all(map(_is_constant, v)) if isinstance(v, tuple) else isinstance(v, (bool,int,float,str,NoneType))

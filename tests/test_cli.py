@@ -144,10 +144,12 @@ def test_a_recipe_of_one_s_own(how, own, photos, capsys):
 
 def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     argv = ['compress','--data',photos,'--quiet','--recipe']
-    assert 'the recipe of_mine takes no teacher' in said(capsys, 1, *argv, 'own.py:of_mine', '--teacher', 'lenet5')
+    assert 'the recipe of_mine takes no --teacher lenet5. It takes path' in said(capsys, 1, *argv, 'own.py:of_mine', '--teacher', 'lenet5')
     assert 'returned NoneType, expected its run' in said(capsys, 1, *argv, 'own.py:returns_nothing')
-    assert "there is no recipe 'nothing' in own.py" in said(capsys, 1, *argv, 'own.py:nothing')
+    assert "there is no recipe own.py:nothing: own.py has no function 'nothing'" in said(capsys, 1, *argv, 'own.py:nothing')
     assert 'nowhere.py could not be imported: FileNotFoundError' in said(capsys, 1, *argv, 'nowhere.py:mine')
+    (own/'json.py').write_text('def mine(dls, path): pass')        # a name that is taken
+    for _ in range(2): assert 'the recipe mine returned NoneType' in said(capsys, 1, *argv, 'json.py:mine')
     (own/'broken.py').write_text('x = 1/0')
     assert 'broken.py could not be imported: ZeroDivisionError' in said(capsys, 1, 'compress', '--import', 'broken.py', '--quiet')
     with pytest.raises(SystemExit, match='2'): main(['compress','--import','own.py','--recipe','other'])

@@ -149,11 +149,10 @@ def test_what_is_no_term_is_refused(recipe, kwargs, says, tmp_path):
 
 def loaders(y): return DataLoaders.from_dsets(*[[*zip(torch.rand(8,1,8,8), y)]]*2, bs=4)
 @pytest.mark.parametrize('recipe', [vbgs_kd, prune_then_distill, prue, distill_then_prune, vid])
-@pytest.mark.parametrize('says,y', [('float32 in the shape .4, 5.', torch.rand(8,5)), ('float32 in the shape .4,.', torch.rand(8)), ('float64 in the shape .4,.', [.1*i for i in range(8)]),
-                                    ('int64 in the shape .4, 8, 8.', torch.zeros(8,8,8).long())])
-def test_other_targets_than_class_numbers_are_refused(recipe, says, y, tmp_path):
-    with pytest.raises(ValueError, match=f'these data have targets of {says}'): recipe(loaders(y), path=tmp_path/'run', show=False)
+@pytest.mark.parametrize('y', [torch.rand(8,5), torch.rand(8), [.1*i for i in range(8)], torch.zeros(8,8,8).long()], ids=['labels','number','plain number','mask'])
+def test_other_targets_than_class_numbers_are_refused(recipe, y, tmp_path):
+    with pytest.raises(ValueError, match='targets .*one class number'): recipe(loaders(y), path=tmp_path/'run', show=False)
     assert not (tmp_path/'run').exists()
 def test_images_without_labels_are_refused(tmp_path):
     dls = DataLoaders.from_dsets(*[[(o,) for o in torch.rand(8,1,8,8)]]*2, bs=4)
-    with pytest.raises(ValueError, match='these data have no targets'): vbgs_kd(dls, path=tmp_path/'run', show=False)
+    with pytest.raises(ValueError, match='one class number'): vbgs_kd(dls, path=tmp_path/'run', show=False)

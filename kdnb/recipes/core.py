@@ -138,13 +138,16 @@ def bring(module): # Name of a module that can be imported from here, or the pat
     "Import code of the user's own: what it registers (recipes, criteria, terms) is known from then on"
     path = Path(module)
     name,is_file = (path.stem,True) if path.suffix=='.py' else (str(module),False)
-    there = sys.modules.get(name)
-    if there and (not is_file or getattr(there, '__file__', None) and Path(there.__file__).resolve()==path.resolve()): return there
-    if is_file and there: name += f'_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}'     # another file of that name
+    def known(): return name in sys.modules and (not is_file or _same_file(sys.modules[name], path))
+    if is_file and name in sys.modules and not known():     # another module of that name
+        name += f'_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}'
+    if known(): return sys.modules[name]
     try: return _run_file(name, path) if is_file else _import_here(name)
     except Exception as e:
         sys.modules.pop(name, None)
         raise ValueError(f'{module} could not be imported: {type(e).__name__}: {e}') from e
+
+def _same_file(module, path): return Path(getattr(module, '__file__', None) or '').resolve()==path.resolve()
 
 def _run_file(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
@@ -169,7 +172,7 @@ def find_recipe(name): # One of `recipes`, 'module:function', 'file.py:function'
         near = get_close_matches(name, recipes, 1)
         raise ValueError(f'there is no recipe {name!r}.{f" Did you mean {near[0]!r}?" if near else ""} There are {", ".join(recipes)}; '
                          "one of your own is 'module:function'.")
-    if not callable(found := getattr(bring(module), f, None)): raise ValueError(f'there is no recipe {f!r} in {module}.')
+    if not callable(found := getattr(bring(module), f, None)): raise ValueError(f'there is no recipe {where}: {module} has no function {f!r}.')
     return found
 
 # %% ../../nbs/50_recipes.core.ipynb #370fbbe8
@@ -181,7 +184,7 @@ def ask_recipe(f, # Function that runs a recipe
     takes = inspect.signature(f).parameters
     if not any(p.kind==p.VAR_KEYWORD for p in takes.values()):
         if odd := [k for k in settings if k not in takes]:
-            raise ValueError(f'the recipe {f.__name__} takes no {odd[0]}. It takes {", ".join([*takes][1:])}.')
+            raise ValueError(f'the recipe {f.__name__} takes no {odd[0]}={settings[odd[0]]!r}. It takes {", ".join([*takes][1:])}.')
         usual = {k: v for k,v in usual.items() if k in takes}
     run = f(dls, **usual | settings)
     if not hasattr(run, 'stages'):
@@ -318,7 +321,8 @@ def _claim(path, recipe, force):
     if path.exists() and any(o.name[0]!='.' for o in path.iterdir()) and not (path/'run.json').exists():
         raise FileExistsError(f'{path} is not the folder of a run (it holds no run.json), so nothing is written there. '
                               'Choose another one.')
-    path.mkdir(parents=True, exist_ok=True)
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f'the folder {path} cannot be made ({e.strerror}). Choose another one.') from None
     _lock(path.resolve())
     if force:
         for o in path.iterdir():
@@ -353,7 +357,7 @@ class Run(Record):
         self.n_test,self.in_shape,self.bs,self.sets = len(self.test.dataset),list(in_shape(dls)),dls.valid.bs,_sets(dls)
         self.cache = isinstance(dls.train, TensorDL) and not dls.train.augments   # a teacher need not be asked twice
         old = _claim(self.path, recipe, force) if self.rank==0 else None
-        self._new,self._old,self.finished = old is None and self.rank==0,old or {},False
+        self._new,self._old,self.finished,self._differ = old is None and self.rank==0,old or {},False,''
         if old: self._take_up()
         self._write()
         if self.rank: self._old = _read_run(self.path); self._take_up()
@@ -392,7 +396,7 @@ def _said(o):
     if isinstance(o, dict): return {k: _said(v) for k,v in o.items()}
     if isinstance(o, (tuple,list)): return type(o)(map(_said, o)) if type(o) in (tuple,list) else [*map(_said, o)]
     if isinstance(o, (nn.Module,Learner)): return name_of(o)
-    return getattr(o, '__name__', None) or re.sub(' at 0x[0-9a-f]+', '', repr(o))
+    return getattr(o, '__name__', None) or re.sub(' at 0x[0-9a-f]+', '', str(o))
 
 def _sets(dls):
     "How many samples the loaders hold, in batches of which size, and a checksum of both with images, labels and transforms"
@@ -422,10 +426,11 @@ def _take_up(self:Run):
     "Go on with the run that is written down in the folder; refuse if that would overwrite a result"
     old = self._old
     self.finished = bool(old['layers']) and (self.path/'model.safetensors').exists()
-    if not self.finished: return
     now,grows = json.loads(json.dumps(self.settings, default=str)),self.seeds[0]==old['seeds'][0] and {*old['seeds']}<={*self.seeds}
     differ = [*_other_values(dict(data=old['data']), dict(data=self.data)), *_other_data(old.get('sets') or self.sets, self.sets),
               *_other_values(old['settings'], now)]
+    self._differ = f' ({"; ".join(differ)})' if differ else ''
+    if not self.finished: return
     if not grows: differ.append(f'seeds are {", ".join(map(str, self.seeds))}, were {", ".join(map(str, old["seeds"]))}')
     if differ: self._refuse('; '.join(differ))
     self.versions,self.machine = old['versions'],old['machine']
@@ -523,13 +528,13 @@ def set_result(model, # Network as it is before a training
 
 def _set_layers(model, tensors):
     "Cut the layers of `model` to the shapes of `tensors`, and mask what is masked there"
-    there = masks(tensors)
+    there,device = masks(tensors),next(model.parameters()).device
     unmask(model, list(masks(model)))
     for k in [k for k in tensors if k.endswith('.0.index')]:
-        if owner := _index_owner(model, k): set_layer(model, owner, nn.Sequential(index_layer(tensors[k]), get_layer(model, owner)))
+        if owner := _index_owner(model, k): set_layer(model, owner, nn.Sequential(index_layer(tensors[k].to(device)), get_layer(model, owner)))
     for k,v in tensors_in(model).items():
         if k in tensors and v.shape!=tensors[k].shape: _cut(model, k, tensors[k].to(v.device, v.dtype))
-    mask_model(model, {k: m.to(next(model.parameters()).device) for k,m in there.items()})
+    mask_model(model, {k: m.to(device) for k,m in there.items()})
     odd = sorted(k for k in tensors_in(model).keys()^tensors.keys() if not k.startswith(f'{HEADS}.'))
     if odd: raise ValueError(f'the trained network has other layers than the one that its training begins with ({odd[0]}).')
 
@@ -563,7 +568,7 @@ def _record(self:Run, id_, mark, stage, parts):
     if o and o['mark']==mark: return o
     if self.finished and self.seed in self._old['seeds']:
         self._refuse(f'stage {stage!r} is made from other things ({_changes(o, parts())})' if o else f'there is a new stage {stage!r}')
-    if o and 'epochs' in o: warnings.warn(f'{stage!r}{self._of_seed()} is trained again: {_changes(o, parts())}.', stacklevel=4)
+    if o and 'epochs' in o: warnings.warn(f'{stage!r}{self._of_seed()} is trained again: {_changes(o, parts())}{self._differ}.', stacklevel=4)
     if o: self._old = self._old | dict(stages=[], exhibits=[])       # what follows may come from it
     self._new = True
 
