@@ -554,10 +554,13 @@ def report(record): # `Record`, or the folder of a run
 @contextmanager
 def _in_style():
     "Pictures are made in the page's style, and none stays open"
-    before = set(plt.get_fignums())
+    before,interactive = set(plt.get_fignums()),plt.isinteractive()
     try:
-        with plt.rc_context(_style): yield
+        with plt.rc_context(_style):
+            try: yield
+            finally: interactive = plt.isinteractive()     # a notebook sets it with its first picture
     finally:
+        interactive and plt.ion()
         for n in set(plt.get_fignums())-before: plt.close(n)
 
 @patch

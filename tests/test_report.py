@@ -206,6 +206,18 @@ def test_pictures_leave_nothing_behind():
     with pytest.raises(ValueError, match='It needs sparsity'): report(broken)
     assert dict(plt.rcParams)==before and plt.get_fignums()==n
 
+def test_a_notebook_s_first_picture_may_be_that_of_a_report():
+    "The backend becomes interactive while it draws, and stays so"
+    was = plt.isinteractive()
+    try:
+        plt.ioff()
+        with _in_style(): plt.ion()
+        assert plt.isinteractive()
+        plt.ioff()
+        with _in_style(): pass
+        assert not plt.isinteractive()
+    finally: (plt.ion if was else plt.ioff)()
+
 def test_compare(folder, tmp_path):
     a,b = fake_record('runs/a'),fake_record('runs/b', settings=dict(lam=.5, T=4.), seeds=(0,1))
     text = str(compare(a, b))
