@@ -7,10 +7,12 @@ __all__ = ['bookkeeping', 'atomic_write', 'save_state', 'load_state', 'fingerpri
            'callback_memory', 'set_callback_memory', 'training_state', 'set_training_state', 'Checkpoint']
 
 # %% ../nbs/06_checkpoint.ipynb #e4a2ef5e
-import hashlib,json,math,os,random,re,time,warnings
+import dis,hashlib,json,math,os,random,re,sys,time,warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType,CodeType,FunctionType,MethodType
+from sysconfig import get_path
+from types import BuiltinFunctionType,CodeType,FunctionType,MethodType,NoneType
 import numpy as np, pandas as pd, safetensors.torch as st, torch
 from safetensors import SafetensorError,safe_open
 from torch import nn
@@ -39,7 +41,8 @@ def atomic_write(path, # File to write
     except (OSError,SafetensorError) as e:
         raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}). '
                       f'{"What it held before is still there." if path.exists() else "Nothing was left there."}') from None
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink()     # a drive that can only be read has none
     return path
 
 # %% ../nbs/06_checkpoint.ipynb #bde25a5e
@@ -144,7 +147,7 @@ class _Digest:
         if isinstance(o, MethodType): return o.__func__,o.__self__
         if isinstance(o, partial): return o.func,o.args,o.keywords
         if isinstance(o, FunctionType):
-            return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,[_cell(c) for c in o.__closure__ or ()]
+            return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,[_cell(c) for c in o.__closure__ or ()],*_taken(o)
         if isinstance(o, Learner):
             cbs = [c for c in o.cbs if not isinstance(c, bookkeeping)]
             return o.model,o.loss_func,o.opt_func,o.lr,o.wd,o.moms,o.dls,cbs
@@ -154,7 +157,7 @@ class _Digest:
         if isinstance(o, BuiltinFunctionType): return o.__module__,o.__qualname__
         if not hasattr(o, '__dict__'): return repr(o),
         hidden = ('learn',) + tuple(k for k in vars(o) if k.startswith('_') and isinstance(o, TidyCallback))    # of an earlier fit
-        return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*(_own_code(o) if isinstance(o, Callback) else ())
+        return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*(_own_code(o) if isinstance(o, Callback) or _is_written_here(type(o)) else ())
 
     def loader(self, dl):
         tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
@@ -173,10 +176,36 @@ def _is_setting(v):
 
 def _settings(m): return sorted((k, v) for k,v in vars(m).items() if k[0]!='_' and k!='training' and _is_setting(v))
 
+_libraries = 'torch','torchvision','fastai','fastcore','kdnb','builtins','typing'
+def _is_own(o): return str(getattr(o, '__module__', None) or 'builtins').split('.')[0] not in _libraries
+
 def _own_code(o):
-    "The methods of `o`, those of torch, fastai and this package left out"
-    own = [c for c in type(o).__mro__ if c.__module__.split('.')[0] not in ('torch','torchvision','fastai','fastcore','kdnb','builtins','typing')]
-    return [getattr(f, '__wrapped__', f) for c in own for _,f in sorted(vars(c).items()) if isinstance(f, FunctionType)]
+    "Methods, properties and constants of the class of `o`, or of the class `o`; those of torch, fastai and this package left out"
+    def parts(k, v):
+        if isinstance(v, (staticmethod,classmethod)): v = v.__func__
+        if isinstance(v, property): return [f for f in (v.fget,v.fset) if f]
+        if isinstance(v, FunctionType): return [getattr(v, '__wrapped__', v)]
+        return [(k, v)] if steady and k[:2]!='__' and _is_constant(v) else []
+    cls = o if isinstance(o, type) else type(o)
+    steady,own = not issubclass(cls, Callback),[c for c in cls.__mro__ if _is_own(c)]    # a callback may count in its class
+    return [p for c in own for k,v in sorted(vars(c).items()) for p in parts(k, v)]
+
+def _is_constant(v): return all(map(_is_constant, v)) if isinstance(v, tuple) else isinstance(v, (bool,int,float,str,NoneType))
+
+def _is_written_here(o):
+    "Is it code of the user's own files, not of an installed package?"
+    file = str(getattr(sys.modules.get(o.__module__), '__file__', ''))
+    return _is_own(o) and not (re.search(r'[/\\](site|dist)-packages[/\\]', file) or file.startswith(get_path('stdlib')))
+
+def _taken(f):
+    "Functions, classes and constants of their file that the user's own function `f` names"
+    def names(code):
+        set_here = {i.argval for i in dis.get_instructions(code) if i.opname=='STORE_GLOBAL'}
+        return ({*code.co_names}-set_here).union(*(names(c) for c in code.co_consts if isinstance(c, CodeType)))
+    if not _is_written_here(f): return []
+    there = {k: f.__globals__[k] for k in sorted(names(f.__code__)) if k in f.__globals__ and k[:2]!='__'}
+    return [(k, _own_code(v) if isinstance(v, type) else v) for k,v in there.items()
+            if _is_constant(v) or isinstance(v, (FunctionType,type)) and _is_written_here(v)]
 
 def _labels(tl):
     "What `tl` says of its items, unless that is images, which take long to open, or stands in their table"

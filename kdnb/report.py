@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['colours', 'load_lines', 'human', 'percent', 'by_name', 'spread', 'stage_rows', 'first_and_last', 'verdict', 'picture',
-           'plot_stages', 'plot_sizes', 'plot_curves', 'html_table', 'plot_log_alpha_map', 'weight_image',
-           'exhibit_html', 'Page', 'layer_rows', 'how_to_load', 'report', 'compare']
+           'plot_stages', 'label_points', 'plot_sizes', 'plot_curves', 'html_table', 'plot_log_alpha_map',
+           'weight_image', 'exhibit_html', 'Page', 'layer_rows', 'how_to_load', 'report', 'compare']
 
 # %% ../nbs/60_report.ipynb #14a2a704
 import base64,html,io,math,re
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from cycler import cycler
 from matplotlib.colors import to_hex
+from matplotlib.transforms import Bbox
 from matplotlib.ticker import EngFormatter,LogLocator,MaxNLocator,NullFormatter
 from PIL import Image
 from fastcore.basics import chunked,patch
@@ -32,7 +33,7 @@ def percent(x, digits=1): return f'{100*x:.{digits}f} %'
 
 # %% ../nbs/60_report.ipynb #9a5fdd12
 _usual = ('name','seed','test_accuracy','valid_accuracy','weights','weights_kept','params','macs','bytes','epochs',
-          'seconds','latency_ms')
+          'seconds','latency_ms','latency_spread_ms')
 
 def by_name(stages): # Rows of `Record.stages`
     "The rows of each stage, one per seed, by its name"
@@ -56,13 +57,15 @@ def spread(values, f='{:.2f}', f_std=None, scale=1.):
 def stage_rows(stages): # Rows of `Record.stages`
     "A dict of text for each stage: the mean of its seeds, and their spread"
     cols = {'weights': ('weights', human), 'weights kept': ('weights_kept', percent), 'MACs': ('macs', human),
-            'size': ('bytes', lambda v: human(v, 'B')), 'latency': ('latency_ms', lambda v: f'{v:.2f} ms'),
-            'epochs': ('epochs', human)}
+            'size': ('bytes', lambda v: human(v, 'B')), 'latency': ('latency_ms', '{:.2f} ms'.format), 'epochs': ('epochs', human)}
+    def shown(rows, key, f):
+        if key=='latency_ms' and (s := _numbers(rows, 'latency_spread_ms')): return f'{_mean(rows, key):.2f} ± {np.mean(s):.2f} ms'
+        return _or_dash(f, _mean(rows, key))
     more = {k: None for o in stages for k in o if k not in _usual and _numbers([o], k)}
     n_seeds = {len(o) for o in by_name(stages).values()}
     return [{'stage': name} | ({'seeds': str(len(rows))} if len(n_seeds)>1 else {})
             | {'test accuracy, %': spread(_numbers(rows, 'test_accuracy'), scale=100)}
-            | {k: _or_dash(f, _mean(rows, key)) for k,(key,f) in cols.items() if _numbers(stages, key)}
+            | {k: shown(rows, key, f) for k,(key,f) in cols.items() if _numbers(stages, key)}
             | {k.replace('_',' '): spread(_numbers(rows, k), '{:.4g}', '{:.2g}') for k in more}
             for name,rows in by_name(stages).items()]
 
@@ -74,6 +77,11 @@ def _times(a, b, more, less, same):
     if abs(r-1)<.05: return same
     r,word = (r,less) if r>1 else (1/r,more)
     return f'{r:.{0 if r>=9.95 else 1}f} times {word}'
+
+def _time(of, rows, more, less, same):
+    "`_times` of the latencies; none is called faster where they differ by less than they spread"
+    a,b,spreads = _mean(of, 'latency_ms'),_mean(rows, 'latency_ms'),_mean(of, 'latency_spread_ms')+_mean(rows, 'latency_spread_ms')
+    return f'{same} within the spread' if abs(a-b)<=spreads else _times(a, b, more, less, same)
 
 def first_and_last(stages): # Rows of `Record.stages`
     "`(name, rows)` of the network that a run began with and of its result; of the most and of the fewest weights, if it does not say"
@@ -94,9 +102,9 @@ def verdict(stages): # Rows of `Record.stages`
     diff = round(100*(now-was), 2)
     how = f'loses {-diff:.2f} points of' if diff<0 else f'gains {diff:.2f} points of' if diff>0 else 'keeps the'
     costs = [('macs','more multiplications','fewer multiplications','as many multiplications'),
-             ('bytes','more memory','less memory','as much memory'),
-             ('latency_ms','more time','less time','as much time')]
-    less = [o for k,*words in costs if (o := _times(_mean(of, k), _mean(rows, k), *words))]
+             ('bytes','more memory','less memory','as much memory')]
+    less = [_times(_mean(of, k), _mean(rows, k), *words) for k,*words in costs] + [_time(of, rows, 'more time', 'less time', 'as much time')]
+    less = [o for o in less if o]
     return (f'The network “{b}” has {percent(_mean(rows, "weights")/_mean(of, "weights"))} of the weights of “{a}” '
             f'and {how} test accuracy ({percent(was, 2)} → {percent(now, 2)}{means}).'
             + (f' It needs {_and(less)}.' if less else ''))
@@ -125,6 +133,7 @@ def picture(axs, # What a plot function returned
 
 def _axes(w=4.7, h=2.8): return plt.subplots(figsize=(w,h), layout='constrained')[1]
 
+# %% ../nbs/60_report.ipynb #62161d16
 def plot_stages(stages, # Rows of `Record.stages`
     ax=None):
     "Test accuracy of each stage: a dot for each seed, a line for the mean; returns the axes"
@@ -140,22 +149,49 @@ def plot_stages(stages, # Rows of `Record.stages`
     ax.margins(x=.12, y=.6/(len(names)+1)); ax.invert_yaxis(); ax.grid(axis='x', alpha=.3)
     return ax
 
+# %% ../nbs/60_report.ipynb #388e9ef8
+_around = [(s*x,s*y) for s in (1,2.2,3.6) for x,y in ((5,4),(5,-4),(-5,4),(-5,-4),(0,6),(0,-6),(7,0),(-7,0))]
+_sides = {1: ('left','bottom'), -1: ('right','top'), 0: ('center','center')}
+
+def label_points(ax, # Axes that are otherwise ready
+    points, # `(x, y)` of each
+    names, # Text of each
+    colours=None): # Colour of each
+    "Write `names` beside `points`, where there is room; a line leads to a name that stands apart"
+    ax.figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x-3, y-3, 6, 6) for l in ax.lines if l.get_marker()!='None' for x,y in ax.transData.transform(l.get_xydata())]
+    if legend := ax.get_legend(): taken.append(legend.get_window_extent())
+    for xy,name,c in zip(points, names, colours or [None]*len(names)):
+        t = ax.annotate(str(name), xy, (0,0), textcoords='offset points', fontsize='small', color=c)
+        t.set_in_layout(False)      # else the axes give way, and all that was measured is wrong
+        boxes = {o: _put_label(t, o) for o in _around}
+        at = min(boxes, key=lambda o: sum(_common(boxes[o], b) for b in taken) + 9*_outside(boxes[o], ax.figure.bbox))
+        taken.append(_put_label(t, at))
+        if abs(at[0])+abs(at[1])>12: ax.annotate('', xy, at, textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.5, color=c or '#888888', shrinkA=0))
+
+def _put_label(t, at):
+    t.set(position=at, ha=_sides[np.sign(at[0])][0], va=_sides[np.sign(at[1])][1])
+    return t.get_window_extent()
+def _common(a, b): return max(0, min(a.x1,b.x1)-max(a.x0,b.x0))*max(0, min(a.y1,b.y1)-max(a.y0,b.y0))
+def _outside(a, b): return a.width*a.height-_common(a, b)
+
+# %% ../nbs/60_report.ipynb #0d57a9b8
 def plot_sizes(runs, # `{name: rows of Record.stages}`
     ax=None):
     "Test accuracy against weights, a colour for each run; the largest and smallest are named. Returns the axes"
-    ax,lines = ax or _axes(4.7, 3),[]
+    ax,lines,ends = ax or _axes(4.7, 3),[],[]
     for name,stages in runs.items():
         points = [(_mean(o, 'weights'), 100*_mean(o, 'test_accuracy')) for o in by_name(stages).values()]
         line, = ax.plot(*zip(*points), 'o', ms=6, alpha=.8)
         lines.append(line)
-        for stage,rows in first_and_last(stages):
-            ax.annotate(stage, (_mean(rows, 'weights'), 100*_mean(rows, 'test_accuracy')), xytext=(0,-6), va='top',
-                        textcoords='offset points', ha='center', fontsize='small', color=line.get_color())
+        ends += [(_mean(rows, 'weights'), 100*_mean(rows, 'test_accuracy'), stage, line.get_color()) for stage,rows in first_and_last(stages)]
     ax.set(xscale='log', xlabel='weights that are not zero', ylabel='test accuracy (%)')
     ax.margins(.15); ax.grid(alpha=.3); ax.legend(lines, runs)
+    *xy,texts,inks = zip(*dict.fromkeys(ends))
     low,high = ax.get_xlim()
     ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5) if high<50*low else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.xaxis.set_minor_formatter(NullFormatter())
+    label_points(ax, zip(*xy), texts, inks)
     return ax
 
 # %% ../nbs/60_report.ipynb #1fa6eabf
@@ -223,17 +259,22 @@ def _scatter(ax, df):
         o = df[labels==name] if colour else df
         ax.plot(o.x, o.y, 'o', ms=3 if big else 5, mew=0, alpha=.75, c=_colour(i, len(names)*colour), rasterized=big)
     if not colour and len(df)<=30:
-        for x,y,name in zip(df.x, df.y, labels):
-            ax.annotate(str(name), (x,y), xytext=(5,3), textcoords='offset points', fontsize='small')
-    return [o for o in names if colour and len(names)>1]
+        return [],labels
+    return [o for o in names if colour and len(names)>1],[]
 
 def _draw_table(o): return html_table(o.data)
 def _draw_curve(o): return picture(plot_breakpoint(o.data, _axes()), o.title)
 
+def _name_axes(ax, o):
+    ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y')); ax.grid(alpha=.3)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+
 def _draw_scatter(o):
     ax = _axes()
-    names = _scatter(ax, o.data)
-    ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y')); ax.grid(alpha=.3); ax.margins(.08)
+    names,written = _scatter(ax, o.data)
+    _name_axes(ax, o)
+    ax.margins(.08)
+    label_points(ax, zip(o.data.x, o.data.y), written)
     return picture(ax, o.title) + (_key(names) if names else '')
 
 def _draw_lines(o):
@@ -242,7 +283,7 @@ def _draw_lines(o):
         c = _colour(i, len(o.data))
         ax.plot(df.x, df.y, '.-' if len(df)<40 else '-', lw=1.4, c=c)
         if 'err' in df: ax.fill_between(df.x, df.y-df.err, df.y+df.err, color=c, alpha=.2, lw=0)
-    ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y')); ax.grid(alpha=.3)
+    _name_axes(ax, o)
     return picture(ax, o.title) + (_key(o.data) if len(o.data)>1 else '')
 
 def _draw_embedding(o):
@@ -367,6 +408,7 @@ color:inherit}
 .kdnb .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:0 2rem;
 align-items:start}
 .kdnb .facts td{white-space:normal;overflow-wrap:anywhere}.kdnb .facts table{width:100%}
+.kdnb .facts td:first-child{overflow-wrap:normal;vertical-align:top}.kdnb .facts>div{overflow-x:auto}
 .kdnb svg{display:block;width:100%;height:auto}.kdnb svg text{font-family:inherit!important;fill:currentColor}
 .kdnb svg image{image-rendering:pixelated}
 .kdnb .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15.5rem),1fr));
@@ -379,12 +421,17 @@ gap:1rem 1.2rem;margin:.6rem 0}
 .kdnb pre{background:#8881;border-radius:.5rem;padding:.8rem;overflow-x:auto;font-size:.875rem;color:inherit;
 white-space:pre}
 '''
-_page_css = ''':root{color-scheme:light dark}
-body{margin:0 auto;max-width:62rem;padding:1rem;color:#1b1f24;background:#fff}
-@media (prefers-color-scheme:dark){body{color:#dfe3e8;background:#14171b}}
+_page_css = ''':root{color-scheme:light dark;--paper:#fff}
+@media (prefers-color-scheme:dark){:root{--paper:#14171b}}
+.kdnb .wide,.kdnb pre{background:linear-gradient(90deg,var(--paper) 40%,transparent) 0 0/2.4rem 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/2.4rem 100% no-repeat local,
+linear-gradient(90deg,#8889,transparent) 0 0/1rem 100% no-repeat scroll,
+linear-gradient(270deg,#8889,transparent) 100% 0/1rem 100% no-repeat scroll}
+body{margin:0 auto;max-width:62rem;padding:1rem;color:#1b1f24;background:var(--paper)}
+@media (prefers-color-scheme:dark){body{color:#dfe3e8}}
 @media print{body{color:#000;background:#fff;max-width:none;padding:0}.kdnb h2{break-after:avoid}
 .kdnb svg,.kdnb tr,.kdnb .tiles,.kdnb pre,.kdnb .matrix{break-inside:avoid}
-.kdnb .wide{overflow:visible}.kdnb pre{overflow:visible;white-space:pre-wrap}
+.kdnb .wide{overflow:visible;background:none}.kdnb pre{overflow:visible;white-space:pre-wrap}
 .kdnb table{font-size:.7rem;white-space:normal}.kdnb td,.kdnb th{padding:.2rem .4rem}}
 '''
 
@@ -406,7 +453,8 @@ def _tiles(stages):
     (_,of),(_,rows) = first_and_last(stages)
     def one(key, label, f, *words):
         a,b = _mean(of, key),_mean(rows, key)
-        change = _times(a, b, *words) if words else f'{100*(b-a):+.2f} points'.replace('-', '−')
+        change = ((_time(of, rows, *words) if key=='latency_ms' else _times(a, b, *words)) if words else
+                  f'{100*(b-a):+.2f} points'.replace('-', '−'))
         return '' if math.isnan(a+b) else _tile.format(label, f(a), f(b), change)
     return '<div class=tiles>' + ''.join([
         one('test_accuracy', 'test accuracy', lambda v: f'{100*v:.2f} %'),
@@ -453,14 +501,18 @@ def how_to_load(record): # `Record`
 def _facts(name, facts):
     rows = ''.join(f'<tr><td>{html.escape(str(k))}<td>{html.escape(_plain(v))}' for k,v in facts.items())
     return f'<div><table><tr><th>{name}<th>{rows}</table></div>'
-def _plain(v): return ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else str(v)
+def _plain(v):
+    def inner(o): return f'({_plain(o)})' if isinstance(o, (list,tuple,dict)) else _plain(o)
+    if isinstance(v, dict): return ', '.join(f'{k}: {inner(o)}' for k,o in v.items())
+    if isinstance(v, (list,tuple)): return ', '.join(map(inner, v))
+    return f'{v:.10g}' if isinstance(v, float) and len(str(v))>10 else str(v)
 
 def _seeds(seeds): return f'seed{"s" if len(seeds)>1 else ""} {", ".join(map(str, seeds))}'
 def _title(record): return f'{record.recipe} on {record.data}'
 
 # %% ../nbs/60_report.ipynb #2d765ae7
 _meaning = ('Weights: of linear layers and convolutions, those that are not zero. MACs: multiply-accumulates for one '
-            'image. Latency: for a batch, on one thread, median, stages in turn.')
+            'image. Latency: for a batch, on one thread, stages in turn: median, and ± half the distance of the quartiles.')
 def _note(r):
     what = f'{r.n_test:,} test images' if r.has_test else f'{r.n_test:,} VALIDATION images (there is no test set)'
     return (f'Accuracy after the last epoch on the {what}, on which nothing was chosen; {_seeds(r.seeds)}'
@@ -502,10 +554,13 @@ def report(record): # `Record`, or the folder of a run
 @contextmanager
 def _in_style():
     "Pictures are made in the page's style, and none stays open"
-    before = set(plt.get_fignums())
+    before,interactive = set(plt.get_fignums()),plt.isinteractive()
     try:
-        with plt.rc_context(_style): yield
+        with plt.rc_context(_style):
+            try: yield
+            finally: interactive = plt.isinteractive()     # a notebook sets it with its first picture
     finally:
+        interactive and plt.ion()
         for n in set(plt.get_fignums())-before: plt.close(n)
 
 @patch

@@ -65,6 +65,35 @@ def test_no_machine_path():
 
 def test_no_package_index(): assert not _found(r'py[p]i\.org|python[h]osted|index[-_]url')
 
+def _slug(heading): return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+def _prose(path):
+    "What is written in a notebook or a file of markdown, without code"
+    if path.suffix=='.ipynb': return '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+    return re.sub(r'```.*?```', '', path.read_text(encoding='utf-8'), flags=re.S)
+
+def dead_links(path, text=None):
+    "Relative links and anchors in the prose of `path` that lead nowhere"
+    for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', _prose(path) if text is None else text):
+        link = ''.join(link)
+        file,_,anchor = link.partition('#')
+        target = (path.parent/file).resolve() if file else path
+        if re.match(r'[a-z]+:', link): continue
+        if not target.exists(): yield link
+        elif anchor and anchor.lower() not in {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(target), re.M)}: yield link
+
+DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
+@pytest.mark.parametrize('path', DOCS, ids=lambda o: o.name)
+def test_no_dead_link(path): assert not [*dead_links(path)]
+
+def test_dead_links_are_found():
+    text = '[a](02_measure.ipynb) [b](../measure.html#x) [c](50_recipes.core.ipynb#the-run) [d](50_recipes.core.ipynb#no) [e](https://x.y) <img src="images/no.png">'
+    assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50_recipes.core.ipynb#no','images/no.png']
+
+def test_papers_are_cited_by_author_and_year():
+    "In recipes, report and command line nobody has to know which paper a number stands for"
+    ours = re.compile(r'kdnb/recipes/|kdnb/(cli|report|sweep|measure)|nbs/(5|6|7|02)')
+    assert not [o for o,t in _stored_text() if ours.match(o) and re.search(r'\b[Pp]aper 00\d', t)]
+
 def test_notebooks_are_clean():
     faults = []
     for o,nb in NOTEBOOKS.items():
