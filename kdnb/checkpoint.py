@@ -13,7 +13,7 @@ from pathlib import Path
 from types import BuiltinFunctionType,CodeType,FunctionType,MethodType
 import numpy as np, pandas as pd, safetensors.torch as st, torch
 from safetensors import SafetensorError,safe_open
-from torch import nn
+from torch import fx,nn
 from fastcore.foundation import L
 from fastai.torch_core import to_device
 from fastai.callback.core import CancelEpochException,Callback,TrainEvalCallback
@@ -134,7 +134,7 @@ class _Digest:
 
     def parts(self, o):
         "What makes `o` what it is"
-        if isinstance(o, nn.Module): return repr(o),*tensors_in(o).items(),*((_settings(m),_own_code(m)) for m in unwrap(o).modules())
+        if isinstance(o, nn.Module): return self.network(unwrap(o))
         if isinstance(o, dict): return [len(o), *(x for kv in o.items() for x in kv)]
         if isinstance(o, (set,frozenset)): return sorted(map(repr, o))
         if isinstance(o, (list,tuple,L)): return [len(o), *o]
@@ -155,6 +155,11 @@ class _Digest:
         if not hasattr(o, '__dict__'): return repr(o),
         hidden = ('learn',) + tuple(k for k in vars(o) if k.startswith('_') and isinstance(o, TidyCallback))    # of an earlier fit
         return {k: v for k,v in vars(o).items() if k not in hidden and not isinstance(v, random.Random)},*(_own_code(o) if isinstance(o, Callback) else ())
+
+    def network(self, model):
+        traced = [m for m in model.modules() if isinstance(m, fx.GraphModule)]     # their names are lost in a copy
+        said = re.sub(rf'\b({"|".join({type(m).__name__ for m in traced} or "-")})\(', 'GraphModule(', repr(model))
+        return (said,*tensors_in(model).items(),*((_settings(m),_own_code(m)) for m in model.modules()),*(m.code for m in traced))
 
     def loader(self, dl):
         tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
