@@ -36,6 +36,7 @@ def save_model(model, # Plain network, shrunken or not, or the `Learner` that ho
     arch=None): # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
     "Save weights and what is needed to build the network again: no pickle, no code"
     if isinstance(model, Learner): model,dls = model.model,dls or model.dls
+    if not isinstance(model, nn.Module): raise ValueError(f'model is {model!r}, expected a network or a Learner: save_model(model, path).')
     model = plain_copy(model)
     arch = arch or getattr(model, 'arch', None)
     if not arch:
@@ -78,7 +79,8 @@ class Preprocess:
 
     def __call__(self, images): # Path, PIL image, bytes (H, W), (H, W, C) or (C, H, W) in an array or tensor; a list or batch of such
         "Batch (N, C, H, W) for the network; floats (C, H, W) are normalised only"
-        if isinstance(images, (list,tuple)) or getattr(images, 'ndim', 0)==4: return torch.cat([self(o) for o in images])
+        if isinstance(images, (list,tuple)) or getattr(images, 'ndim', 0)==4:
+            return torch.cat([self(o) for o in images]) if len(images) else torch.zeros(0, *self.shape)
         x = self._scaled(images)
         mean,std = (torch.tensor(o, device=x.device).view(-1, 1, 1) for o in (self.mean, self.std))
         return ((x-mean)/std)[None]
@@ -97,8 +99,10 @@ def _scaled(self:Preprocess, o):
     c,h,w = self.shape
     if isinstance(o, (str,Path)):
         with Image.open(o) as im: return self._scaled(im)
-    if isinstance(o, Image.Image): return self._scaled(self._fitted(ImageOps.exif_transpose(o)))
-    t = (o.detach() if isinstance(o, torch.Tensor) else torch.as_tensor(np.array(o))).as_subclass(torch.Tensor)
+    if isinstance(o, Image.Image): return self._scaled(self._fitted(ImageOps.exif_transpose(o)).copy())
+    if not isinstance(o, (torch.Tensor,np.ndarray)):
+        raise ValueError(f'the image is {o!r}, expected a path, a PIL image, an array or a tensor.')
+    t = (o.detach() if isinstance(o, torch.Tensor) else torch.as_tensor(o.copy())).as_subclass(torch.Tensor)
     t = t[None] if t.ndim==2 else t.permute(2,0,1) if t.ndim==3 and t.shape[2] in (1,3,4) and len(t) not in (1,3,4) else t
     low,high = t.min().item(),t.max().item()
     if t.is_floating_point():

@@ -83,6 +83,7 @@ def test_mutations(saved, tmp_path):
 def test_refuses_what_is_not_plain(tmp_path):
     with pytest.raises(ValueError, match='still has Gate layers'): save_model(to_variational(lenet300()), tmp_path/'a')
     with pytest.raises(ValueError, match='does not say how to build it'): save_model(nn.Linear(2,2), tmp_path/'a')
+    with pytest.raises(ValueError, match='expected a network or a Learner: save_model\\(model, path\\)'): save_model(tmp_path/'a', lenet300())
     assert not list(tmp_path.iterdir())
 
 def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -249,7 +250,8 @@ def test_a_loaded_network_makes_its_own_batches(tmp_path):
     assert net.preprocess(Image.new('RGBA', (30,50))).shape==net.preprocess(torch.zeros(40,9,3, dtype=torch.uint8)).shape==(1,1,8,8)
     assert len(net(net.preprocess(of[0])))==1 and 'preprocess' not in str(net) and deepcopy(net).preprocess is net.preprocess
     for bad,says in [(x[0], 'normalised already'), (of[0].float(), 'fractions from 0 to 1'), (torch.rand(1,9,9), 'Only bytes and PIL images are resized'),
-                     (of[0].int()*2, 'expected bytes'), (torch.zeros(5,7,9).byte(), 'the network takes'), (Image.new('I', (8,8)), '16 or 32 bit')]:
+                     (of[0].int()*2, 'expected bytes'), (torch.zeros(5,7,9).byte(), 'the network takes'), (Image.new('I', (8,8)), '16 or 32 bit'),
+                     (None, 'expected a path, a PIL image'), ({}, 'expected a path, a PIL image')]:
         with pytest.raises(ValueError, match=says): net.preprocess(bad)
 
 @pytest.mark.parametrize('scale,shift,bytes_as', [(1/255,0,1/255), (1.,0,1.), (1/255,-.5,None)])
