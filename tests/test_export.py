@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torchvision import models as tv
 from kdnb.all import *
 from common import same
+from test_channels import FAMILIES
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
@@ -138,6 +139,7 @@ ZOO = dict({n: (of_tv(n), 48) for n in ('mobilenet_v3_small','mnasnet0_5','mnasn
            vit=(lambda: tv.VisionTransformer(32,8,2,2,16,32,num_classes=5), 32),
            swin=(lambda: tv.SwinTransformer([4,4],8,[2,2],[2,2],[2,2],num_classes=5), 32),
            maxvit=(lambda: tv.MaxVit((64,64),8,2,[8,16],[1,1],8,.2,num_classes=5), 64),
+           **{n: (FAMILIES[n][0], 32) for n in ('unet','unet_in','cat_add','padded')},
            **{f'timm {n}': (of_timm(n), 64) for n in ('test_resnet','test_byobnet','test_convnext')},
            **{f'create {n}': (lambda n=n,kw=kw: create(n, in_shape=(3,16,16), **kw), 16) for n,kw in dict(
                lenet5={}, resnet8={}, resnet14=dict(option='A'), wrn_10_1={}, cifar_resnet=dict(kind='bottleneck', depth=11), vgg8=dict(width=.1),
@@ -290,3 +292,13 @@ def test_the_printed_lines_work_whatever_is_imported_later(name, tmp_path, monke
     assert torch.equal(space['answer'], learn.model.cpu().eval()(space['x']).argmax(1))
     assert f'/255 - {read_header(name)[0]["stats"][0][0]:.4g}' in third and 'model.preprocess' in third
     assert ast.parse(load_lines('x', (1,2,3), build=True)) and 'build=make_network' in load_lines('x', build=True)
+
+def test_a_report_names_the_numbers_of_the_normalisation(tmp_path):
+    from fake import fake_record
+    from kdnb.report import how_to_load
+    dls = image_dls('digits')
+    assert 'normalised like the training images' in how_to_load(fake_record(tmp_path))       # there is no file
+    save_model(create('lenet5', dls), tmp_path/'model.safetensors', dls)
+    lines = how_to_load(fake_record(tmp_path, in_shape=[1,8,8]))
+    assert f'(pixels/255 - {dls.valid.after_batch.fs[1].mean.item():.4g})' in lines and '# x: images (N, 1, 8, 8), normalised: x = model.preprocess(' in lines
+    assert lines.splitlines()[0]=='import kdnb.all' and 'kdnb.all.load_model(' in lines
