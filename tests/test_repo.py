@@ -7,6 +7,7 @@ from pathlib import Path
 from shutil import copyfile
 
 import pytest
+from packaging.requirements import Requirement
 
 import kdnb
 
@@ -119,6 +120,14 @@ def test_version():
     ini = ConfigParser(interpolation=None)
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     assert kdnb.__version__ == version('kdnb') == ini['DEFAULT']['version']
+
+def test_floors_are_versions_that_were_run():
+    "What a GPU machine had when it ran the package"
+    ini = ConfigParser(interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    floors = {r.name: r.specifier for r in map(Requirement, ini['DEFAULT']['requirements'].split())}
+    for name,v in dict(torch='2.11.0', torchvision='0.26.0', fastai='2.8.12').items(): assert v in floors[name], name
+    assert '2.10.0' not in floors['torch']
 
 def test_all_names_are_there():
     for o in pkgutil.walk_packages(kdnb.__path__, 'kdnb.'):

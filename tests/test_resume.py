@@ -1,5 +1,6 @@
 "What survives a kill, a damaged file, a full disk, a changed setting; what several processes write."
-import json, os, re, resource, shutil, subprocess, sys
+import json, os, random, re, resource, shutil, subprocess, sys, warnings
+from collections import Counter, defaultdict, deque
 
 import pytest
 from common import X, Y, data, quiet, same
@@ -107,6 +108,88 @@ def test_a_checkpoint_that_stays_keeps_trainings_alone(tmp_path, monkeypatch):
     assert files_again==files and all(torch.equal(p, q) for p,q in zip(learn.model.parameters(), again.model.parameters()))     # nothing was trained anew
     learn.dls.train.dataset.x = learn.dls.train.dataset.x*float('nan')
     with pytest.raises(FloatingPointError): quiet(learn, 1)
+
+class Private(Callback):
+    "Keeps all that matters in private: counts, averages, generators, collections; and what is made anew"
+    def __init__(self, folder):
+        self._n,self._far,self._file,self._f = 0,{},Path(folder)/'0',lambda x: x
+        self._dice,self._coin,self._die,self._old = random.Random(1),np.random.default_rng(1),torch.Generator(),np.random.RandomState(1)
+        self._last,self._odd,self._by,self._count = deque(maxlen=3),set(),defaultdict(list),Counter()
+        self._array,self._temperature = np.zeros(2),nn.Parameter(torch.ones(1))
+        self._opt,self._cache = torch.optim.SGD([self._temperature], .1),torch.zeros(100_000_000, dtype=torch.uint8)
+    def before_fit(self): self._params,self._hook = list(self.model.parameters()),self.model.register_forward_hook(lambda *a: None)
+    def after_fit(self): self._hook.remove()
+    def before_batch(self):
+        if not self.training: return
+        noise = self._dice.random()+self._coin.random()+torch.rand((), generator=self._die).item()+self._old.rand()
+        self.learn.xb = (self.x*(1+.01*noise+.01*self._n+.01*sum(self._last)+.01*len(self._odd)+.01*self._array.sum())*self._temperature.item(),)
+        self._n += 1; self._last.append(noise); self._by[self._n%3].append(noise); self._count[self._n%2] += 1
+        if self._n%7==0: self._odd.add(self._n)
+        self._array[self._n%2] += .1
+        self._file = self._file.with_name(str(len(self._by[0])))
+        self._temperature.grad = torch.full((1,), .01)
+        self._opt.step()
+    def after_loss(self):
+        if self.training: self.learn.loss_grad = self.learn.loss_grad + .01*sum(p.abs().sum() for p in self._params)
+    def after_step(self):
+        for i,p in enumerate(self._params): self._far[i] = .9*self._far.get(i, 0) + .1*p.detach(); p.data.lerp_(self._far[i], .01)
+
+def privately(path, stop, cb):
+    set_seed(0, reproducible=True)
+    dls = image_dls('digits', bs=512)
+    dls.train.rng = random.Random(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn = Learner(dls, mlp(in_shape=(1,8,8), hidden=8))
+        with learn.no_bar(),learn.no_logging(): learn.fit(4, 1e-2, cbs=[Checkpoint(path), cb, StopAt(stop)])
+    return learn,[str(o.message) for o in said if 'do not hold' in str(o.message)]
+
+class StopSoon(StopAt):
+    def before_batch(self):
+        if self.training and self.epoch==self._at: raise Stop('here')
+
+def test_private_data_of_callbacks_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
+    monkeypatch.setitem(globals(), 'StopAt', StopSoon)
+    whole,said = privately(tmp_path/'whole', -1, a := Private(tmp_path))
+    assert not said                                    # functions, hooks, parameters, a cache that does not change: nothing of them is lost
+    for stop in (1,3):
+        with pytest.raises(Stop): privately(tmp_path/'killed', stop, Private(tmp_path))
+    assert max(f.stat().st_size for f in (tmp_path/'killed').rglob('*.safetensors'))<1_000_000
+    again,_ = privately(tmp_path/'killed', -1, b := Private(tmp_path))     # another setting in private, `_at`, is not overwritten
+    for p,q in zip(whole.model.parameters(), again.model.parameters()): assert torch.equal(p, q)
+    for k in ('_n','_file','_last','_odd','_by','_count'): assert getattr(a, k)==getattr(b, k) and type(getattr(a, k)) is type(getattr(b, k)), k
+    assert torch.equal(a._temperature, b._temperature) and b._opt.param_groups[0]['params'][0] is b._temperature and b._last.maxlen==3
+
+class Opaque(Callback):
+    def __init__(self, folder): self._log,self._names,self._f,self._net = open(folder/'log', 'w'),iter('abcdefgh'),len,nn.Linear(1,1)
+    def after_epoch(self): self._net.weight.data.add_(1.); next(self._names); self._n = torch.zeros(40_000_000, dtype=torch.uint8)
+    def after_fit(self): self._log.close()
+
+class Own(Opaque):
+    def state_dict(self): return dict(mine=3)
+    def load_state_dict(self, state): self.got = state
+
+def test_what_cannot_be_kept_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
+    monkeypatch.setitem(globals(), 'StopAt', StopSoon)
+    (said,) = privately(tmp_path/'a', -1, Opaque(tmp_path))[1]
+    for o in ('_log of Opaque (TextIOWrapper)','_names of Opaque (str','_net of Opaque (Linear)','_n of Opaque (40 MB)'): assert o in said
+    assert '_f of' not in said and '/a' not in said
+    with pytest.raises(Stop): privately(tmp_path/'b', 2, Own(tmp_path))
+    learn,said = privately(tmp_path/'b', -1, own := Own(tmp_path))
+    assert own.got==dict(mine=3) and not said
+
+def test_a_checkpoint_of_before_private_data_was_kept_is_taken_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, 'share', None)
+    monkeypatch.setitem(globals(), 'StopAt', StopSoon)
+    with pytest.raises(Stop): privately(tmp_path/'a', 2, Private(tmp_path))
+    for f in (tmp_path/'a'/'fit0').iterdir():
+        state = load_state(f)
+        state['callbacks'] = [(n, {k: v for k,v in kept.items() if k[0]!='_'}) for n,kept in state['callbacks']]
+        save_state(f, state)
+    learn,_ = privately(tmp_path/'a', -1, Private(tmp_path))
+    assert learn.epoch==3
 
 def small_run(path, lr=3e-3, seeds=1, stop=-1, width=30):
     dls = image_dls('digits', bs=256)
