@@ -48,7 +48,7 @@ from ..processes import Processes,alone,join_processes,wait_for_all
 
 # %% ../../nbs/50_recipes.core.ipynb #de28794c
 RUN_FORMAT = 'kdnb-run-1'
-def versions(): return ({o: version(o) for o in ('torch','torchvision','fastai','torch-pruning')}
+def versions(): return ({o: version(o) for o in ('torch','torchvision','fastai')}
                         | dict(kdnb=__version__, python=platform.python_version()))
 def machine(): return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
                            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
