@@ -197,6 +197,19 @@ def _move(trace, func, named, out):
         _sliced(trace, labels_of(named['self']), named['dim'], new, name)
     return new
 
+# %% ../nbs/03a_trace.ipynb #0d98fd0f
+def _sliced(trace, l, dim, new, name):
+    "The parts of labels `l` along `dim` that are `new`"
+    dim %= max(l.ndim, 1)
+    if not varies(l, dim) or sum(varies(l, d) for d in range(l.ndim))>1: return
+    if name in ('select','unbind','split_with_sizes'): trace.hold(l, 'the code picks them by number'); return
+    sizes = {o.shape[dim] for o in tree_leaves(new)}
+    if len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size: return
+    l = _small(l)
+    at = torch.arange(l.shape[dim], dtype=torch.int32, device='cpu')//size
+    trace.balance(l, at.view(-1, *[1]*(l.ndim-1-dim)), f'the code cuts them into {l.shape[dim]//size} parts')
+
+# %% ../nbs/03a_trace.ipynb #85cd90c6
 @follows('view','_unsafe_view','reshape','_reshape_alias')
 def _view(trace, func, named, out):
     l = labels_of(named['self'])
@@ -206,9 +219,10 @@ def _view(trace, func, named, out):
     if len(before)>1 and len(after)==1 and varies(trace.rows(l), before[-1]): trace.join(l.narrow(before[-1], 0, 1).expand_as(l), l)
     return new
 
+# %% ../nbs/03a_trace.ipynb #b7bb7bbe
 @patch
 def tear(self:Trace, l, axes):
-    "As many must go from each row of labels that change along several `axes`"
+    "Labels `l` change along several `axes`, the last of them inside the rows: as many must go from each row"
     row = torch.zeros((), dtype=torch.int32, device='cpu')
     for d in axes[:-1]: row = row*l.shape[d] + torch.arange(l.shape[d], dtype=torch.int32, device='cpu').view(-1, *[1]*(l.ndim-1-d))
     l = _small(l)
@@ -229,18 +243,7 @@ def _shuffle(trace, func, named, out):
     trace.join(rows[:1].expand_as(rows), rows)
     return func(l.contiguous(), named['groups'])
 
-# %% ../nbs/03a_trace.ipynb #4af4e601
-def _sliced(trace, l, dim, new, name):
-    "The parts of labels `l` that are `new`"
-    dim %= max(l.ndim, 1)
-    if not varies(l, dim) or sum(varies(l, d) for d in range(l.ndim))>1: return
-    if name in ('select','unbind','split_with_sizes'): trace.hold(l, 'the code picks them by number'); return
-    sizes = {o.shape[dim] for o in tree_leaves(new)}
-    if len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size: return
-    l = _small(l)
-    at = torch.arange(l.shape[dim], dtype=torch.int32, device='cpu')//size
-    trace.balance(l, at.view(-1, *[1]*(l.ndim-1-dim)), f'the code cuts them into {l.shape[dim]//size} parts')
-
+# %% ../nbs/03a_trace.ipynb #0f70e3ee
 @follows('index','index_select','gather')
 def _index(trace, func, named, out):
     l,args = labels_of(named['self']),[o for k,o in named.items() if k!='self']
@@ -298,6 +301,7 @@ def _reduce(trace, func, named, out):
         return res.expand(o.shape) if res.ndim==o.ndim else res
     return tree_map_only(torch.Tensor, left, out)
 
+# %% ../nbs/03a_trace.ipynb #b9458044
 @follows('native_layer_norm')
 def _layer_norm(trace, func, named, out):
     l,n = labels_of(named['input']),len(named['normalized_shape'])
@@ -433,6 +437,21 @@ def stays(self:Trace):
     for (kind,path),ids in self.parts.items():       # a layer's channels that are all one
         if kind=='makers' and len(ids)>1 and len(c := of[ids.long()].unique())==1: found.setdefault(int(c), LOST)
     return found
+
+@patch
+def table(self:Trace):
+    "`DataFrame` of where channels are made, scaled and read: how many, in how many classes, and why some stay"
+    of,stays = self.classes,self.stays
+    def row(kind, path, l): c = of[l[l>0].long()].unique().tolist(); return dict(kind=kind, path=path, channels=len(l), classes=' '.join(_ranges(c)), stays=', '.join({stays[o]: 0 for o in c if o in stays}))
+    return pd.DataFrame([row(kind, path, l) for (kind,path),l in self.parts.items()]).set_index('path')
+
+def _ranges(ns):
+    "Numbers as `1–4 7`"
+    runs = []
+    for n in ns:
+        if runs and n==runs[-1][1]+1: runs[-1][1] = n
+        else: runs.append([n,n])
+    return [f'{a}–{b}' if b>a else f'{a}' for a,b in runs]
 
 @torch.no_grad()
 def trace_channels(model, # Any module
