@@ -918,7 +918,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.recipes.core.accuracies': ('recipes.core.html#accuracies', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.ask_recipe': ('recipes.core.html#ask_recipe', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.bring': ('recipes.core.html#bring', 'kdnb/recipes/core.py'),
-                                   'kdnb.recipes.core.check_classes': ('recipes.core.html#check_classes', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.check_epochs': ('recipes.core.html#check_epochs', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.check_keeps': ('recipes.core.html#check_keeps', 'kdnb/recipes/core.py'),
                                    'kdnb.recipes.core.check_seeds': ('recipes.core.html#check_seeds', 'kdnb/recipes/core.py'),

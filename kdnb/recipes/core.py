@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'recipe', 'bring', 'find_recipe',
-           'ask_recipe', 'settable', 'check_classes', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps',
-           'criteria_by_title', 'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run',
-           'fused_adam', 'network_for', 'StageBar', 'set_result', 'nesterov_sgd', 'fit_in_drops', 'untrained']
+           'ask_recipe', 'settable', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps', 'criteria_by_title',
+           'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for',
+           'StageBar', 'set_result', 'nesterov_sgd', 'fit_in_drops', 'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
 import hashlib,importlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
@@ -33,7 +33,7 @@ from .. import __version__
 from ..checkpoint import (Checkpoint,atomic_write,bookkeeping,callback_memory,fingerprint,load_state,save_state,set_callback_memory,
                              set_tensors,tensors_in)
 from ..channels import index_layer,set_layer
-from ..data import ArrayDataset,SampleIndex,TensorDL
+from ..data import SampleIndex,TensorDL
 from ..distill.callback import HEADS
 from ..distill.methods import Term,Terms,method_names,named_term
 from ..distill.task import check_classes
@@ -199,17 +199,6 @@ def settable(recipe): # Function that runs a recipe
     defaults = getattr(sys.modules.get(recipe.__module__), f'{recipe.__name__}_defaults', {})
     if not defaults and any(p.kind==p.VAR_KEYWORD for p in takes.values()): return []
     return [k for k in dict.fromkeys([*(k for k,p in takes.items() if p.kind!=p.VAR_KEYWORD), *defaults]) if k not in own]
-
-# %% ../../nbs/50_recipes.core.ipynb #77b8de23
-def check_classes(dls): # `DataLoaders`
-    "Raise an error if the targets are not one class number an image, which all recipes train on and measure"
-    if isinstance(dls.train.dataset, ArrayDataset) and dls.train.dataset.y is not None: return     # it has seen to it
-    with torch.random.fork_rng(devices=[]): y = dls.valid.one_batch()[getattr(dls.valid, 'n_inp', 1):]
-    if len(y) and not isinstance(y[0], torch.Tensor): y = [torch.as_tensor(y[0])]
-    if len(y) and y[0].ndim==1 and not y[0].is_floating_point(): return
-    what = 'no targets' if not len(y) else f'targets of {str(y[0].dtype).removeprefix("torch.")} in the shape {tuple(y[0].shape)}'
-    raise ValueError(f'these data have {what}; recipes need one class number an image (N,). For several labels an image, regression or '
-                     'images without labels use learn.distill and Pruner with a Learner of your own.')
 
 # %% ../../nbs/50_recipes.core.ipynb #26d52561
 def _titles(given, title, is_one):
