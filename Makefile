@@ -12,7 +12,7 @@ help:  ## show this list
 demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
 	$(BIN)/kdnb compress --recipe vbgs-kd --data digits --out runs/demo --force
 
-test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds the tests on real MNIST
+test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real MNIST, KDNB_DEVICE=cuda runs pytest on a GPU
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

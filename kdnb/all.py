@@ -4,12 +4,14 @@ from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
+from kdnb.trace import trace_channels
 from kdnb.channels import *
 from kdnb.terms import *
 from kdnb.checkpoint import *
 from kdnb.processes import *
 from kdnb.distill.losses import *
 from kdnb.distill.methods import *
+from kdnb.distill.task import *
 from kdnb.distill.callback import *
 from kdnb.variational.layers import *
 from kdnb.variational.convert import *

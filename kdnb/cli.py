@@ -6,16 +6,16 @@
 __all__ = ['parser', 'main', 'compress', 'text_table', 'write_report', 'show_data', 'run_sweep']
 
 # %% ../nbs/70_cli.ipynb #0669500e
-import argparse,ast,sys,warnings
+import argparse,ast,re,sys,warnings
 from pathlib import Path
 
 # %% ../nbs/70_cli.ipynb #8603bce9
 _about = {
-    'vbgs-kd': 'teach the student, sparsify it variationally, cut what is noise, shrink it (paper 000)',
-    'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (paper 001)',
-    'prue': 'prune the teacher so that it is less sure of itself, then let it teach (paper 002)',
-    'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (paper 003)',
-    'vid': 'let the student match the teacher’s features, also with few samples (paper 004)'}
+    'vbgs-kd': 'teach the student, sparsify it variationally, cut what is noise, shrink it (Ming et al. 2020)',
+    'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (Park and No 2022)',
+    'prue': 'prune the teacher so that it is less sure of itself, then let it teach (Wang et al. 2022)',
+    'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (Malihi and Heidemann 2023)',
+    'vid': 'let the student match the teacher’s features, also with few samples (Ahn et al. 2019)'}
 _recipes = '\n'.join(f'  {k:19} {v}' for k,v in _about.items())
 
 _help = f'''
@@ -43,12 +43,18 @@ data:
   train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth becomes the test set;
   or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is understood.
 
+recipes, methods and criteria of your own:
+  --recipe my.py:my_recipe runs a function of yours, --recipe name one that is decorated with @recipe. A file that is
+  named after --import is read first; then --set knows its terms and criteria by name. See the notebook 70_cli.
+
 examples:
   kdnb compress --data mnist --teacher lenet5 --student lenet300 --epochs 20,20,80 --seeds 3 --out runs/mnist
   kdnb compress --data photos/ --size 32 --teacher resnet20 --student vgg9 --out runs/photos
   kdnb compress --set gamma_weight=20 lam=.5 --out runs/smaller
+  kdnb compress --recipe sequential --import my_terms.py --set method=Cosine criterion=heaviest
 
-The same command again goes on where it stopped, and does not repeat what is done. In the folder --out are then
+The same command again goes on where it stopped, and does not repeat what is done; a finished result is never
+overwritten without --force. In the folder --out are then
 model.safetensors (the small network), report.html, summary.json (the numbers) and what is needed to go on.'''
 
 # %% ../nbs/70_cli.ipynb #af2f84ff
@@ -94,8 +100,9 @@ def _compress_parser(commands, text):
                             epilog=_compress_help,
                             description='Run a recipe and write the small network and a report into a folder.',
                             formatter_class=text)
-    c.add_argument('--recipe', default='vbgs-kd', choices=_about, metavar='NAME',
-                   help='how to compress, see below (vbgs-kd)')
+    c.add_argument('--recipe', default='vbgs-kd', metavar='NAME', help='how to compress, see below (vbgs-kd)')
+    c.add_argument('--import', dest='bring', nargs='+', action='extend', default=[], metavar='FILE|MODULE',
+                   help='Python code of your own to read first, see below')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
     c.add_argument('--size', type=_size, metavar='N', help='edge of the images of a folder, or height,width')
     c.add_argument('--bs', type=_from(1), metavar='N', help='images in a batch (64 for digits and folders, else 256)')
@@ -141,20 +148,45 @@ def _sweep_parser(commands, text):
 # %% ../nbs/70_cli.ipynb #06c67ff6
 def _say(message, *args, **kwargs): print(f'kdnb: {" ".join(str(message).split())}', file=sys.stderr)
 
+def _command(args):
+    "The parser of the command"
+    return parser()._subparsers._group_actions[0].choices[args.command]
+
 def main(argv=None):
     "The command `kdnb`; returns its exit status"
     args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', category=FutureWarning)
-            warnings.showwarning = _say
+            warnings.showwarning = lambda message, *_, **__: _say(_in_options(str(message), args))
             return dict(compress=compress, report=write_report, data=show_data, sweep=run_sweep)[args.command](args)
     except (ValueError,TypeError,RuntimeError,OSError,FloatingPointError,ModuleNotFoundError) as e:
-        _say(e)
+        _say(_in_options(str(e), args))
         return 1
     except KeyboardInterrupt:
         _say('stopped. The same command goes on where it stopped.')
         return 130
+
+# %% ../nbs/70_cli.ipynb #3499628d
+def _in_options(message, args):
+    "`message` with options of the command for arguments: `size=64` is `--size 64`, and a setting is `--set lam=.5`"
+    flags = {a.dest: a for a in _command(args)._actions if a.option_strings}
+    def option(m):
+        name,value = m[1],m[2] or ''
+        if a := flags.get(name): return a.option_strings[-1] + (f' {_typed(value)}'.rstrip() if a.nargs!=0 else '')
+        return f'--set {name}={value}' if name in _settings_of(args) else m[0]
+    message = re.sub(r'`?(?<![\w-])([a-zA-Z_]\w*)=(\([^)]*\)|\'[^\']*\'|"[^"]*"|[^\s,;)`]*[^\s,;:.)`])?`?', option, message)
+    return re.sub(r'^(\w+)(?= (?:is|are|has) )', lambda m: flags[m[1]].option_strings[-1] if m[1] in flags else m[1], message)
+
+def _typed(value): return value.strip('()\'"').replace(', ', ',')
+
+def _settings_of(args):
+    "Names that `--set` takes"
+    core = sys.modules.get('kdnb.recipes.core')     # else nothing was run yet
+    if args.command!='compress' or not core: return ()
+    try: recipe = core.find_recipe(args.recipe)
+    except ValueError: return ()
+    return core.settable(recipe)
 
 # %% ../nbs/70_cli.ipynb #63920edd
 def _load(args):
@@ -165,13 +197,25 @@ def _load(args):
     p = Path(args.data).resolve()
     return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 
+def _recipe(args):
+    "The recipe that is asked for, found before anything is loaded that takes time"
+    def refuse(known): _command(args).error(f'argument --recipe: invalid choice: {args.recipe!r} (choose from {", ".join(map(repr, known))})')
+    core = sys.modules.get('kdnb.recipes.core')
+    known = core.recipes if core else _about
+    if not (args.bring or args.recipe in known or ':' in args.recipe): refuse(known)
+    from kdnb.recipes.core import bring,find_recipe,recipes
+    for o in args.bring: bring(o)
+    if args.recipe not in recipes and ':' not in args.recipe: refuse(recipes)
+    return find_recipe(args.recipe)
+
 def compress(args):
-    from kdnb.recipes.core import find_recipe
+    recipe,(dls,data) = _recipe(args),_load(args)
+    from kdnb.recipes.core import ask_recipe
     from kdnb.report import how_to_load
-    recipe,(dls,data) = find_recipe(args.recipe),_load(args)
     given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
-    run = recipe(dls, **dict(path=args.out or Path('runs')/f'{args.recipe}-{data}', data=data, seeds=args.seeds,
-                             quick=args.quick, force=args.force, show=not args.quiet) | given | dict(args.set))
+    usual = dict(path=args.out or Path('runs')/f'{args.recipe.rpartition(":")[2]}-{data}', data=data, show=not args.quiet)
+    for k,v in dict(seeds=1, quick=False, force=False).items(): (usual if getattr(args, k)==v else given)[k] = getattr(args, k)
+    run = ask_recipe(recipe, dls, given | dict(args.set), **usual)
     if run.rank: return 0    # the first of several processes speaks
     page = run.report()
     _print(run)

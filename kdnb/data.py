@@ -80,7 +80,8 @@ def _stack(items):
 # %% ../nbs/00_data.ipynb #b3b53b33
 def take_index(learn):
     "Move the samples' places from the batch (`index=True`) to `learn.sample_index`"
-    if len(learn.yb) > 1: *learn.yb,learn.sample_index = learn.yb
+    if not isinstance(dl := learn.dl, TensorDL) or not dl.index: return
+    if len(learn.yb) > (dl.dataset.y is not None): *learn.yb,learn.sample_index = learn.yb     # not twice, and also without targets
 
 class SampleIndex(Callback):
     "`take_index` from every batch"
@@ -115,13 +116,17 @@ def views(self:TensorDL, n):
         views.append(ArrayDataset(x, ds.y, ds.vocab, ds.split_idx))
     return views,steady
 
+# %% ../nbs/00_data.ipynb #cdb85f4f
+@patch(as_prop=True)
+def test(self:DataLoaders):
+    "The third loader"
+    if len(self.loaders)>2: return self.loaders[2]
+    raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`, or a third loader, '
+                     '`DataLoaders(train, valid, test)`; `dls.test_dl(items, with_labels=True)` makes one from files.')
+
 # %% ../nbs/00_data.ipynb #1345a76d
 class ArrayDataLoaders(DataLoaders):
     "`DataLoaders` with a `test` loader that no training loop touches, `in_shape` and `c`"
-    @property
-    def test(self):
-        if len(self) < 3: raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`.')
-        return self[2]
     @property
     def in_shape(self): return tuple(self.train.dataset.x.shape[1:])
     @property
@@ -342,11 +347,17 @@ def _folder_items(path):
 
 # %% ../nbs/00_data.ipynb #dd4aceb2
 def _look(f, see):
-    "`see` of the image in file `f`, upright"
+    "`see` of the image in file `f`, or the error if it cannot be read"
     try:
         with Image.open(f) as im: return see(im)
-    except (UnidentifiedImageError,OSError,SyntaxError,Image.DecompressionBombError) as e:
-        raise ValueError(f'{f} is corrupt or no image: {e}. Replace or remove it.') from None
+    except (UnidentifiedImageError,OSError,SyntaxError,ValueError,Image.DecompressionBombError) as e: return e
+
+def _refuse_corrupt(files, seen):
+    bad = [(f, str(e).replace(repr(str(f)), 'the file')) for f,e in zip(files, seen) if isinstance(e, Exception)]
+    if not bad: return
+    if len(bad)==1: raise ValueError(f'{bad[0][0]} is corrupt or no image: {bad[0][1]}. Replace or remove it.')
+    named = '; '.join(f'{f} ({e})' for f,e in bad[:20]) + f' and {len(bad)-20} more'*(len(bad)>20)
+    raise ValueError(f'{len(bad)} of {len(files)} files are corrupt or no images: {named}. Replace or remove them.')
 
 def _measure(im):
     if im.mode[0] in 'IF': raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
@@ -357,6 +368,8 @@ def _read_images(files, size=None):
     "The images as one array (N, C, H, W) of bytes; `size` is a number or `(height, width)`"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         seen = list(pool.map(lambda f: _look(f, _measure), files))
+        if any(isinstance(o, Exception) for o in seen):     # what is whole so far may break off further on
+            _refuse_corrupt(files, pool.map(lambda o: _look(o, lambda im: _measure(im) and im.load()), files))
         sizes,mode = {wh: f for f,(wh,_) in zip(files, seen)},'L' if all(grey for _,grey in seen) else 'RGB'
         if size is None and len(sizes)>1:
             (a,f),*_,(b,g) = sorted(sizes.items())
@@ -367,7 +380,11 @@ def _read_images(files, size=None):
             im = ImageOps.exif_transpose(im).convert(mode)
             return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR))
         x = np.empty((len(files),h,w,len(mode)), np.uint8)
-        for i,o in enumerate(pool.map(lambda f: _look(f, pixels), files)): x[i] = o
+        bad = {}
+        for i,o in enumerate(pool.map(lambda f: _look(f, pixels), files)):
+            if isinstance(o, Exception): bad[i] = o
+            else: x[i] = o
+        _refuse_corrupt(files, [bad.get(i) for i in range(len(files))])
     return x.transpose(0,3,1,2)
 
 @delegates(from_arrays, but=['test','valid','vocab'])

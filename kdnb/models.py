@@ -12,8 +12,7 @@ from collections import OrderedDict
 from difflib import get_close_matches
 from functools import partial,wraps
 from itertools import accumulate
-import torch.nn.functional as F
-from torch import nn
+from torch import fx,nn
 from torchvision import models as tv
 
 # %% ../nbs/01_models.ipynb #4c0bfc46
@@ -112,13 +111,20 @@ def _classifier(layers, n, c):
     layers = layers + [('avgpool', nn.AdaptiveAvgPool2d(1)), ('flat', nn.Flatten()), ('fc', nn.Linear(n, c))]
     return _he_init(nn.Sequential(OrderedDict(layers)))
 
-class PadShortcut(nn.Module):
+def PadShortcut(ni, n, stride):
     "Option A of He et al. 2016: every `stride`-th pixel, and zeros behind the `ni` channels there are to make `n`"
-    def __init__(self, ni, n, stride):
-        super().__init__()
-        self.new,self.stride = n-ni,stride
-    def forward(self, x): return F.pad(x[..., ::self.stride, ::self.stride], (0,0,0,0,0,self.new))
-    def extra_repr(self): return f'new={self.new}, stride={self.stride}'
+    return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0,0,0,0,0,n-ni)))
+
+# %% ../nbs/01_models.ipynb #5b1c6a70
+def _plain(block):
+    "`block` as a module of torch alone: a pickle of it opens where this package is not installed"
+    class Whole(fx.Tracer):     # local: a pickle does not ask for it
+        def is_leaf_module(self, m, path): return True
+    graph = Whole().trace(block)
+    for node in graph.nodes: node.meta.clear()
+    plain = fx.GraphModule(block, graph)     # a name of its own would be lost in a copy
+    plain._modules = block._modules     # in their order
+    return plain
 
 # %% ../nbs/01_models.ipynb #eae14a6a
 class _Basic(nn.Module):
@@ -143,12 +149,11 @@ class _PreAct(nn.Module):
             for name,o in zip(('bn','act','conv'), (nn.BatchNorm2d(a), nn.ReLU(), _conv(a, b, k, s))):
                 self.add_module(f'{name}{i}', o)
         self.shortcut = _conv(ni, n, 1, stride) if ni!=n or stride>1 else None
-        self.bottleneck = bottleneck
     def forward(self, x):
         y = self.act1(self.bn1(x))
         if self.shortcut is not None: x = self.shortcut(y)
         y = self.conv2(self.act2(self.bn2(self.conv1(y))))
-        return x + (self.conv3(self.act3(self.bn3(y))) if self.bottleneck else y)
+        return x + (self.conv3(self.act3(self.bn3(y))) if hasattr(self, 'conv3') else y)
 
 # %% ../nbs/01_models.ipynb #04a7f20d
 _kinds = dict(basic=(6,2), preact=(6,4), bottleneck=(9,2))
@@ -167,7 +172,7 @@ def cifar_resnet(c=10, # Number of classes
     (k,rest),bottleneck = _kinds[kind],kind=='bottleneck'
     n,left = divmod(depth-rest, k)
     if left or not 0<n<=200: raise ValueError(f'depth is {depth}, it must be {k}n + {rest} with n from 1 to 200.')
-    block = partial(_Basic, option=option) if kind=='basic' else partial(_PreAct, bottleneck=bottleneck)
+    def block(*args): return _plain(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
     layers,ni = [('conv1', _conv(in_shape[0], stem))],stem
     def norm(): return [('bn1', nn.BatchNorm2d(ni)), ('act1', nn.ReLU())]
     if kind=='basic': layers += norm()

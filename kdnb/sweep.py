@@ -6,20 +6,20 @@
 __all__ = ['Grid', 'pareto', 'SweepResult', 'sweep']
 
 # %% ../nbs/61_sweep.ipynb #d25e731a
-import gc,hashlib,html,inspect,itertools,json,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
+import gc,hashlib,html,itertools,json,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
 from .data import image_dls
 from .checkpoint import atomic_write
-from .recipes.core import find_recipe,release
-from .report import Page,html_table,human,percent,picture
+from .recipes.core import ask_recipe,bring,find_recipe,release,settable
+from .report import Page,_axes,_in_style,html_table,human,label_points,percent,picture
 
 # %% ../nbs/61_sweep.ipynb #84fd642e
-_grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str)
+_grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list)
+_kinds = {str: 'text', dict: 'table', list: 'list'}
 
 def _toml(path):
     "The tables of the TOML file `path`"
@@ -39,12 +39,6 @@ def _plain(k, v):
         raise ValueError(f'{k} holds {v!r}, but a grid is plain data: numbers, texts and lists of them. '
                          'Networks go by their names.') from None
 
-def _settable(recipe):
-    "Arguments and settings of a recipe that a grid may set"
-    own = 'dls','path','data','force','show'
-    defaults = getattr(sys.modules[recipe.__module__], f'{recipe.__name__}_defaults', {})
-    args = [k for k,p in inspect.signature(recipe).parameters.items() if p.kind!=p.VAR_KEYWORD]
-    return [k for k in dict.fromkeys([*args, *defaults]) if k not in own]
 
 # %% ../nbs/61_sweep.ipynb #9482666c
 class Grid:
@@ -56,11 +50,12 @@ class Grid:
             raise ValueError(f'The grid says no {", ".join(sorted(missing))}.')
         for k,kind in _grid_keys.items():
             if not isinstance(d.setdefault(k, kind()), kind):
-                raise ValueError(f'{k} is {d[k]!r} in the grid, expected a {"text" if kind is str else "table"}.')
+                raise ValueError(f'{k} is {d[k]!r} in the grid, expected a {_kinds[kind]}.')
         self.plain,self.recipe,self.data,self.name,self.stage = d,d['recipe'],d['data'],d['name'] or 'sweep',d['stage']
         self.settings,self.lists,self.loaders = d['settings'],d['grid'],d['loaders']
-        may = _settable(self.function)
-        for o in (self.settings,self.lists): _known(o, may, self.recipe)
+        for o in d['imports']: bring(o)
+        may = settable(self.function)
+        for o in (self.settings,self.lists): _known(o, may or o, self.recipe)
         for k,v in self.lists.items():
             if not (isinstance(v, list) and v):
                 raise ValueError(f'[grid] {k} is {v!r}, expected a list of values to try.')
@@ -69,10 +64,7 @@ class Grid:
     @property
     def function(self):
         "The recipe; besides the recipes' names `module:function` is understood"
-        if ':' not in self.recipe: return find_recipe(self.recipe)
-        module,name = self.recipe.split(':')
-        try: return getattr(import_module(module), name)
-        except (ImportError,AttributeError) as e: raise ValueError(f'there is no recipe {self.recipe}: {e}.') from None
+        return find_recipe(self.recipe)
 
     def dls(self): return image_dls(self.data, **self.loaders)
 
@@ -313,7 +305,7 @@ def run(self:Grid,
     show=False): # Progress bars
     "One trial: its stages, without the curves"
     args = {k: tuple(v) if k=='seeds' and isinstance(v, list) else v for k,v in args.items()}
-    run = self.function(self.dls(), path=path, data=self.data, show=show, **args)
+    run = ask_recipe(self.function, self.dls(), args, path=path, data=self.data, show=show)
     return [_plain(o['name'], {k: v for k,v in o.items() if isinstance(v, (str,int,float))}) for o in run.stages]
 
 def _result(stages, stage=None):
@@ -471,13 +463,12 @@ def plot(self:SweepResult,
                 label='combination ± spread over seeds')
     ax.plot(front[size], 100*front.test_accuracy, 'o-', drawstyle='steps-post', color='C3', zorder=3,
             label='Pareto front' + (f', with its {names}' if names else ''))
-    for at,o in front.iterrows() if names else ():
-        ax.annotate(', '.join(map(str, at[:-1])), (o[size], 100*o.test_accuracy), xytext=(5,-11),
-                    textcoords='offset points', fontsize='small', color='C3')
     ax.set(xscale='log', xlabel=_sizes[size], ylabel='test accuracy (%)')
     ax.xaxis.set_major_locator(LogLocator(subs=(1,2,3,5,7) if df[size].max()<30*df[size].min() else (1,)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=' ')); ax.xaxis.set_minor_formatter(NullFormatter())
     ax.margins(x=.1); ax.grid(alpha=.3); ax.legend(loc='lower right')
+    written = [', '.join(map(str, o[:-1])) for o in front.index] if names else []
+    label_points(ax, zip(front[size], 100*front.test_accuracy), written, ['C3']*len(written))
     return ax
 
 # %% ../nbs/61_sweep.ipynb #bb9511bd
@@ -513,8 +504,8 @@ def page(self:SweepResult):
     about = {'recipe': g.recipe, 'data': g.data} | g.loaders | g.settings | g.lists
     parts = [f'<h1>{html.escape(title)}</h1><p class=lead>{html.escape(self._says())}']
     if len(self.stages):
-        parts += [picture(self.plot(), 'test accuracy against weights, the Pareto front marked'),
-                  html_table(_rows(self.table())),
+        with _in_style(): parts.append(picture(self.plot(ax=_axes(4.7, 3.3)), 'test accuracy against weights, the Pareto front marked'))
+        parts += [html_table(_rows(self.table())),
                   '<p class=note>Mean ± standard deviation over seeds. MACs for one image. The front is chosen by test '
                   'accuracy, so the best of many looks a little better than it is.']
     if len(failed): parts += ['<h2>What failed</h2>', html_table(failed[['name','error']], index=False)]

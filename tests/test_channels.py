@@ -1,14 +1,26 @@
 "Groups of channels, removing them, and shrinking: exact for every family of networks, and never wrong."
-import pickle
+import itertools, pickle
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torchvision.models as tvm
 from torch.nn.utils import parametrize
-from fastai.vision.all import OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
+from fastai.vision.all import DynamicUnet, OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
 from common import quiet
 from kdnb.all import *
 from kdnb.channels import _removable, _silence, _some
+from kdnb.trace import OUTPUT, tensors_of
+
+@contextmanager
+def tf32():
+    "What enters convolutions and products in float32 has the 10 bits that a GPU's TF32 keeps"
+    def rounded(o): return (o.contiguous().view(torch.int32)+0x1000 & ~0x1fff).view(torch.float32) if o.dtype==torch.float32 else o
+    def hook(m, xs): return tuple(rounded(o) if isinstance(o, torch.Tensor) else o for o in xs) if isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) else None
+    h = nn.modules.module.register_module_forward_pre_hook(hook)
+    try: yield
+    finally: h.remove()
 
 BN = nn.modules.batchnorm._BatchNorm
 
@@ -56,7 +68,7 @@ FAMILIES = dict(
     vgg=(small_vgg, 9, ['fc.2']), mlp=(partial(mlp, hidden=40), 7, ['fc5']),
     lenet5=(partial(lenet5, in_shape=(3,32,32)), 4, ['fc3']),
     lenet5_caffe=(partial(lenet5_caffe, in_shape=(3,32,32)), 3, ['fc2']),
-    resnet_a=(partial(cifar_resnet, depth=14, option='A'), 6, None), padded=(Padded, 1, ['stem','out.2']),
+    resnet_a=(partial(cifar_resnet, depth=14, option='A'), 7, ['layer2.0.conv2','fc']), padded=(Padded, 2, ['b','out.2']),
     resnet_b=(partial(cifar_resnet, depth=14, option='B'), 9, ['fc']), wrn=(partial(create, 'wrn_16_1'), 9, ['fc']),
     preact_bottleneck=(partial(cifar_resnet, depth=20, kind='bottleneck'), None, None),
     resnet18=(tvm.resnet18, 12, ['fc']), resnet50=(tvm.resnet50, 37, ['fc']),
@@ -67,7 +79,7 @@ FAMILIES = dict(
     squeezenet=(tvm.squeezenet1_1, 25, ['classifier.1']), xresnet18=(partial(xresnet18, n_out=10), 14, ['11']),
     xresnet34=(partial(xresnet34, n_out=10), 22, ['11']),
     vision_learner=(lambda: create_vision_model(resnet18, 10, pretrained=False), 13, ['1.8']),
-    vit=(vit, 2, ['conv_proj','heads.head']), unet=(lambda: UNet(nn.BatchNorm2d), 4, ['last.3']),
+    vit=(vit, 2, ['conv_proj',*(f'encoder.layers.encoder_layer_{i}.mlp.3' for i in (0,1)),'heads.head']), unet=(lambda: UNet(nn.BatchNorm2d), 4, ['last.3']),
     unet_in=(lambda: UNet(partial(nn.InstanceNorm2d, affine=True)), 4, ['last.3']), cat_add=(CatAdd, 2, ['out.2']))
 
 def lively(m):
@@ -185,13 +197,16 @@ class Net(nn.Module):
         a = self.between(self.a(x))
         return self.out(self.f(F.relu(self.b(a)).mean((2,3))), a)
 
+class Fixed(nn.Module):
+    def forward(self, x): return x.reshape(len(x), 16, 30, 30)
+
 @pytest.mark.parametrize('model,why', [
     (Net(nn.GroupNorm(4,16)), 'GroupNorm between normalises over them'),
-    (Net(nn.Softmax(1)), 'cannot be followed exactly'),
+    (Net(nn.Softmax(1)), 'softmax mixes them'),
     (Net(nn.ReLU(), lambda y,a: (y,a)), "they are the network's output"),
     (Net(nn.Identity(), lambda y,a: dict(y=y, a=a)), "the network's output"),
-    (Net(nn.LayerNorm(30)), 'LayerNorm between normalises over them'),
-    (Net(nn.ChannelShuffle(4)), 'counts on their number')])
+    (Net(nn.LayerNorm([16,30,30])), 'LayerNorm between normalises over them'),
+    (Net(Fixed()), 'counts on their number')])
 def test_what_stays(model, why):
     x = torch.randn(2,3,32,32)
     g = channel_groups(model, x)['a']
@@ -217,14 +232,14 @@ def test_what_cannot_be_followed_stays_and_the_rest_goes():
 
 class Untraced(nn.Module):
     def __init__(self): super().__init__(); self.a,self.b = nn.Linear(8,6),nn.Linear(6,4)
-    def forward(self, x): return self.b(self.a(x)).argmax(1)      # no gradient: nothing to follow
+    def forward(self, x): return self.b(self.a(x)).argmax(1)
 
 def test_a_network_without_gradient():
     m,x = Untraced(),torch.randn(5,8)
     with torch.no_grad(): m.a.weight[:,:3] = 0; m.b.weight[:,2] = 0
-    groups = channel_groups(m, x)
-    assert [g.name for g in groups]==['a','b'] and all('cannot be followed' in g.stays for g in groups)
-    assert shrink(m, x).a[1].in_features==5
+    assert [(g.name,g.stays) for g in channel_groups(m, x)]==[('a',None), ('b','argmax mixes them')]
+    s = shrink(m, x)
+    assert s.a[1].weight.shape==(5,5) and s.b.in_features==5
 
 def test_tied_weights_stay():
     m = nn.Sequential(nn.Linear(6,6), nn.ReLU(), nn.Linear(6,6), nn.ReLU(), nn.Linear(6,3))
@@ -367,7 +382,8 @@ def test_tuple_outputs_are_compared():
     assert max_difference(a, b, torch.randn(2,3,8,8))>.1
 
 def test_a_network_that_differs_is_not_returned():
-    m = Net(nn.ReLU(), lambda y,a: y+torch.rand_like(y))
+    calls = itertools.count()
+    m = Net(nn.ReLU(), lambda y,a: y+next(calls))
     with pytest.raises(ValueError, match='differs from the masked one'): shrink(m, torch.randn(2,3,8,8))
 
 def test_index_layers_are_cut_again():
@@ -484,3 +500,319 @@ def test_masks_hold_after_learn_shrink():
         learn.fit(1, 1e-2)
     assert before>.4 and sparsity(small)==before and torch.equal(small.fc1[1].weight==0, zeros)
     assert max_difference(plain_copy(small), small, dls)==0
+
+
+def halved(m, x):
+    "The network with half the channels of each group at zero, and its shrunken copy"
+    groups = [g for g in channel_groups(m, x) if not g.stays]
+    s = copy_network(m)
+    for g in groups: _silence(s, g, choose(g))
+    return s,shrink(s, x)
+
+def check_shrunken(m, x, least=.9, pickled=True):
+    "Half of the channels go exactly, and the small network trains, is copied and pickled"
+    s,small = halved(m, x)
+    assert max_difference(small, s, x)<1e-10 and n_params(small)<least*n_params(m)
+    for copy in (small, copy_network(small), *([pickle.loads(pickle.dumps(small))] if pickled else [])):
+        copy.train()
+        sum(o.float().sum() for o in tensors_of(copy(*(x if isinstance(x, tuple) else (x,)))) if o.requires_grad).backward()
+        assert sum(p.grad is not None for p in copy.parameters())>len([*copy.parameters()])//2
+    return s,small
+
+@pytest.mark.parametrize('name', ['vgg','resnet_b','resnet18','densenet','mobilenet_v2'])
+def test_a_proof_does_not_depend_on_how_the_device_rounds(name):
+    m,x = build(name)
+    with tf32():
+        groups = channel_groups(m, x)
+        assert [g.name for g in groups if g.stays]==FAMILIES[name][2]
+        muted = mute(deepcopy(m), groups, {g: choose(g) if not g.stays else torch.zeros(g.n, dtype=torch.bool) for g in groups})
+        assert shrink(muted, x) is not None and n_params(shrink(muted, x))<.6*n_params(m)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('name', ['vgg','resnet_b','resnet18','densenet','mobilenet_v2','efficientnet'])
+def test_shrinking_on_a_gpu(name):
+    m,x = build(name)
+    m,x = m.cuda(),x.cuda()
+    s,small = halved(m, x)
+    assert max_difference(small, s, x)<1e-10 and n_params(small)<.6*n_params(m) and next(small.parameters()).is_cuda
+
+class SE(nn.Module):
+    def __init__(self, c, e=20):
+        super().__init__()
+        def conv(i, o, k=1, g=1, act=nn.SiLU): return nn.Sequential(nn.Conv2d(i, o, k, padding=k//2, groups=g, bias=False), nn.BatchNorm2d(o), act())
+        self.a,self.d,self.b = conv(c, c*e),conv(c*e, c*e, 3, c*e),conv(c*e, c, act=nn.Identity)
+        self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c*e, c//4, 1), nn.SiLU(), nn.Conv2d(c//4, c*e, 1), nn.Sigmoid())
+    def forward(self, x): y = self.d(self.a(x)); return x+self.b(y*self.se(y))
+
+def test_a_deep_network_is_tried_in_float64():
+    m = nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), *[SE(16) for _ in range(30)], *head(16))
+    assert [g.name for g in channel_groups(m, torch.randn(2,3,8,8)) if g.stays]==['34']
+    check_shrunken(m, torch.randn(2,3,8,8), .6)
+
+class CrossStage(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        def conv(i, o, k): return nn.Sequential(nn.Conv2d(i, o, k, padding=k//2, bias=False), nn.BatchNorm2d(o), nn.SiLU())
+        self.exp,self.a,self.b,self.out = conv(c,16,1),conv(8,8,1),conv(8,8,3),conv(16,c,1)
+    def forward(self, x):
+        a,b = self.exp(x).split(8, dim=1)
+        return self.out(torch.cat([a+self.b(self.a(a)), b], 1))
+
+def test_a_cross_stage_block_holds_only_what_it_splits():
+    m = nn.Sequential(nn.Conv2d(3,12,3), nn.BatchNorm2d(12), CrossStage(12), nn.Conv2d(12,12,3), *head(12))
+    x = torch.randn(2,3,8,8)
+    assert {g.name for g in channel_groups(m, x) if g.stays}=={'2.exp.0','6'}
+    check_shrunken(m, x)
+
+class Ghost(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.primary,self.cheap = nn.Conv2d(3,8,1),nn.Conv2d(8,8,3,padding=1,groups=8)
+        self.dw,self.out,self.fc = nn.Conv2d(16,16,3,padding=1,groups=16),nn.Conv2d(16,6,1),nn.Linear(6,10)
+    def forward(self, x):
+        x = self.primary(x).relu()
+        return self.fc(self.out(self.dw(torch.cat([x, self.cheap(x)], 1)).relu()).relu().mean((2,3)))
+
+def test_a_ghost_module():
+    x = torch.randn(2,3,8,8)
+    g = channel_groups(Ghost(), x)['primary']
+    assert not g.stays and [p.path for p in g.makers]==['primary','cheap','dw']
+    assert check_shrunken(Ghost(), x)[1].dw.groups==12         # a third of 8 channels, each in two places
+
+class ECA(nn.Module):
+    def __init__(self, c): super().__init__(); self.a,self.eca,self.b = nn.Conv2d(3,c,1),nn.Conv1d(1,1,3,padding=1,bias=False),nn.Conv2d(c,10,1)
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x*self.eca(x.mean((2,3)).view(len(x),1,-1)).sigmoid().view(len(x),-1,1,1)).mean((2,3))
+
+def test_channels_whose_neighbours_are_read_stay():
+    gs = channel_groups(ECA(4096), torch.randn(2,3,8,8))
+    assert [(g.name,g.n,bool(g.stays)) for g in gs]==[('a',4096,True), ('eca',1,True), ('b',10,True)]
+
+class Keeps(nn.Module):
+    def __init__(self): super().__init__(); self.c1,self.c2,self.fc = ConvLayer(1,16),ConvLayer(16,32,stride=2),nn.Linear(32,10)
+    def forward(self, x):
+        self.kept = [self.c2(self.c1(x))]
+        self.kept += [dict(mean=self.kept[0].mean((2,3)))]
+        return self.fc(self.kept[1]['mean'])
+
+def test_a_network_that_keeps_activations():
+    dls = image_dls('digits', bs=256)
+    learn = Learner(dls, Keeps(), metrics=accuracy)
+    learn.model.train()(dls.one_batch()[0]).sum().backward()          # what it keeps hangs on a gradient
+    assert len(channel_groups(learn.model, dls))==3
+    quiet(learn, 1, 1e-3, cbs=Pruner(.5, by='channel'))
+    learn.model.train()(dls.one_batch()[0])
+    assert learn.shrink().c1[0].out_channels==8
+    quiet(learn, 1, 1e-3)
+
+def test_fastai_unet():
+    x = torch.randn(2,3,32,32)
+    m = DynamicUnet(nn.Sequential(*[ConvLayer(i, o, stride=2) for i,o in ((3,8),(8,16),(16,32))]), 2, (32,32))
+    m.train()(x)                                                      # its hooks keep the maps of the encoder
+    s,small = check_shrunken(m, x, .6)
+
+class Aux(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = ConvLayer(1,16),ConvLayer(16,32,stride=2)
+        self.fc,self.aux = nn.Linear(32,10),nn.Linear(16,10)
+    def forward(self, x):
+        h = self.a(x)
+        y = self.fc(self.b(h).mean((2,3)))
+        return (y, self.aux(h.mean((2,3)))) if self.training else y
+
+@pytest.mark.parametrize('kinds', [('makers','norms'), ('makers','norms','readers'), ('readers',)])
+def test_heads_that_run_in_training_only(kinds):
+    m,x = lively(Aux()),torch.randn(8,1,8,8)
+    groups = channel_groups(m, x)
+    assert 'aux' in [p.path for p in groups['a.0'].readers]
+    for g in groups:
+        if not g.stays: _silence(m, g, torch.arange(g.n)%2==0, kinds)
+    s = shrink(m.eval(), x)
+    assert (s.a[0].out_channels,s.aux.in_features,s.fc.in_features)==(8,8,16)
+    m,s = m.double().train(),s.double().train()
+    assert all(torch.allclose(a, b) for a,b in zip(m(x.double()), s(x.double())))
+
+def test_a_training_head_that_still_reads_keeps_the_channel():
+    m,x = lively(Aux()).eval(),torch.randn(8,1,8,8)
+    with torch.no_grad(): m.b[0].weight[:,:4] = 0          # the evaluation ignores them, the head does not
+    assert shrink(m, x).a[0].out_channels==16
+
+def test_googlenet_trains_on():
+    x = torch.randn(4,3,64,64)
+    s,small = check_shrunken(tvm.googlenet(init_weights=False, num_classes=10), x, .5)
+    assert len(small.train()(x))==3
+
+class StepConv(nn.Conv2d):
+    "One learned step for the whole layer"
+    def __init__(self, *args): super().__init__(*args); self.step = nn.Parameter(torch.tensor([.05]))
+    def forward(self, x): return self._conv_forward(x, self.weight + ((self.weight/self.step).round()*self.step - self.weight).detach(), self.bias)
+class InScale(nn.Conv2d):
+    def __init__(self, *args): super().__init__(*args); self.scale = nn.Parameter(torch.rand(1,self.in_channels,1,1)+.5)
+    def forward(self, x): return super().forward(x*self.scale)
+class OutScale(nn.Conv2d):
+    def __init__(self, *args): super().__init__(*args); self.scale = nn.Parameter(torch.rand(self.out_channels,1,1)+.5)
+    def forward(self, x): return super().forward(x)*self.scale
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight
+        return F.conv2d(x, (w-w.mean((1,2,3), keepdim=True))/(1e-5+w.std((1,2,3), keepdim=True)), self.bias)
+class LoRA(nn.Conv2d):
+    def __init__(self, i, o, k): super().__init__(i, o, k); self.A,self.B = nn.Parameter(torch.randn(4,i)),nn.Parameter(torch.randn(o,4))
+    def forward(self, x): return super().forward(x) + F.conv2d(x[:,:,1:-1,1:-1], (self.B@self.A)[:,:,None,None])
+
+@pytest.mark.parametrize('cls,free', [(StepConv,2), (InScale,2), (OutScale,2), (Standardised,1), (LoRA,1)])
+def test_subclasses_with_parameters_of_their_own(cls, free):
+    x = torch.randn(2,3,16,16)
+    m = nn.Sequential(nn.Conv2d(3,12,3), nn.ReLU(), cls(12,16,3), nn.ReLU(), nn.Conv2d(16,8,3))
+    assert sum(not g.stays for g in channel_groups(m, x))==free
+    check_shrunken(m, x, .95)
+    same = nn.Sequential(nn.Conv2d(3,16,3), nn.ReLU(), cls(16,16,3), nn.ReLU(), nn.Conv2d(16,8,3))      # whose axis is it?
+    assert sum(not g.stays for g in channel_groups(same, x))==(2 if cls is StepConv else 1 if cls is Standardised else 0)
+
+class Gives(nn.Module):
+    def __init__(self, out): super().__init__(); self.a,self.b,self.c,self.out = nn.Linear(8,16),nn.Linear(16,16),nn.Linear(16,4),out
+    def forward(self, x): return self.out(self.c(self.b(self.a(x).relu()).relu()))
+
+@dataclass
+class Output: logits:torch.Tensor; loss:torch.Tensor=None; name:str='a'
+
+@pytest.mark.parametrize('out', [lambda y: dict(y=y), lambda y: (y,None), lambda y: [y,4,'name'], lambda y: dict(y=y, n=4, more=[dict(y=y.exp())]), lambda y: Output(y)])
+def test_what_is_no_tensor_among_outputs_is_passed_over(out):
+    m,x = Gives(out),torch.randn(3,8)
+    assert channel_groups(m, x).table().stays.tolist()==['','',OUTPUT]
+    check_shrunken(m, x, pickled=False)
+
+class Boxes(nn.Module):
+    "Boxes whose score is high enough; there may be none"
+    def __init__(self, t):
+        super().__init__()
+        self.body,self.score,self.box,self.t = nn.Sequential(ConvLayer(3,16), ConvLayer(16,16)),nn.Conv2d(16,1,1),nn.Conv2d(16,4,1),t
+    def forward(self, x): f = self.body(x); return self.box(f).permute(0,2,3,1)[self.score(f).sigmoid()[:,0]>self.t]
+
+@pytest.mark.parametrize('t', [.3,1.])
+def test_no_boxes_are_found(t):
+    m,x = Boxes(t).eval(),torch.randn(2,3,16,16)
+    assert max_difference(m, m, x)==0 and all(g.stays for g in channel_groups(m, x) if g.name in ('score','box'))
+    s,small = halved(m, x)
+    assert small.body[0][0].out_channels<16 and max_difference(small, s, x)<1e-12
+
+def test_an_empty_selection_holds_what_nobody_was_seen_to_read():
+    class Late(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Linear(8,16),nn.Linear(16,4),nn.Linear(16,4)
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h), self.c(h[x.sum(1)>1e6])
+    assert channel_groups(Late(), torch.randn(4,8))['a'].stays=='nothing of them was left in this batch'
+
+class Dicts(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b = nn.Linear(8,16),nn.Linear(16,4)
+    def forward(self, x): return self.b(self.a(x['x']).relu())
+class Lists(Dicts):
+    def forward(self, xs): return torch.stack([self.b(self.a(o).relu().mean(0)) for o in xs])
+
+@pytest.mark.parametrize('cls,x', [(Dicts, (dict(x=torch.randn(4,8)),)), (Lists, ([torch.randn(3,8), torch.randn(5,8)],))])
+def test_inputs_in_dicts_and_lists(cls, x):
+    m = cls()
+    check_shrunken(m, x)
+    assert macs(m, x)['']>0 and cost(m, x).loc['total','weights']==192
+
+class VAE(nn.Module):
+    def __init__(self): super().__init__(); self.e,self.mu,self.lv,self.d,self.o = nn.Linear(8,16),nn.Linear(16,4),nn.Linear(16,4),nn.Linear(4,16),nn.Linear(16,8)
+    def forward(self, x):
+        h = self.e(x).relu()
+        z = self.mu(h)+torch.randn_like(self.mu(h))*self.lv(h).exp()
+        return self.o(F.dropout(self.d(z).relu(), .5, True)),z
+
+def test_networks_that_draw_random_numbers_in_evaluation():
+    m,x = VAE(),torch.randn(4,8)
+    rng = torch.get_rng_state()
+    assert max_difference(m, m, x)==0 and torch.equal(torch.get_rng_state(), rng)
+    s,small = halved(m, x)
+    assert (small.e.out_features,small.d.out_features)==(11,11) and max_difference(small, s, x)<1e-12
+    assert not torch.equal(small(x)[0], small(x)[0])                   # and it goes on drawing
+
+def _weight_norms():
+    from torch.nn.utils import parametrizations as new, spectral_norm, weight_norm
+    from torch.nn.utils import prune
+    def pruned(m): prune.ln_structured(m, 'weight', .5, n=1, dim=0); prune.l1_unstructured(m, 'bias', .5); return m
+    return dict(weight_norm=new.weight_norm, spectral_norm=new.spectral_norm, old_weight_norm=weight_norm, old_spectral_norm=spectral_norm, pruned=pruned)
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('training', [False,True])
+@pytest.mark.parametrize('name', _weight_norms())
+def test_computed_weights_are_seen_through(name, training):
+    norm,x = _weight_norms()[name],torch.randn(3,4,20)
+    m = nn.Sequential(norm(nn.Conv1d(4,16,3,padding=1)), nn.ReLU(), norm(nn.Conv1d(16,16,3,padding=1)), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16,3))
+    m(x)
+    m.train(training)
+    before = {k: v.clone() for k,v in m.state_dict().items()}
+    assert [g.name for g in channel_groups(m, x) if not g.stays]==['0','2']
+    s = shrink(m, x)
+    assert max_difference(s, m, x)<1e-10 and type(s[0]) is nn.Conv1d and not s[0]._forward_pre_hooks
+    assert s.training==training and all(torch.equal(v, before[k]) for k,v in m.state_dict().items()) and m.state_dict().keys()==before.keys()
+    if name=='pruned': assert s[0].out_channels<16
+    assert [n for n,_ in s.named_parameters()]==['0.weight','0.bias','2.weight','2.bias','6.weight','6.bias']
+
+def test_a_trace_has_a_bound_in_time():
+    m,x = build('resnet_b')
+    groups = channel_groups(m, x, seconds=0)
+    assert {g.stays for g in groups}=={'there was no time to try them', OUTPUT} and len(groups)==10
+
+class Grouped(nn.Module):
+    "Attention with grouped queries and rotary positions, RMSNorm, a gated MLP, and None beside the logits"
+    def __init__(self, d=32, heads=4, kv=2, n=20):
+        super().__init__()
+        self.d,self.heads,self.kv,self.size = d,heads,kv,d//heads
+        self.emb,self.w1,self.w2 = nn.Embedding(n, d),nn.Parameter(torch.ones(d)),nn.Parameter(torch.ones(d))
+        self.q,self.k,self.v,self.o = (nn.Linear(d, o, bias=False) for o in (d, kv*self.size, kv*self.size, d))
+        self.gate,self.up,self.down,self.head = nn.Linear(d,64),nn.Linear(d,64),nn.Linear(64,d),nn.Linear(d,n)
+    def rotate(self, x):
+        f = torch.outer(torch.arange(x.shape[2]), 1e4**(-torch.arange(0, self.size, 2)/self.size)).to(x)
+        a,b = x.chunk(2, -1)
+        return x*f.cos().repeat(1,2) + torch.cat([-b,a], -1)*f.sin().repeat(1,2)
+    def forward(self, ids):
+        x = self.emb(ids)
+        y = self.w1*x*(x.pow(2).mean(-1, keepdim=True)+1e-6).rsqrt()
+        q,k,v = (f(y).view(*ids.shape, -1, self.size).transpose(1, 2) for f in (self.q,self.k,self.v))
+        k,v = (o[:,:,None].expand(-1,-1,self.heads//self.kv,-1,-1).flatten(1, 2) for o in (self.rotate(k),v))
+        x = x + self.o(F.scaled_dot_product_attention(self.rotate(q), k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = self.w2*x*(x.pow(2).mean(-1, keepdim=True)+1e-6).rsqrt()
+        return dict(logits=self.head(x+self.down(F.silu(self.gate(y))*self.up(y))), past=None)
+
+def test_grouped_query_attention_and_rotary_positions():
+    m,x = Grouped(),torch.randint(0, 20, (2,7))
+    assert channel_groups(m, x)['gate'].stays is None
+    assert halved(m, x)[1].up.out_features==43
+
+def test_a_detector():
+    m,x = tvm.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval(),([torch.rand(3,320,320)],)
+    assert sum(not g.stays for g in channel_groups(m, x))>30
+
+def test_code_that_reads_a_linear_layer():
+    "An index layer in its place would have no weight"
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(8,6),nn.Linear(6,3)
+        def forward(self, x): return self.b(self.a(x).relu()) + 0*self.a.weight.sum()
+    m,x = Reads(),torch.randn(4,8)
+    with torch.no_grad(): m.a.weight[:,:3] = 0; m.b.weight[:,1] = 0
+    s = shrink(m, x)
+    assert s.a.weight.shape==(5,8) and max_difference(s, m, x)<1e-12
+
+def test_the_first_layer_that_differs_is_named():
+    class Turns(nn.Module):
+        "Another function at each call, so that nothing equals it"
+        calls = itertools.count()
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(4,5),nn.Linear(5,2)
+        def forward(self, x): return self.b(self.a(x)+next(self.calls))
+    with pytest.raises(ValueError, match='first at b. Please report'): shrink(Turns(), torch.randn(3,4))
+
+def test_differences_are_relative_and_exact():
+    a,b = nn.Linear(4,3),nn.Linear(4,3)
+    b.load_state_dict({k: v*(1+1e-7) for k,v in a.state_dict().items()})
+    x = torch.randn(5,4)
+    for scale in (1,1e-6,1e6):
+        for m in (a, b):
+            for p in m.parameters(): p.data.mul_(scale)
+        assert 1e-8<max_difference(b, a, x)<1e-6

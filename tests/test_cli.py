@@ -103,6 +103,79 @@ def test_mistypings_are_status_2(argv, says, capsys):
     with pytest.raises(SystemExit, match='2'): main(argv)
     assert says in capsys.readouterr().err
 
+OWN = '''
+from kdnb.all import *
+class Nearness(LogitTerm):
+    def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
+def heaviest(s): return s.sum({k: w.abs() for k,w in s.weights.items()})
+criteria['heaviest'] = heaviest
+@recipe
+def of_mine(dls, path, data='user data', seeds=1, force=False, show=True, n_epoch=1, terms=None):
+    run = Run(path, 'of-mine', dls, data, seeds, force, show, n_epoch=n_epoch, terms=terms)
+    t = run.teacher('lenet300', 1, 1e-3)
+    for _ in run.each_seed():
+        student = run.fit('student', run.learner(run.network('lenet300')), n_epoch, 1e-3, cbs=KnowledgeDistillation(t, Nearness()))
+        pruned = run.fit('pruned', run.learner(student), n_epoch, 1e-3, cbs=Pruner(.5, 'heaviest'), of=student)
+    return run.finish(run.models['pruned'], of=run.models['student'])
+def returns_nothing(dls, path): pass
+'''
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "A file of one's own beside which the command is given; what it registers is forgotten afterwards"
+    from kdnb.recipes.core import recipes
+    monkeypatch.setattr('kdnb.recipes.core.recipes', recipes | {})
+    for o in ('own','own_terms'): monkeypatch.delitem(sys.modules, o, raising=False)
+    monkeypatch.setitem(criteria, 'heaviest', None); del criteria['heaviest']
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'own.py').write_text(OWN)
+    return tmp_path
+
+@pytest.mark.parametrize('how', [['--import','own.py','--recipe','of-mine'], ['--recipe','own.py:of_mine'], ['--recipe','own:of_mine']])
+def test_a_recipe_of_one_s_own(how, own, photos, capsys):
+    argv = ['compress',*how,'--data',photos,'--quiet','--out','run']
+    text = said(capsys, 0, *argv)
+    assert [o['name'] for o in Record('run').stages]==['teacher','student','pruned'] and 'Report: run/report.html' in text
+    before = {o: o.read_bytes() for o in Path('run').rglob('*') if o.is_file()}
+    said(capsys, 0, *argv)                                        # its result is read, masks and all
+    assert {o: o.read_bytes() for o in before}==before
+    assert "n_epoch is 2, was 1. Choose another folder, or begin anew with --force." in said(capsys, 1, *argv, '--set', 'n_epoch=2')
+    assert {o: o.read_bytes() for o in before}==before
+
+def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
+    argv = ['compress','--data',photos,'--quiet','--recipe']
+    assert 'the recipe of_mine takes no --teacher lenet5. It takes path' in said(capsys, 1, *argv, 'own.py:of_mine', '--teacher', 'lenet5')
+    assert 'returned NoneType, expected its run' in said(capsys, 1, *argv, 'own.py:returns_nothing')
+    assert "there is no recipe own.py:nothing: own.py has no function 'nothing'" in said(capsys, 1, *argv, 'own.py:nothing')
+    assert 'nowhere.py could not be imported: FileNotFoundError' in said(capsys, 1, *argv, 'nowhere.py:mine')
+    (own/'json.py').write_text('def mine(dls, path): pass')        # a name that is taken
+    for _ in range(2): assert 'the recipe mine returned NoneType' in said(capsys, 1, *argv, 'json.py:mine')
+    (own/'broken.py').write_text('x = 1/0')
+    assert 'broken.py could not be imported: ZeroDivisionError' in said(capsys, 1, 'compress', '--import', 'broken.py', '--quiet')
+    with pytest.raises(SystemExit, match='2'): main(['compress','--import','own.py','--recipe','other'])
+    assert "'of-mine'" in capsys.readouterr().err
+    recipe('registered')(lambda dls, path: None)                  # in Python, before the command
+    assert 'returned NoneType' in said(capsys, 1, *argv, 'registered')
+
+def test_a_criterion_of_one_s_own_by_name(own, photos, capsys):
+    argv = ['compress','--recipe','prune-then-distill','--quick','--data',photos,'--quiet','--import','own.py','--set','criterion=heaviest']
+    argv += ['--student','lenet300','--teacher','lenet300','--epochs','1,1,1','--out','run','--set','sparsities=.2','pairs=alone']
+    said(capsys, 0, *argv)
+    assert Record('run').settings['criterion']=='heaviest'
+    assert 'values' in {o.name for o in Path('run').iterdir()}
+
+@pytest.mark.parametrize('argv,says', [
+    (['--set','n_per_class=9999','--recipe','vid'], 'n_per_class has 9999'), (['--epochs','1,2'], '--epochs is (1, 2)'), (['--seeds','1,1'], '--seeds is'),
+    (['--set','experiments=transfer','--recipe','vid'], "'transfer' needs --set source=")])
+def test_mistakes_speak_of_options(argv, says, tmp_path, capsys):
+    assert says in said(capsys, 1, 'compress', '--out', tmp_path/'run', '--quiet', *argv)
+
+def test_images_of_several_sizes_are_told_of_the_option(tmp_path, capsys):
+    for i in range(20): (tmp_path/str(i%2)).mkdir(exist_ok=True), Image.new('L', (8,8+i%2)).save(tmp_path/str(i%2)/f'{i}.png')
+    for argv in (['data',tmp_path], ['compress','--data',tmp_path,'--out',tmp_path/'run']):
+        text = said(capsys, 1, *argv)
+        assert 'such as --size 64.' in text and 'size=' not in text
+
 def test_recipes_are_those_of_the_engine():
     from kdnb.recipes.core import recipes
     assert list(cli._about)==list(recipes)

@@ -96,3 +96,8 @@ def test_labels_and_counts_of_every_kind():
     for labels,kwargs,says in ((np.array(['cat','dog']*20), {}, 'labels must be class numbers'), (np.eye(4)[y], {}, 'labels have shape'),
                                (y-1, {}, 'labels lie between -1'), (y, dict(vocab='abc'), 'expected 0 to 2'), (y, dict(test=(x,y+1)), 'test labels lie')):
         with pytest.raises(ValueError, match=says): from_arrays(x, labels, **kwargs)
+
+def test_loaders_of_fastai_say_how_a_test_set_is_given():
+    dls = image_dls('digits')
+    with pytest.raises(ValueError, match='hold no test set. Pass `test=\\(x, y\\)` to `from_arrays`, or a third loader'): DataLoaders(dls.train, dls.valid).test
+    assert DataLoaders(*dls.loaders).test is dls.test is dls[2]

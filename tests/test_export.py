@@ -1,10 +1,16 @@
 "A saved network comes back bit for bit; whatever else is in a file ends in a ValueError or SafetensorError."
-import json, random, struct
+import ast, json, pickle, random, struct, subprocess, sys
+from copy import deepcopy
 
 import pytest
 import safetensors.torch as st
+import timm
+from PIL import Image
 from safetensors import SafetensorError
+from torchvision import models as tv
 from kdnb.all import *
+from common import same
+from test_channels import FAMILIES
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
@@ -43,6 +49,11 @@ import hashlib
     (dict(header=dict(arch='lenet5')), 'does not name its architecture'),
     (dict(header=dict(input=[1,8,8])), 'do not fit each other'),
     (dict(header=dict(input=[10**9])), 'the input shape'),
+    (dict(header=dict(stats=5, div=255.)), 'not how images are normalised'),
+    (dict(header=dict(stats=[[.5],[0.]], div=255.)), 'not how images are normalised'),
+    (dict(header=dict(stats=[['a'],[1.]], div=255.)), 'not how images are normalised'),
+    (dict(header=dict(stats=[[.5,.5],[1.,1.]], div=255.)), 'not how images are normalised'),
+    (dict(header=dict(div='x')), 'not how images are normalised'),
     (dict(header=dict(sha256='0'*64), sha=False), 'is corrupt'),
     (dict(tensors={'fc3.bias': torch.zeros(11)}), 'allows at most'),
     (dict(tensors={'fc3.bias': torch.zeros(10, dtype=torch.long)}), 'allows at most'),
@@ -73,6 +84,7 @@ def test_mutations(saved, tmp_path):
 def test_refuses_what_is_not_plain(tmp_path):
     with pytest.raises(ValueError, match='still has Gate layers'): save_model(to_variational(lenet300()), tmp_path/'a')
     with pytest.raises(ValueError, match='does not say how to build it'): save_model(nn.Linear(2,2), tmp_path/'a')
+    with pytest.raises(ValueError, match='expected a network or a Learner: save_model\\(model, path\\)'): save_model(tmp_path/'a', lenet300())
     assert not list(tmp_path.iterdir())
 
 def test_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -120,3 +132,173 @@ def test_half_compiled_and_masked_networks(change, tmp_path):
     back = load_model(save_model(m, tmp_path/'a'))
     for k,v in tensors_of(plain_copy(m)).items(): assert torch.equal(back.state_dict()[k], v)
     assert sparsity(back)==sparsity(unwrap(m))
+
+def of_tv(name, **kw): return lambda: getattr(tv, name)(weights=None, num_classes=5, **kw)
+def of_timm(name, **kw): return lambda: timm.create_model(name, num_classes=5, **kw)
+ZOO = dict({n: (of_tv(n), 48) for n in ('mobilenet_v3_small','mnasnet0_5','mnasnet1_0','regnet_x_400mf','regnet_y_400mf','squeezenet1_1')},
+           vit=(lambda: tv.VisionTransformer(32,8,2,2,16,32,num_classes=5), 32),
+           swin=(lambda: tv.SwinTransformer([4,4],8,[2,2],[2,2],[2,2],num_classes=5), 32),
+           maxvit=(lambda: tv.MaxVit((64,64),8,2,[8,16],[1,1],8,.2,num_classes=5), 64),
+           **{n: (FAMILIES[n][0], 32) for n in ('unet','unet_in','cat_add','padded')},
+           **{f'timm {n}': (of_timm(n), 64) for n in ('test_resnet','test_byobnet','test_convnext')},
+           **{f'create {n}': (lambda n=n,kw=kw: create(n, in_shape=(3,16,16), **kw), 16) for n,kw in dict(
+               lenet5={}, resnet8={}, resnet14=dict(option='A'), wrn_10_1={}, cifar_resnet=dict(kind='bottleneck', depth=11), vgg8=dict(width=.1),
+               mlp=dict(hidden=16)).items()})
+
+@torch.no_grad()
+def quieted(m):
+    "`m` with a quarter of the channels of each layer at zero"
+    for o in m.modules():
+        if isinstance(o, (*weighted,nn.BatchNorm2d)) and len(o.weight)>7:
+            for p in (o.weight,o.bias):
+                if p is not None: p[:len(p)//4] = 0
+    return m.eval()
+
+@pytest.mark.parametrize('name', ZOO)
+def test_what_shrinks_trains_copies_pickles_saves_and_loads(name, tmp_path):
+    build,side = ZOO[name]
+    m,x = quieted(build()),torch.randn(4,3,side,side)
+    small = shrink(m, x)
+    assert n_weights(small)<n_weights(m)
+    for net in (m,small):
+        back = load_model(save_model(net, tmp_path/'a', arch=dict(name=name, kwargs={})), build)
+        assert [k for k,_ in back.named_modules()]==[k for k,_ in net.named_modules()]
+        for o in (back, deepcopy(back), pickle.loads(pickle.dumps(back)), pickle.loads(pickle.dumps(net))): assert torch.equal(o.eval()(x), net.eval()(x))
+        opt = torch.optim.SGD(back.train().parameters(), .01)
+        (back(x)-1).square().mean().backward()
+        opt.step()
+        assert all(p.grad is not None for p in back.parameters()) and not torch.equal(back.eval()(x), net(x))
+
+@pytest.mark.parametrize('build,side', [(of_tv('googlenet', init_weights=False), 48), (of_tv('inception_v3', init_weights=False), 80)])
+def test_heads_of_training_are_saved_and_loaded(build, side, tmp_path):
+    m,x = quieted(build()),torch.randn(2,3,side,side)
+    for net in (m, shrink(m, x)):
+        back = load_model(save_model(net, tmp_path/'a', arch=dict(name='', kwargs={})), build)
+        assert torch.equal(back(x), net(x)) and same(back.state_dict(), net.state_dict())
+
+class Loose(nn.Module):
+    "Keeps a tensor that is no buffer, one that no state dict holds, and asks for values while it is built"
+    def __init__(self, asks=False):
+        super().__init__()
+        self.l,self.scales = nn.Linear(3,3),[torch.arange(3.)]
+        self.register_buffer('shift', torch.ones(3), persistent=False)
+        if asks: self.p = [o.item() for o in torch.linspace(0, 1, 3)]
+    def forward(self, x): return self.l(x)*self.scales[0] + self.shift
+
+@pytest.mark.parametrize('asks', [False,True])
+def test_what_cannot_be_built_without_data_is_built_with_it(asks, tmp_path):
+    m,x,before = Loose(asks),torch.randn(2,3),torch.get_rng_state()
+    back = load_model(save_model(m, tmp_path/'a', arch=dict(name='Loose', kwargs=dict(asks=asks))), Loose)
+    assert torch.equal(back(x), m(x)) and torch.equal(torch.get_rng_state(), before)
+
+def test_layers_with_a_version_and_with_a_norm_of_weights(tmp_path):
+    class Strict(nn.Linear):
+        _version = 3
+        def _load_from_state_dict(self, state, prefix, meta, *args):
+            if meta.get('version')!=3: raise ValueError('version')
+            super()._load_from_state_dict(state, prefix, meta, *args)
+    def build(): return nn.Sequential(Strict(4,4), nn.utils.parametrizations.weight_norm(nn.Linear(4,2)))
+    m,x = build(),torch.randn(3,4)
+    back = load_model(save_model(m, tmp_path/'a', arch=dict(name='', kwargs={})), build)
+    assert torch.equal(back(x), plain_copy(m)(x)) and type(back[1]) is nn.Linear
+
+
+BLIND = """
+import sys
+class NotHere:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0]=='kdnb': raise ModuleNotFoundError('No module named kdnb')
+sys.meta_path.insert(0, NotHere())
+import torch
+for net,x,y,grad in torch.load(sys.argv[1], weights_only=False):
+    torch.testing.assert_close(net(x), y)         # another process adds up in another order
+    torch.manual_seed(0); net.train()(x).sum().backward()
+    torch.testing.assert_close(next(net.parameters()).grad, grad)
+assert 'kdnb' not in sys.modules
+"""
+
+def test_a_pickle_opens_where_kdnb_is_not_installed(tmp_path):
+    "What comes out is plain torch: every family of `create`, shrunken, loaded from a file, and what a variational network becomes"
+    rows,x = [],torch.randn(4,3,16,16)
+    def add(net):
+        net.eval()(x); y = net(x).detach()
+        trained = deepcopy(net).train()
+        torch.manual_seed(0); trained(x).sum().backward()
+        rows.append((net, x, y, next(trained.parameters()).grad))
+        assert not [o for o in net.modules() if 'kdnb' in type(o).__module__]
+    for name,(build,_) in ZOO.items():
+        if name.startswith('create'):
+            small = shrink(quieted(build()), x)
+            add(small); add(load_model(save_model(small, tmp_path/'a')))
+    add(shrink(to_deterministic(to_variational(create('wrn_10_1', in_shape=(3,16,16)), x, 'channels')), x))
+    dls = from_arrays(torch.randint(255, (40,3,16,16), dtype=torch.uint8), torch.arange(40)%4)
+    add(load_model(save_model(create('resnet8', dls), tmp_path/'a', dls)))      # one that makes its own batches
+    rows[-1][0].eval()
+    torch.save(rows, tmp_path/'nets.pt')
+    done = subprocess.run([sys.executable, '-c', BLIND, tmp_path/'nets.pt'], capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+
+
+def test_a_loaded_network_makes_its_own_batches(tmp_path):
+    dls = image_dls('digits')
+    save_model(create('lenet5', dls).eval(), tmp_path/'a.safetensors', dls)
+    net,ds = load_model(tmp_path/'a.safetensors'),dls.valid.dataset
+    x,of = dls.valid.one_batch()[0].cpu().as_subclass(torch.Tensor),ds.x[:64].cpu()
+    Image.fromarray(of[0,0].numpy()).save(tmp_path/'a.png')
+    for one in (of[0], of[0,0], of[0].numpy(), of[0,0].numpy(), of[0].permute(1,2,0).numpy(), of[0].int(), Image.fromarray(of[0,0].numpy()), tmp_path/'a.png',
+                str(tmp_path/'a.png'), of[:1], [of[0]], of[0].float()/255, PILImageBW.create(of[0,0].numpy())):
+        assert torch.equal(net.preprocess(one), x[:1])
+    assert torch.equal(net.preprocess(of), x) and torch.equal(net.preprocess(list(of)), x)
+    assert net.preprocess(Image.new('RGBA', (30,50))).shape==net.preprocess(torch.zeros(40,9,3, dtype=torch.uint8)).shape==(1,1,8,8)
+    assert len(net(net.preprocess(of[0])))==1 and 'preprocess' not in str(net) and deepcopy(net).preprocess is net.preprocess
+    for bad,says in [(x[0], 'normalised already'), (of[0].float(), 'fractions from 0 to 1'), (torch.rand(1,9,9), 'Only bytes and PIL images are resized'),
+                     (of[0].int()*2, 'expected bytes'), (torch.zeros(5,7,9).byte(), 'the network takes'), (Image.new('I', (8,8)), '16 or 32 bit'),
+                     (None, 'expected a path, a PIL image'), ({}, 'expected a path, a PIL image')]:
+        with pytest.raises(ValueError, match=says): net.preprocess(bad)
+
+@pytest.mark.parametrize('scale,shift,bytes_as', [(1/255,0,1/255), (1.,0,1.), (1/255,-.5,None)])
+def test_a_network_trained_on_floats_knows_what_bytes_are_or_asks_for_floats(scale, shift, bytes_as, tmp_path):
+    x = torch.randint(256, (60,1,8,8), dtype=torch.uint8)
+    dls = from_arrays(x*scale+shift, torch.arange(60)%3)
+    net,floats = load_model(save_model(lenet5(3, (1,8,8)), tmp_path/'a', dls)),dls.valid.dataset.x[0].cpu()
+    seen = dls.valid.one_batch()[0][:1].cpu()
+    assert torch.equal(net.preprocess(floats), seen)
+    if bytes_as: assert (net.preprocess(((floats-shift)/scale).round().byte())-seen).abs().max()<1e-4
+    else:
+        with pytest.raises(ValueError, match='Pass floats'): net.preprocess(x[0])
+
+def test_colours_and_loaders_of_fastai(tmp_path):
+    for i in range(12): Image.fromarray(torch.randint(256, (20,30,3), dtype=torch.uint8).numpy()).save(tmp_path/f'{"ab"[i%2]}_{i}.png')
+    files = sorted(tmp_path.glob('*.png'))
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: f.name[0], item_tfms=Resize((16,24)), batch_tfms=Normalize.from_stats(*imagenet_stats), bs=4)
+    net = load_model(save_model(create('resnet8', c=2, in_shape=(3,16,24)), tmp_path/'a', dls))
+    seen = torch.cat([b[0].cpu().as_subclass(torch.Tensor) for b in dls.valid])
+    mine = net.preprocess(list(dls.valid.items))
+    assert mine.shape==seen.shape and (mine-seen).abs().mean()<.5*seen.abs().mean()         # the same pixels, otherwise resized
+    bytes_ = torch.stack([torch.as_tensor(np.array(o[0])).permute(2,0,1) for o in dls.valid_ds])
+    assert read_header(tmp_path/'a')[0]['stats'][0]==pytest.approx(imagenet_stats[0]) and bytes_.dtype==torch.uint8
+    assert not hasattr(load_model(save_model(lenet300(), tmp_path/'b')), 'preprocess')        # nothing is known of its images
+
+@pytest.mark.parametrize('name', ["a.safetensors","it's"])
+def test_the_printed_lines_work_whatever_is_imported_later(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dls = image_dls('digits')
+    learn = Learner(dls, create('lenet5', dls))
+    save_model(learn, name)
+    first,second,third = load_lines(name, dls.in_shape).splitlines()
+    assert save_network is save_model and load_network is load_model
+    space = dict(x=dls.valid.one_batch()[0].cpu())
+    exec('from kdnb.all import *\n'+first+'\nfrom fastai.vision.all import *\n'+second+'\nanswer = '+third, space)
+    assert torch.equal(space['answer'], learn.model.cpu().eval()(space['x']).argmax(1))
+    assert f'/255 - {read_header(name)[0]["stats"][0][0]:.4g}' in third and 'model.preprocess' in third
+    assert ast.parse(load_lines('x', (1,2,3), build=True)) and 'build=make_network' in load_lines('x', build=True)
+
+def test_a_report_names_the_numbers_of_the_normalisation(tmp_path):
+    from fake import fake_record
+    from kdnb.report import how_to_load
+    dls = image_dls('digits')
+    assert 'normalised like the training images' in how_to_load(fake_record(tmp_path))       # there is no file
+    save_model(create('lenet5', dls), tmp_path/'model.safetensors', dls)
+    lines = how_to_load(fake_record(tmp_path, in_shape=[1,8,8]))
+    assert f'(pixels/255 - {dls.valid.after_batch.fs[1].mean.item():.4g})' in lines and '# x: images (N, 1, 8, 8), normalised: x = model.preprocess(' in lines
+    assert lines.splitlines()[0]=='import kdnb.all' and 'kdnb.all.load_model(' in lines

@@ -92,6 +92,19 @@ def test_faults_are_sentences(classes, spoil, says):
     spoil(classes)
     with pytest.raises(ValueError, match=says): folder_dls(classes)
 
+def test_all_corrupt_images_are_named_at_once(classes):
+    "Those that cannot be opened, and those that break off only when all pixels are read"
+    files = sorted(classes.rglob('*.png'))
+    files[3].write_bytes(b'no image'); files[5].write_bytes(b'')
+    files[80].write_bytes(files[80].read_bytes()[:60]); Image.fromarray(np.zeros((8,8), np.uint16)).save(files[9])
+    with pytest.raises(ValueError, match='4 of 200 files are corrupt or no images') as e: folder_dls(classes)
+    assert all(str(files[i]) in str(e.value) for i in (3,5,80,9)) and str(e.value).count(files[3].name)==1
+    for f in files[::8]: f.write_bytes(b'no image')
+    with pytest.raises(ValueError, match='28 of 200 files .* and 8 more. Replace or remove them'): folder_dls(classes)
+    for f in (*files[::8], files[3], files[5], files[9]): f.unlink(missing_ok=True)
+    files[81].write_bytes(files[81].read_bytes()[:60]); files[80].write_bytes(files[81].read_bytes())       # headers are whole
+    with pytest.raises(ValueError, match='2 of 173 files'): folder_dls(classes)
+
 def test_splits_that_do_not_fit(tmp_path):
     for i in range(20): digit(i, tmp_path/f'test/{i%2}/{i}.png')
     with pytest.raises(ValueError, match='has test but no images to train on'): folder_dls(tmp_path)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from kdnb.distill.losses import (attention, dist, dkd, fsp, kd, logits_mse, lwf, nst, pkt, rkd, similarity,
+from kdnb.distill.losses import (attention, binary_kd, dist, dkd, fsp, kd, logits_mse, lwf, nst, pkt, rkd, similarity,
                                  standardize)
 
 # References: one example, channel, pair or triplet at a time
@@ -19,6 +19,9 @@ def unit(x): return x/x.square().sum().sqrt() if x.any() else torch.zeros_like(x
 
 def ref_kd(z_s, z_t, T=4.): return T**2*ref_lwf(z_s, z_t, T)
 def ref_lwf(z_s, z_t, T=2.): return mean(kl(softmax(t/T), softmax(s/T)) for s,t in zip(z_s, z_t))
+def ref_binary_kd(z_s, z_t, T=1.):
+    def p(z): return [1/(1+(-z/T).exp()),1/(1+(z/T).exp())]
+    return T**2*mean(kl(p(t), p(s)) for s,t in zip(z_s.flatten(), z_t.flatten()))
 def ref_logits_mse(z_s, z_t): return mean((s-t)**2 for s,t in zip(z_s.flatten(), z_t.flatten()))
 
 def labels(z): return torch.arange(len(z))*7 % z.shape[1]
@@ -108,6 +111,7 @@ ONE = [((1,3,6,6),(1,5,6,6)), ((1,3,4,3),(1,3,1,2))]
 PAIRS = [(((5,3,6,6),(5,4,3,3)),((5,3,6,6),(5,4,6,6))), (((1,3,7,5),(1,2,3,4)),((1,3,3,4),(1,2,7,5)))]
 ROWS = [
     (kd, ref_kd, [{}, dict(T=1.), dict(T=.5)], LOGITS),
+    (binary_kd, ref_binary_kd, [{}, dict(T=4.), dict(T=.5)], [*LOGITS,((5,1),(5,1))]),
     (logits_mse, ref_logits_mse, [{}], LOGITS),
     (dkd_y, ref_dkd_y, [{}, dict(alpha=0., T=1.), dict(alpha=3., beta=.5, T=2.)], LOGITS),
     (dist, ref_dist, [{}, dict(beta=2., gamma=0., T=4.), dict(beta=.5, gamma=3., T=2., scaled=False)], LOGITS[:3]),
@@ -125,7 +129,7 @@ def name(f, kw, *shapes):
 
 GRID = [pytest.param(f, ref, kw, *ss, id=name(f, kw, *ss)) for f,ref,kws,shapes in ROWS for kw in kws for ss in shapes]
 ONE_EACH = [pytest.param(f, kw, *shapes[0], id=name(f, kw)) for f,_,kws,shapes in ROWS for kw in kws]
-FEATURES = [pytest.param(f, *shapes[0], id=f.__name__) for f,_,_,shapes in ROWS[5:]]
+FEATURES = [pytest.param(f, *shapes[0], id=f.__name__) for f,_,_,shapes in ROWS[6:]]
 
 # Values and gradients
 
@@ -145,7 +149,7 @@ def test_standardize_against_the_reference(shape):
 def test_closed_forms_far_out():
     "Logits of ±200, T 4: log-probabilities of 0 and -100"
     z_s,z_t,y = torch.tensor([[-200.,200,-200]]),torch.tensor([[200.,-200,-200]]),torch.tensor([0])
-    for got,want in ((kd(z_s, z_t), 1600), (lwf(z_s, z_t), 200), (logits_mse(z_s, z_t), 320_000/3),
+    for got,want in ((kd(z_s, z_t), 1600), (binary_kd(z_s, z_t, T=1.), 400/3), (lwf(z_s, z_t), 200), (logits_mse(z_s, z_t), 320_000/3),
                      (kd(z_s[:,:2], z_t[:,:2], T=1.), 400), (dkd(z_s[:,:2], z_t[:,:2], y), 1600),
                      (dkd(z_s, z_t, y), 16*(100+8*(50-math.log(2)))), (dkd(z_s, z_t, y+2, alpha=0.), 16*8*100)):
         assert got.item()==pytest.approx(want, rel=1e-5)
@@ -352,7 +356,7 @@ def test_standardize_forgets_scale_and_shift():
         assert kd(standardize(a*z+b), standardize(z), T=2.).abs()<1e-9
     assert close(standardize(-z), -standardize(z)) and close(standardize(z).std(1), torch.ones(5).double())
 
-@pytest.mark.parametrize('f', [kd, logits_mse, dkd, dist, lwf])
+@pytest.mark.parametrize('f', [kd, binary_kd, logits_mse, dkd, dist, lwf])
 def test_pixels_and_places_are_samples(f):
     (s,t),y = (draw((2,5,3,4), i) for i in range(2)),torch.arange(24).view(2,3,4) % 5
     more = lambda y: (y,) if f is dkd else ()
@@ -364,14 +368,21 @@ def test_pixels_and_places_are_samples(f):
     assert close(rows(standardize(s)), standardize(rows(s)))
     with pytest.raises(ValueError, match='teacher gives 4 outputs, student 5'): f(s, t[:,:4], *more(y))
 
+def test_a_label_is_a_choice_between_two_classes():
+    "And the labels know nothing of each other, as classes do"
+    s,t = draw((5,4), 0),draw((5,4), 1)
+    assert close(binary_kd(s, t, T=3.), mean(kd(*(torch.stack([z[:,i]/2,-z[:,i]/2], 1) for z in (s, t)), T=3.) for i in range(4)))
+    v,g = value_and_grad(lambda a,b: binary_kd(a, b, T=3.)*20/9, s, t)
+    assert close(g.view(5,4), ((s/3).sigmoid()-(t/3).sigmoid())/3)
+
 # Errors
 
-@pytest.mark.parametrize('f', [kd, dkd_y, dist, lwf])
+@pytest.mark.parametrize('f', [kd, binary_kd, dkd_y, dist, lwf])
 @pytest.mark.parametrize('T', [0, -1])
 def test_error_temperature(f, T):
     with pytest.raises(ValueError, match='T is'): f(torch.zeros(5,10), torch.zeros(5,10), T=T)
 
-@pytest.mark.parametrize('f', [kd, logits_mse, dkd_y, dist, lwf])
+@pytest.mark.parametrize('f', [kd, binary_kd, logits_mse, dkd_y, dist, lwf])
 def test_error_classes(f):
     with pytest.raises(ValueError, match='teacher gives 7 outputs, student 10'): f(torch.zeros(5,10), torch.zeros(5,7))
 
@@ -379,6 +390,10 @@ def test_error_classes(f):
 def test_error_regression(f):
     with pytest.raises(ValueError, match='one number for each sample.*LogitsMSE'): f(torch.zeros(5,1), torch.ones(5,1))
     assert logits_mse(torch.zeros(5,1), torch.ones(5,1))==1
+
+@pytest.mark.parametrize('y', [torch.zeros(5,10), torch.full((5,10), .1), torch.zeros(5), torch.zeros(4).long(), torch.zeros(5,10).long()])
+def test_dkd_names_what_it_needs(y):
+    with pytest.raises(ValueError, match='DKD needs the number of the right class .* BinaryKD .* LogitsMSE'): dkd(torch.zeros(5,10), torch.ones(5,10), y)
 
 @pytest.mark.parametrize('f', [attention, nst, similarity, pkt, rkd])
 @pytest.mark.parametrize('b_s,b_t', [(5,4), (1,5), (5,1)])

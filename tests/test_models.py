@@ -1,5 +1,6 @@
 "The papers' networks have the papers' sizes, run on every image size, and come back from a file."
-import json
+import json, pickle
+from copy import deepcopy
 
 import pytest
 import torch.nn.functional as F
@@ -207,3 +208,63 @@ def test_a_family_of_one_s_own():
         assert two_layers(4, hidden=2).arch == dict(name='two_layers', kwargs=dict(c=4, in_shape=(1,8,8), hidden=2, bias=True))
         assert create('two_layers_9', bias=False)[1].out_features == 9
     finally: del architectures['two_layers'],architectures['two_layers_9']
+
+class OldBlock(nn.Module):
+    "A residual block as a class of its own"
+    def __init__(self, ni, n, stride, kind, option):
+        super().__init__()
+        conv,norm = lambda a,b,k,s: nn.Conv2d(a, b, k, s, k//2, bias=False),nn.BatchNorm2d
+        self.kind,self.grows = kind,ni!=n or stride>1
+        if kind=='basic':
+            self.conv1,self.bn1,self.act1,self.conv2,self.bn2,self.act2 = conv(ni,n,3,stride),norm(n),nn.ReLU(),conv(n,n,3,1),norm(n),nn.ReLU()
+            self.shortcut = (nn.Identity() if not self.grows else nn.Sequential(conv(ni,n,1,stride), norm(n)) if option=='B' else
+                             nn.Sequential(nn.Identity(), nn.Identity()))
+        else:
+            plan = [(ni,n//4,1,1),(n//4,n//4,3,stride),(n//4,n,1,1)] if kind=='bottleneck' else [(ni,n,3,stride),(n,n,3,1)]
+            for i,(a,b,k,s) in enumerate(plan, 1):
+                for name,o in zip(('bn','act','conv'), (norm(a),nn.ReLU(),conv(a,b,k,s))): self.add_module(f'{name}{i}', o)
+            if self.grows: self.shortcut = conv(ni,n,1,stride)
+    def forward(self, x):
+        if self.kind=='basic':
+            y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+            s = self.shortcut(x)
+            if s.shape!=y.shape: s = F.pad(s[..., ::2, ::2], (0,0,0,0,0,y.shape[1]-s.shape[1]))
+            return self.act2(y + s)
+        a = y = self.act1(self.bn1(x))
+        s = self.shortcut(a) if self.grows else x
+        for i in (1,2,3):
+            if i>1 and hasattr(self, f'bn{i}'): y = getattr(self, f'act{i}')(getattr(self, f'bn{i}')(y))
+            if hasattr(self, f'conv{i}'): y = getattr(self, f'conv{i}')(y)
+        return s + y
+
+@pytest.mark.parametrize('kind,depth,option', [('basic',14,'A'), ('basic',14,'B'), ('preact',16,'B'), ('bottleneck',20,'B')])
+def test_blocks_are_plain_torch_and_what_they_were_as_classes(kind, depth, option):
+    "Names, order and values of the state, names and order of all layers, answers and gradients, in copies and pickles too"
+    def net(): set_seed(0); return create('cifar_resnet', kind=kind, depth=depth, option=option, in_shape=(3,12,12)).double()
+    new,old = net(),net()
+    assert not [m for m in new.modules() if 'kdnb' in type(m).__module__]
+    for stage,ni in ((1,16), (2,16), (3,32)):
+        wide = 4 if kind=='bottleneck' else 1
+        for i,block in enumerate(old.get_submodule(f'layer{stage}')):
+            n = wide*16*2**(stage-1)
+            own = OldBlock(n if i else 16 if stage==1 else ni*wide, n, 2 if stage>1 and i==0 else 1, kind, option).double()
+            own.load_state_dict(block.state_dict())
+            old.set_submodule(f'layer{stage}.{i}', own)
+    x = torch.randn(4,3,12,12, dtype=torch.double)
+    for o in (new, deepcopy(new), pickle.loads(pickle.dumps(new))):
+        other = deepcopy(old)
+        assert [k for k,_ in o.named_modules()]==[k for k,_ in other.named_modules()]
+        assert list(o.state_dict())==list(other.state_dict()) and [k for k,_ in o.named_parameters()]==[k for k,_ in other.named_parameters()]
+        assert repr(o)==repr(new) and fingerprint(o)==fingerprint(net())
+        for m in (o,other): m.train()(x).square().sum().backward()
+        for p,q in zip(o.parameters(), other.parameters()): torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(o.eval()(x), other.eval()(x))
+        assert not o.layer1[0].training
+
+def test_code_that_was_traced_counts_in_a_fingerprint():
+    class Sum(nn.Module):
+        def __init__(self, f): super().__init__(); self.a,self.f = nn.Linear(2,2),f
+        def forward(self, x): return self.f(self.a(x), x)
+    a,b = (nn.Sequential(torch.fx.symbolic_trace(Sum(f))) for f in (torch.add, torch.sub))
+    b.load_state_dict(a.state_dict())
+    assert fingerprint(a)!=fingerprint(b) and fingerprint(a)==fingerprint(deepcopy(a))

@@ -80,7 +80,7 @@ def test_found_again(demo, monkeypatch):
     again = recipe(demo.path, **KW)
     assert [o['mark'] for o in again.stages]==[o['mark'] for o in demo.stages]
     assert teachers_table(again).equals(teachers_table(demo))
-    with pytest.raises(AssertionError, match='something is trained'): recipe(demo.path, **KW | dict(T=2.))
+    with pytest.raises(ValueError, match='T is 2.0, was 4.0'): recipe(demo.path, **KW | dict(T=2.))
 
 def test_lam_0_is_training_alone(tmp_path):
     run = recipe(tmp_path/'run', lam=0., criteria=('random',), sparsities=(.5,), methods=('Logits(1)',), smoothing=None)

@@ -103,13 +103,13 @@ def test_alpha_0_is_training_alone(tmp_path):
     assert same(state(a), state(b)) and same(state(a), state(c))
 
 def test_found_again(demo, monkeypatch):
-    "A finished run is read, not trained; another sparsity trains only what it adds"
+    "A finished run is read, not trained, and not overwritten"
     forbid(monkeypatch)
     kwargs = dict(seeds=2, sparsities=(.36,.59,.79), pairs=('alone','unpruned','pruned','mismatched'))
     again = recipe(demo.path, **kwargs)
     assert [o['mark'] for o in again.stages]==[o['mark'] for o in demo.stages]
     assert taught_table(again).equals(taught_table(demo)) and [*again.exhibits]==[*demo.exhibits]
-    with pytest.raises(AssertionError, match='something is trained'): recipe(demo.path, alpha=.5, **kwargs)
+    with pytest.raises(ValueError, match='alpha is 0.5, was 0.95'): recipe(demo.path, alpha=.5, **kwargs)
 
 def test_a_trained_learner_is_left_as_it_was(tmp_path):
     dls = data()

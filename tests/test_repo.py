@@ -1,5 +1,5 @@
 "The package equals its notebooks, what is stored is clean, rooms import only downwards, and the package builds."
-import ast, importlib, json, pkgutil, re, runpy, subprocess, sys, sysconfig, zipfile
+import ast, importlib, json, os, pkgutil, re, runpy, subprocess, sys, sysconfig, zipfile
 from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from importlib.metadata import version
@@ -7,6 +7,7 @@ from pathlib import Path
 from shutil import copyfile
 
 import pytest
+from packaging.requirements import Requirement
 
 import kdnb
 
@@ -19,7 +20,7 @@ def _files(pattern, root=ROOT):
 MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__init__.py', '_modidx.py')}
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
-FLOORS = dict(data=1, models=1, measure=1, features=1, channels=1, terms=1, checkpoint=1, processes=1, distill=2, variational=2,
+FLOORS = dict(data=1, models=1, measure=1, features=1, trace=1, channels=1, terms=1, checkpoint=1, processes=1, distill=2, variational=2,
               prune=2, export=2, recipes=3, report=4, sweep=5, cli=6, all=7)
 
 
@@ -65,6 +66,35 @@ def test_no_machine_path():
 
 def test_no_package_index(): assert not _found(r'py[p]i\.org|python[h]osted|index[-_]url')
 
+def _slug(heading): return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+def _prose(path):
+    "What is written in a notebook or a file of markdown, without code"
+    if path.suffix=='.ipynb': return '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+    return re.sub(r'```.*?```', '', path.read_text(encoding='utf-8'), flags=re.S)
+
+def dead_links(path, text=None):
+    "Relative links and anchors in the prose of `path` that lead nowhere"
+    for link in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', _prose(path) if text is None else text):
+        link = ''.join(link)
+        file,_,anchor = link.partition('#')
+        target = (path.parent/file).resolve() if file else path
+        if re.match(r'[a-z]+:', link): continue
+        if not target.exists(): yield link
+        elif anchor and anchor.lower() not in {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(target), re.M)}: yield link
+
+DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
+@pytest.mark.parametrize('path', DOCS, ids=lambda o: o.name)
+def test_no_dead_link(path): assert not [*dead_links(path)]
+
+def test_dead_links_are_found():
+    text = '[a](02_measure.ipynb) [b](../measure.html#x) [c](50_recipes.core.ipynb#the-run) [d](50_recipes.core.ipynb#no) [e](https://x.y) <img src="images/no.png">'
+    assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50_recipes.core.ipynb#no','images/no.png']
+
+def test_papers_are_cited_by_author_and_year():
+    "In recipes, report and command line nobody has to know which paper a number stands for"
+    ours = re.compile(r'kdnb/recipes/|kdnb/(cli|report|sweep|measure)|nbs/(5|6|7|02)')
+    assert not [o for o,t in _stored_text() if ours.match(o) and re.search(r'\b[Pp]aper 00\d', t)]
+
 def test_notebooks_are_clean():
     faults = []
     for o,nb in NOTEBOOKS.items():
@@ -90,6 +120,14 @@ def test_version():
     ini = ConfigParser(interpolation=None)
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     assert kdnb.__version__ == version('kdnb') == ini['DEFAULT']['version']
+
+def test_floors_are_versions_that_were_run():
+    "What a GPU machine had when it ran the package"
+    ini = ConfigParser(interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    floors = {r.name: r.specifier for r in map(Requirement, ini['DEFAULT']['requirements'].split())}
+    for name,v in dict(torch='2.11.0', torchvision='0.26.0', fastai='2.8.12').items(): assert v in floors[name], name
+    assert '2.10.0' not in floors['torch']
 
 def test_all_names_are_there():
     for o in pkgutil.walk_packages(kdnb.__path__, 'kdnb.'):
@@ -124,6 +162,11 @@ def test_rooms_import_only_downwards():
     assert not [(o, t) for o,ts in graph.items() for t in ts if not allowed(room(o), room(t))]
     TopologicalSorter(graph).prepare()
 
+
+def test_the_gpu_script_says_that_there_is_no_gpu():
+    run = subprocess.run(['bash', ROOT/'bench/gpu.sh'], env={**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'KDNB_DEVICE': 'cuda'},
+                         capture_output=True, text=True)
+    assert run.returncode==1 and 'sees no GPU' in run.stderr
 
 def test_builds(copy):
     subprocess.run([sys.executable, '-m', 'build', '--no-isolation'], cwd=copy, check=True)

@@ -1,5 +1,5 @@
 "The report: the numbers are those of the record, nothing is needed but the folder, and a real browser shows all of it."
-import html, json, re, subprocess, time
+import html, json, re, subprocess, sys, time
 from shutil import which
 
 import matplotlib.pyplot as plt
@@ -119,6 +119,51 @@ def test_verdict(after, says):
     text = verdict([stage('a', .9, 100), after])
     assert all(o in text for o in says), text
 
+def test_no_latency_is_called_less_within_its_spread():
+    a,b = (stage(k, .9, 100, ms=ms) | dict(latency_spread_ms=s) for k,ms,s in (('a',1.,.2), ('b',.75,.1)))
+    assert verdict([a, b | dict(weights=50)]).endswith('and as much time within the spread.')
+    assert '1.3 times less time' in verdict([a | dict(latency_spread_ms=.1), b | dict(weights=50)])
+    row = stage_rows([a])[0]
+    assert row['latency']=='1.00 ± 0.20 ms' and 'latency spread ms' not in row and stage_rows([stage('a', .9, 100)])[0]['latency']=='1.00 ms'
+    r = fake_record(stages=[a, b | dict(weights=50)], n_seeds=1)
+    assert 'as fast within the spread' in str(report(r)) and '1.3 times' not in str(report(r))
+
+def test_latencies_are_kept_with_their_spread(tmp_path):
+    run = Run(tmp_path/'run', 'own', data(), show=False)
+    run.finish(run.enter('student', run.network('lenet300')))
+    s, = Record(tmp_path/'run').stages
+    assert s['latency_ms']>0 and 0<=s['latency_spread_ms']<s['latency_ms'] and f"± {s['latency_spread_ms']:.2f} ms" in str(report(run))
+
+def test_names_beside_points_do_not_cover_each_other():
+    from kdnb.report import _common, label_points
+    rng = np.random.default_rng(0)
+    for n,spread in ((12,.02), (20,1.)):
+        ax = plt.subplots(figsize=(4.7,2.8), layout='constrained')[1]
+        x,y = 1+spread*rng.random(n),90+spread*rng.random(n)
+        ax.plot(x, y, 'o', ms=5)
+        label_points(ax, zip(x, y), [f'stage 0.{i}' for i in range(n)])
+        ax.figure.draw_without_rendering()
+        boxes = [t.get_window_extent() for t in ax.texts if t.get_text()]
+        covered = sum(_common(a, b)>0 for i,a in enumerate(boxes) for b in boxes[:i])
+        assert len(boxes)==n and covered<=n//10 and all(ax.figure.bbox.x0-1<=b.x0 and b.x1<=ax.figure.bbox.x1+1 for b in boxes)
+        plt.close('all')
+
+SHOWN = '''<!doctype html><iframe style="width:{width}px;height:844px;border:0" srcdoc="{page}"></iframe><pre id="seen"></pre><script>onload = () => {{
+  const win = frames[0], doc = win.document, facts = [...doc.querySelectorAll('.facts tr>td:first-child')], wide = doc.querySelector('.wide')
+  document.querySelector('#seen').textContent = JSON.stringify({{
+    lines: facts.map(o => o.getBoundingClientRect().height/parseFloat(win.getComputedStyle(o).lineHeight)),
+    lefts: facts.map(o => [o.textContent, Math.round((() => {{ const r = doc.createRange(); r.selectNodeContents(o); return r.getClientRects().length }})())]),
+    hint: win.getComputedStyle(wide).backgroundImage.includes('gradient'), scrolls: wide.scrollWidth > wide.clientWidth}}) }}</script>'''
+
+@in_browser
+@pytest.mark.parametrize('width', [390,1280])
+def test_settings_keep_their_names_whole_and_tables_show_that_they_scroll(width, tmp_path, monkeypatch):
+    r = fake_record(settings=dict(transfer_methods=['fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I'], weights=dict(KD=[1,10], FitNet=[10,100]), same_updates=True))
+    monkeypatch.setattr('test_report.PROBE' if 'test_report' in sys.modules else f'{__name__}.PROBE', SHOWN)
+    seen = look(str(report(r)), width, tmp_path)
+    assert {k: n for k,n in seen['lefts']}=={k: 1 for k,_ in seen['lefts']} and len(seen['lefts'])>8
+    assert seen['hint'] and (seen['scrolls'] or width==1280) and 'KD: (1, 10), FitNet: (10, 100)' in str(report(r))
+
 def test_what_is_missing_is_left_out():
     assert 'No stage is done yet' in str(report(fake_record(stages=[], exhibits={}, layers={})))
     bare = [dict(name='teacher', seed=0, test_accuracy=.5, weights=10)]
@@ -161,6 +206,18 @@ def test_pictures_leave_nothing_behind():
     with pytest.raises(ValueError, match='It needs sparsity'): report(broken)
     assert dict(plt.rcParams)==before and plt.get_fignums()==n
 
+def test_a_notebook_s_first_picture_may_be_that_of_a_report():
+    "The backend becomes interactive while it draws, and stays so"
+    was = plt.isinteractive()
+    try:
+        plt.ioff()
+        with _in_style(): plt.ion()
+        assert plt.isinteractive()
+        plt.ioff()
+        with _in_style(): pass
+        assert not plt.isinteractive()
+    finally: (plt.ion if was else plt.ioff)()
+
 def test_compare(folder, tmp_path):
     a,b = fake_record('runs/a'),fake_record('runs/b', settings=dict(lam=.5, T=4.), seeds=(0,1))
     text = str(compare(a, b))
@@ -175,7 +232,7 @@ def test_compare(folder, tmp_path):
 
 def test_of_a_run_that_begins_anew_only_what_is_known_is_shown(tmp_path):
     def run(name, finish):
-        r = Run(tmp_path/'run', 'own', data(), show=False)
+        r = Run(tmp_path/'run', 'own', data(), show=False, force=True)
         model = r.enter('student', r.network(name))
         return r.finish(model).report() if finish else r.report()
     def shown(page): return [o in page.read_text() for o in ('Use it','latency')]

@@ -2,7 +2,7 @@
 import json, subprocess, sys
 
 import pytest
-from common import quiet
+from common import data, quiet
 from kdnb.all import *
 from kdnb.cli import main
 
@@ -112,3 +112,47 @@ def test_any_fastai_data_without_a_test_set(tmp_path):
     with pytest.raises(ValueError, match='1-lam is -1'): vbgs_kd(dls, teacher, path=tmp_path/'run', lam=2., show=False)
     run = vbgs_kd(dls, teacher, path=tmp_path/'run', epochs=(2,2,4), show=False)
     assert 'VALIDATION images' in run.report().read_text()
+
+class Nearness(LogitTerm):
+    def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
+class Nearby(HeadTerm):
+    def head(self, f_s, f_t): return nn.Linear(f_s.flatten(1).shape[1], f_t.flatten(1).shape[1])
+    def compare(self, head, f_s, f_t): return 1-F.cosine_similarity(head(f_s.flatten(1)), f_t.flatten(1)).mean()
+def heaviest(s): return s.sum({k: w.abs() for k,w in s.weights.items()})
+lenets = dict(teacher='lenet5', student='lenet5')
+OWN = {'vbgs_kd': (vbgs_kd, lenets | dict(terms=Nearby('conv2')*.5 + Nearness(), epochs=(1,1,1), single_weights=1.), ['student','sparse','thin']),
+       'prune_then_distill': (prune_then_distill, lenets | dict(terms=Nearby('conv2'), criterion=heaviest, sparsities=.2, epochs=(1,1,1)), ['student from teacher']),
+       'designed': (prune_then_distill, dict(teacher='lenet5', terms='KD + AT', criterion='snip', sparsities=.2, epochs=(1,1,1)), ['ST20 from pruned 0.2']),
+       'prue': (prue, lenets | dict(methods=(Nearby('conv2'),Nearness()), criteria=(heaviest,'magnitude'), sparsities=.5, epochs=(1,1,1)), ['by Nearby','by Nearness','from heaviest 0.5']),
+       'sequential': (distill_then_prune, lenets | dict(method=(Nearby('conv2'),KD(T=1),KD(T=2)), criterion=heaviest, levels=(0,.5), epochs=(1,1,1)), ['Nearby','KD','KD 2']),
+       'vid': (vid, dict(student='lenet5', teacher='lenet5', methods={'mine': Nearby('conv2'), 'AT': 'AT'}, mlp_methods=Nearness(), experiments=('samples','mlp'),
+                         n_per_class=None, epochs=(1,1,1,1)), ['mine, lenet5','AT, lenet5','Nearness, MLP-64'])}
+
+@pytest.mark.parametrize('kind', OWN)
+def test_terms_and_criteria_of_one_s_own_in_every_recipe(kind, tmp_path, monkeypatch):
+    recipe,kwargs,stages = OWN[kind]
+    kwargs = dict(dls=data(), path=tmp_path/'run', quick=True, show=False) | kwargs
+    run = recipe(**kwargs)
+    assert {*stages}<={o['name'] for o in run.stages}
+    text = json.dumps(Record(run.path).settings)
+    assert ('Near' in text or kind=='designed') and ' at 0x' not in text and ('heaviest' in text or kind in ('vbgs_kd','designed','vid'))
+    monkeypatch.setattr(Run, '_train', lambda *args: pytest.fail('something is trained'))
+    assert [o['mark'] for o in recipe(**kwargs).stages]==[o['mark'] for o in run.stages]
+
+@pytest.mark.parametrize('recipe,kwargs,says', [
+    (vbgs_kd, dict(terms=Nearby), r'terms is Nearby, .* Give an object: Nearby'), (distill_then_prune, dict(method=3), 'method is 3, expected'),
+    (vbgs_kd, dict(terms=Nearby('conv9')), 'conv9'), (vbgs_kd, dict(terms='SimKD', **lenets), 'SimKD replaces the student'), (prune_then_distill, dict(terms='magic'), 'no method is called'),
+    (prune_then_distill, dict(criterion='group_lasso'), 'scores channels'), (prue, dict(methods=[Nearness]), 'Give an object'), (vid, dict(methods=(Nearby('conv9'),), **lenets), 'conv9')])
+def test_what_is_no_term_is_refused(recipe, kwargs, says, tmp_path):
+    with pytest.raises((ValueError,AttributeError), match=says): recipe(data(), path=tmp_path/'run', quick=True, show=False, **kwargs)
+    assert not (tmp_path/'run').exists()
+
+def loaders(y): return DataLoaders.from_dsets(*[[*zip(torch.rand(8,1,8,8), y)]]*2, bs=4)
+@pytest.mark.parametrize('recipe', [vbgs_kd, prune_then_distill, prue, distill_then_prune, vid])
+@pytest.mark.parametrize('y', [torch.rand(8,5), torch.rand(8), [.1*i for i in range(8)], torch.zeros(8,8,8).long()], ids=['labels','number','plain number','mask'])
+def test_other_targets_than_class_numbers_are_refused(recipe, y, tmp_path):
+    with pytest.raises(ValueError, match='targets .*one class number'): recipe(loaders(y), path=tmp_path/'run', show=False)
+    assert not (tmp_path/'run').exists()
+def test_images_without_labels_are_refused(tmp_path):
+    dls = DataLoaders.from_dsets(*[[(o,) for o in torch.rand(8,1,8,8)]]*2, bs=4)
+    with pytest.raises(ValueError, match='one class number'): vbgs_kd(dls, path=tmp_path/'run', show=False)

@@ -44,7 +44,10 @@ def test_the_small_network_computes_what_its_file_holds(done):
 def test_a_changed_setting_runs_what_follows(done, tmp_path):
     shutil.copytree(done.path, tmp_path/'run')
     took = {(o['name'],o['seed']): o.get('seconds') for o in done.stages}
-    run = recipe(tmp_path/'run', seeds=2, tune_lr=2e-3)
+    with pytest.raises(ValueError, match='tune_lr is 0.002, was 0.001'): recipe(tmp_path/'run', seeds=2, tune_lr=2e-3)
+    (tmp_path/'run'/'model.safetensors').unlink()       # it is open again
+    with pytest.warns(UserWarning, match=r"'tuned' of seed 1 is trained again: lr is 0.002, was 0.001 .tune_lr is 0.002, was 0.001.\."):
+        run = recipe(tmp_path/'run', seeds=2, tune_lr=2e-3)
     same = {k for k,v in took.items() if v and v==next(o['seconds'] for o in run.stages if (o['name'],o['seed'])==k)}
     assert same=={('teacher',0),('SimKD',0),('SimKD',1)}
 

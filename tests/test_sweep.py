@@ -273,6 +273,44 @@ def test_wrong_grids_are_refused_before_anything_starts(tmp_path, change, says):
     with pytest.raises((ValueError,TypeError), match=says): sweep(grid()|change, tmp_path/'journal.log', tmp_path/'out', show=False)
     assert not log(tmp_path/'out')
 
+OWN = '''
+from types import SimpleNamespace
+def mine(dls, path, lam=.5): return SimpleNamespace(stages=[dict(name='s', seed=0, test_accuracy=lam, weights=1)])
+def other(dls, path, **settings): return mine(dls, path, settings['lam']*2)
+'''
+
+@pytest.mark.parametrize('recipe,imports', [('own_sweep.py:mine', []), ('own_sweep:other', ['own_sweep.py']), ('own_sweep.py:other', [])])
+def test_a_recipe_of_one_s_own_file(recipe, imports, quick, tmp_path, monkeypatch):
+    "It takes what it takes, also without a display, seeds and the name of the data"
+    (tmp_path/'own_sweep.py').write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, 'own_sweep', raising=False)
+    g = dict(recipe=recipe, data='digits', imports=imports, grid=dict(lam=[.1,.2]))
+    r = sweep(g, 'journal.log', tmp_path, show=False)
+    assert [*r.table().test_accuracy]==([.1,.2] if 'mine' in recipe else [.2,.4])
+    if 'mine' in recipe:
+        with pytest.raises(ValueError, match="no 'lamda'"): Grid(g | dict(grid=dict(lamda=[1])))
+
+def test_the_picture_is_in_the_colours_of_the_page(quick, tmp_path):
+    sweep(grid(pause=0.), tmp_path/'journal.log', tmp_path, show=False)
+    svg = (tmp_path/'sweep.html').read_text().split('<svg')[1]
+    assert '#ffffff' not in svg and 'Pareto front' in svg and 'currentColor' in svg
+
+def test_a_finished_trial_s_folder_is_not_overwritten(quick, tmp_path, monkeypatch):
+    "A trial that was finished but not written down is read; one of other data is refused, and its folder stays"
+    from common import data
+    g = dict(recipe='prune-then-distill', data='digits', settings=dict(teacher='lenet300', student='lenet300', sparsities=.2, pairs='alone', epochs=[1,1,1]), grid=dict(lr=[.01]))
+    monkeypatch.setattr(Grid, 'dls', lambda self: data())
+    run = lambda storage: sweep(g, tmp_path/storage, tmp_path/'out', show=False)
+    first = run('one.log')
+    folder, = [o for o in (tmp_path/'out').iterdir() if o.is_dir() and o.name[0]!='.']
+    before = {o: o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+    assert run('two.log').table().equals(first.table())               # another journal: nothing is known of the trial
+    monkeypatch.setattr(Grid, 'dls', lambda self: data(bs=32))
+    failed, = run('three.log').of('failed').error
+    assert 'holds a finished run' in failed and 'batches of 32, had 64' in failed
+    assert {o: o.read_bytes() for o in before}==before
+
 def test_files_that_are_no_grids(tmp_path):
     f = tmp_path/'grid.toml'
     f.write_text('recipe = "vbgs-kd"\ndata = "digits"\n[grid]\nlam = [.5]')

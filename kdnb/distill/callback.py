@@ -7,9 +7,12 @@ __all__ = ['HEADS', 'Heads', 'undisturbed', 'KnowledgeDistillation', 'check_term
            'sorted_variances', 'plot_log_likelihood', 'plot_variances']
 
 # %% ../../nbs/12_distill.callback.ipynb #4f117b75
-import random
+import inspect,random
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
+from functools import partial
+from numbers import Integral,Number
 from pathlib import Path
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, torch
@@ -21,10 +24,11 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import show_image
 from ..data import TensorDL,take_index
-from ..features import Capture,answers,hear,mark_of,unwrap
+from ..features import Capture,answers,as_logits,as_network,described,find_logits,hear,mark_of,unwrap
 from ..measure import evaluating,inputs
 from ..terms import LossTerm,TermSplitter
-from .methods import KD,GaussianHead,Terms
+from .methods import KD,GaussianHead,Term,Terms
+from .task import TeacherAdapter,targets,task_of,usual_terms
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):
@@ -32,14 +36,26 @@ class Heads(nn.ModuleDict):
     def forward(self, x): return x
     def __reduce__(self): return nn.Identity,()
     def state_dict(self, *args, destination=None, prefix='', keep_vars=False):
-        own = super().state_dict(keep_vars=keep_vars)
-        if destination is None: return own
-        destination._metadata[prefix[:-1]] = dict(version=1, heads=own)
-        return destination
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        own,saved = self.state_dict(),local_metadata.get('heads') or {}
-        fits = own.keys()==saved.keys() and all(v.shape==saved[k].shape for k,v in own.items())
-        state_dict.update({prefix+k: v for k,v in (saved if fits else own).items()})
+        return super().state_dict(keep_vars=keep_vars) if destination is None else destination
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.update({prefix+k: v for k,v in self.state_dict().items()})     # as they are
+
+# %% ../../nbs/12_distill.callback.ipynb #fdcd6869
+class Seen(SimpleNamespace):
+    "What terms see of a batch; `lazy` has functions for what is made, or refused, when a term asks for it"
+    def __init__(self, lazy, **kwargs): super().__init__(lazy=lazy, **kwargs)
+    def __getattr__(self, name):
+        if name not in self.__dict__.get('lazy', ()): raise AttributeError(f'terms do not see {name!r} here')
+        setattr(self, name, v := self.lazy[name]())
+        return v
+
+# %% ../../nbs/12_distill.callback.ipynb #8f97a10a
+def _checked(terms):
+    "`terms`, if that is a term or a sum of them"
+    if isinstance(terms, (Term,Terms)): return terms
+    do = (f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).' if isinstance(terms, (Number,slice)) else
+          f'Make one: {terms.__name__}(...).' if isinstance(terms, type) else 'Add them up: KD() + AT(...).' if isinstance(terms, (tuple,list,dict)) else '')
+    raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum of terms. {do}'.strip())
 
 # %% ../../nbs/12_distill.callback.ipynb #6e1900e8
 HEADS = 'distill_heads'   # name of the submodule
@@ -55,54 +71,90 @@ def undisturbed(model):
 class KnowledgeDistillation(LossTerm):
     "Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss"
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
+    logits = _places = None
     def __init__(self,
         teacher, # Trained `Learner` or module
-        terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
+        terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
         task=None, # Weight of the task loss, a number or schedule; if None .1 with the default terms, else 1 (SimKD: 0)
         cache=False, # Ask the teacher once per sample, not per epoch: True (in memory), or a folder (memory-mapped files)
-        n_views=None): # With `cache` and random augmentation: train on so many fixed views of each image
-        if terms is None: terms,task = KD(T=4)*.9,.1 if task is None else task
-        if isinstance(teacher, Learner): teacher = teacher.model
-        if not isinstance(teacher, nn.Module):
-            raise ValueError(f'teacher is {teacher!r}, expected a trained Learner or nn.Module.')
-        named = (Terms()+terms).named()
+        n_views=None, # With `cache` and random augmentation: train on so many fixed views of each image
+        logits=None, # Where the logits are in what the networks return, if that is unusual, see `as_logits`
+        teacher_tfm=None): # Function from the student's inputs to what the teacher wants, such as a resize
+        self.by_task,self.adapter = terms is None,TeacherAdapter(teacher, teacher_tfm)
+        teacher = as_network(teacher)
+        named = {} if self.by_task else (Terms()+_checked(terms)).named()
+        if isinstance(task, (Term,Terms)): raise ValueError('task is a term, expected the weight of the task loss. Add terms up: KD() + AT(...).')
         if n_views and not cache:
             raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
-        if not named: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
-        if task is None: task = min(t.task for t in named.values())
+        if not named and not self.by_task: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
+        if task is None: task = .1 if self.by_task else min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.teacher,self.cache,self.n_views,self.heads = teacher,cache,n_views,Heads()
+        self._decided = self._unsure = None
         self._built = self._fault = self._ears = self._loader = self._now = self._views = None
-        self._modes,self._kept,self._said,self._after = [],{},[],[]
+        self._modes,self._kept,self._said,self._after,self._params,self._replaced = [],{},[],[],[],None
+        if logits is None: return
+        if not (callable(logits) or isinstance(logits, (str,int))):
+            raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what the networks return.')
+        self.logits = logits
 
     def _paths(self, which): return list(dict.fromkeys(p for t in self.terms.values() for p in getattr(t, which)))
     @property
     def needs_index(self): return bool(self.cache) or any(t.needs_index for t in self.terms.values())
-    def params(self, model): return [p for p in self.heads.parameters() if p.requires_grad]
+    def params(self, model): return self._params     # of `heads`; also while the learner has frozen them
+    def tensors(self): return [*self.heads.parameters(), *self.heads.buffers()]
 
     def attach(self):
         self._fault = None
         try:
-            if any(isinstance(c, KnowledgeDistillation) and c is not self for c in self.learn.cbs):
+            if any(isinstance(c, KnowledgeDistillation) for c in self.learn.cbs):
                 raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s terms. Add the '
                                  'terms up in one, KD()*.9 + VID(...), or take the first away: learn.remove_cb(KnowledgeDistillation).')
+            self._choose_terms()
             self._prepare()
-        except ValueError as e: self._fault = e
-        super().attach()
+            super().attach()
+        except Exception as e: self._fault = e; self.detach()
 
     def detach(self):
         super().detach()
         for m in (self.model, unwrap(self.model)):
             if m._modules.get(HEADS) is self.heads: del m._modules[HEADS]
+        self._undo_replace()
 
     def before_fit(self):
         if self._fault is not None: raise self._fault
+        self._choose_terms()
         super().before_fit()
 
     def __getstate__(self):   # `learn.export` leaves the teacher out
-        state = {**self.__dict__, 'teacher': None, 'heads': Heads()}
+        state = {**self.__dict__, 'teacher': None, 'heads': Heads(), 'adapter': TeacherAdapter(), '_decided': None}
         return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None,
-                            _after=[])
+                            _after=[], _params=[], _files={}, _replaced=None, _places=None)
+
+# %% ../../nbs/12_distill.callback.ipynb #42712ced
+@patch
+def _outputs(self:KnowledgeDistillation, *models):
+    "What `models` answer to one validation batch"
+    with undisturbed(self.model): return tuple(hear(m, [], self.dls, self.logits)[0] for m in models)
+
+@patch
+def _choose_terms(self:KnowledgeDistillation):
+    "Terms that nobody has named: those of the task; if that is not certain, training will say so"
+    now = self.loss_func,self.dls,self.model
+    if not self.by_task or 'gather_preds' in vars(self.learn): return
+    if self._decided and all(a is b for a,b in zip(now, self._decided)): return
+    self._unsure,self._decided,named = None,None,{}
+    ask = lambda: (as_logits(*self._outputs(self.model), who='the student'),targets(self.dls))
+    try: named = (Terms()+usual_terms[task_of(self.loss_func, ask)]).named()
+    except ValueError as e: self._unsure = e
+    else: self._decided = now
+    self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
+
+@patch
+def _meet(self:KnowledgeDistillation):
+    "Let the adapter see how the data of teacher and student differ"
+    ask = (lambda: self._outputs(self.model, self.teacher)) if any(t.by_class for t in self.terms.values()) else None
+    with undisturbed(self.model): self.adapter.meet(self.dls, self.teacher, ask)
 
 # %% ../../nbs/12_distill.callback.ipynb #c5e067af
 @patch
@@ -110,16 +162,20 @@ class KnowledgeDistillation(LossTerm):
 def _probe(self:KnowledgeDistillation):
     "What the terms see of one validation batch"
     xb = inputs(self.dls)
-    z_s,f_s = hear(self.model, self._paths('probe_layers'), xb)
-    z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb)
-    return SimpleNamespace(z_s=z_s, z_t=z_t, f_s=f_s, f_t=f_t, student=unwrap(self.model), teacher=unwrap(self.teacher),
-                           bs=self.dls.train.bs or len(z_s),
-                           labels=self._labels() if any(t.needs_index for t in self.terms.values()) else None)
+    z_s,f_s = hear(self.model, self._paths('probe_layers'), xb, self.logits)
+    with self.adapter.fed(self.teacher): z_t,f_t = hear(self.teacher, self._paths('teacher_layers'), xb, self.logits)
+    return Seen(dict(z_s=lambda: as_logits(z_s, who='the student'), z_t=lambda: as_logits(z_t, who='the teacher')),
+                f_s=f_s, f_t=f_t, student=unwrap(self.model), teacher=unwrap(self.teacher), logits=self.logits,
+                order=self.adapter.order, bs=self.dls.train.bs or len(xb[0]),
+                labels=self._labels() if any(t.needs_index for t in self.terms.values()) else None)
+
+@patch
+def _who_counts(self:KnowledgeDistillation): return next(type(t).__name__ for t in self.terms.values() if t.needs_index)
 
 @patch
 def _labels(self:KnowledgeDistillation):
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
-        raise ValueError('CRD needs the labels of the whole training set at `dls.train.dataset.y`, and the place of '
+        raise ValueError(f'{self._who_counts()} needs the labels of the whole training set at `dls.train.dataset.y`, and the place of '
                          'each sample in its batch. Use image_dls or from_arrays.')
     return y.as_subclass(torch.Tensor)
 
@@ -130,12 +186,14 @@ def _prepare(self:KnowledgeDistillation):
     if self._built is not unwrap(self.model):
         self._check_teacher()
         with undisturbed(self.model):
+            self._meet()
             o,self.heads = self._probe(),Heads()
             for k,t in self.terms.items():
                 if (new := t.rebuild(o)) is not None: self._replace(new)
                 elif (head := t.prepare(o)) is not None: self.heads[k] = head
         p = next(self.model.parameters())
         self.heads.to(p.device, p.dtype)
+        self._params = [p for p in self.heads.parameters() if p.requires_grad]
         self._built = unwrap(self.model)
     if len(self.heads):
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
@@ -149,10 +207,19 @@ def _replace(self:KnowledgeDistillation, new):
     if len(self.terms)>1:
         raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network whose layers the '
                          'others name. Use it alone.')
-    p = next(self.model.parameters())
-    self.learn.model = new.to(p.device, p.dtype).train(self.model.training)
-    self.learn.opt = None
-    (self.splitter if isinstance(self.splitter, TermSplitter) else self.learn).splitter = _body_and_projector
+    p,wrap = next(self.model.parameters()),self.splitter if isinstance(self.splitter, TermSplitter) else self.learn
+    new = new.to(p.device, p.dtype).train(self.model.training)
+    self._replaced = dict(model=self.model, opt=self.opt),wrap.splitter,new
+    self.learn.model,self.learn.opt,wrap.splitter = new,None,_body_and_projector
+
+@patch
+def _undo_replace(self:KnowledgeDistillation):
+    "Put the student back that `_replace` has taken out, if its successor was not trained"
+    if self._replaced is None: return
+    (was,splitter,new),self._replaced = self._replaced,None
+    if self.model is not new: return
+    (self.splitter if isinstance(self.splitter, TermSplitter) else self.learn).splitter = splitter
+    vars(self.learn).update(was)
 
 def _body_and_projector(model): return [p for m in (unwrap(model).body,unwrap(model).projector) for p in m.parameters()]
 
@@ -172,6 +239,7 @@ def _check_teacher(self:KnowledgeDistillation):
 @patch
 def before_train(self:KnowledgeDistillation):
     super(KnowledgeDistillation, self).before_train()
+    if self._unsure is not None: raise self._unsure
     if self._ears is None: self._begin()
     for t in self.terms.values(): t.before_train(unwrap(self.model))
     if self._views is not None:
@@ -191,6 +259,8 @@ def _begin(self:KnowledgeDistillation):
                          f'Move the teacher: teacher.to({str(s.device)!r}).')
     self._modes = [(m, m.training) for m in self.teacher.modules()]
     self.teacher.eval()
+    self._meet()
+    self.adapter.connect(self.teacher)
     if self.needs_index: self._number()
     if not all(torch.equal(m.labels.cpu(), self._labels().cpu()) for m in self.heads.modules() if hasattr(m, 'labels')):
         raise ValueError('CRD has a memory of another training set: the labels of this one differ. '
@@ -200,35 +270,68 @@ def _begin(self:KnowledgeDistillation):
         paths_s,paths_t,xb = self._paths('student_layers'),[] if self.cache else self._paths('teacher_layers'),None
         if paths_s or paths_t: xb = inputs(self.dls)
         self._ears = [Capture(m, p, p and inputs(xb, m)) for m,p in ((self.model,paths_s), (self.teacher,paths_t))]
-    self._checked,self._after = False,[m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
+    self._checked,self._judged = False,set()
+    self._after = [m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
 
 @patch
 def before_batch(self:KnowledgeDistillation):
-    if self.needs_index: take_index(self.learn)
+    if self.needs_index: self._take_index()
+    if not len(self.yb) and (mix := _mixer(self.learn)):
+        raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
+
+@patch
+def _take_index(self:KnowledgeDistillation):
+    "The places of this batch's samples; those of an earlier batch would be taken for them"
+    take_index(self.learn)
+    now = vars(self.learn).get('sample_index')
+    if now is None or now is self._places:
+        raise ValueError('a batch came without the places of its samples: another callback took them away with the targets. '
+                         'Add SampleIndex(), which takes them first.')
+    self._places = now
+
+def _mixer(learn): return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
 @patch
 def values(self:KnowledgeDistillation, names):
     f_s,(z_t,f_t) = self._ears[0].take(),self._listen()
-    o = SimpleNamespace(z_s=self.pred, z_t=z_t, f_s=f_s, f_t=f_t, y=self.yb[0].as_subclass(torch.Tensor),
-                        index=self.learn.sample_index if self.needs_index else None)
+    o = Seen(dict(z_s=lambda: as_logits(self.pred, self.logits, 'the student'),
+                  z_all=lambda: as_logits(self._ask() if z_t is None else z_t, who='the teacher'),
+                  z_t=lambda: self.adapter.logits(o.z_all, o.term), y=lambda: self._targets(o.term)), f_s=f_s, f_t=f_t, index=self.learn.sample_index if self.needs_index else None)
     res = {}
     for k in names:
-        o.head = self.heads[k] if k in self.heads else None
+        vars(o).pop('z_t', None)                 # each term sees the teacher's answers in its own way
+        o.term,o.head = self.terms[k],self.heads[k] if k in self.heads else None
+        self._judge(k, o)
         res[k] = self.terms[k](o)
     return res
 
 @patch
+def _judge(self:KnowledgeDistillation, name, o):
+    "Once a fit, before the term `name` compares logits: are they and the targets of its kind?"
+    if name not in self._judged and self.adapter.compares(o.term):
+        self.adapter.check(o.term, o.z_s, o.z_all, o.y if len(self.yb) else None)
+    self._judged.add(name)
+
+@patch
+def _targets(self:KnowledgeDistillation, term):
+    if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
+    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
+                     'Use terms that compare with the teacher alone, such as KD, or a loader whose batches have targets.')
+
+@patch
 def _ask(self:KnowledgeDistillation):
-    return self.teacher(*(x.as_subclass(torch.Tensor) for x in self.xb)).as_subclass(torch.Tensor)
+    "The teacher's logits for this batch, or what it returns, if none are known in that"
+    xb = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in self.xb)
+    return find_logits(self.teacher(*xb), self.logits)
 
 @patch
 @torch.no_grad()
 def _listen(self:KnowledgeDistillation):
-    "The teacher's logits and features for this batch"
+    "The teacher's logits (or what it returns) and features for this batch"
     if self.cache:
-        said,i = self._now,self.learn.sample_index.as_subclass(torch.Tensor)
-        z_t,*fs = (v.index_select(0, i.to(v.device)).to(i.device) for v in said.values())
-        f_t = dict(zip(list(said)[1:], fs))
+        i = self.learn.sample_index.as_subclass(torch.Tensor)
+        f_t = {k: v.index_select(0, i.to(v.device)).to(i.device) for k,v in self._now.items()}
+        z_t = f_t.pop('', None)
     else: z_t,f_t = self._ask(),self._ears[1].take()
     if not self._checked: self._check_answers(z_t, f_t)
     return z_t,f_t
@@ -236,24 +339,26 @@ def _listen(self:KnowledgeDistillation):
 @patch
 def _check_answers(self:KnowledgeDistillation, z_t, f_t):
     "Once a fit: answers must be finite, and stored ones must be answers to this batch"
-    self._checked = True
-    if bad := [k or 'the output' for k,v in {'': z_t, **f_t}.items() if not v.isfinite().all()]:
+    self._checked,z_t = True,{'': z_t} if isinstance(z_t, torch.Tensor) else {}
+    if bad := [k or 'the output' for k,v in {**z_t, **f_t}.items() if not v.isfinite().all()]:
         raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or has diverged. '
                          'Train it again, or check its inputs.')
-    if self.cache:
-        with torch.autocast(z_t.device.type, enabled=False): now = self._ask()
-        if (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
+    if self.cache and z_t:
+        with torch.autocast(z_t[''].device.type, enabled=False): now = self._ask()
+        if now.shape!=z_t[''].shape or (now-z_t['']).abs().max() > .01*z_t[''].abs().max().clamp(min=1):
             raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
                              'Use cache=False.')
 
 @patch
 def after_backward(self:KnowledgeDistillation):
+    self._replaced = None
     for f in self._after: f()
 
 @patch
 def put_back(self:KnowledgeDistillation):
     super(KnowledgeDistillation, self).put_back()
     for c in self._ears or (): c.remove()
+    self.adapter.disconnect()
     for m,mode in self._modes: m.training = mode
     if self._loader is not None:
         for k,v in self._loader[1].items(): setattr(self._loader[0], k, v)
@@ -265,7 +370,7 @@ def _number(self:KnowledgeDistillation):
     "Let training batches carry the places of their samples"
     dl = self.dls.train
     if not isinstance(dl, TensorDL):
-        who,instead = ('cache','cache=False') if self.cache else ('CRD','a term without a memory')
+        who,instead = ('cache','cache=False') if self.cache else (self._who_counts(),'a term without a memory')
         raise ValueError(f'{who} needs to know which sample is which, and {type(dl).__name__} does not say. '
                          f'Use image_dls or from_arrays, or {instead}.')
     self._loader = dl,{k: getattr(dl, k) for k in ('index','dataset','after_batch')}
@@ -275,8 +380,8 @@ def _number(self:KnowledgeDistillation):
 def _ask_all(self:KnowledgeDistillation):
     "The teacher's answers to every sample of each view, those of an earlier fit if nothing has changed"
     dl,layers = self.dls.train,self._paths('teacher_layers')
-    if mix := [type(c).__name__ for c in self.learn.cbs if isinstance(c, MixHandler)]:
-        raise ValueError(f'cache is set, but {mix[0]} mixes other images in every batch. Use cache=False.')
+    if mix := _mixer(self.learn):
+        raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use cache=False.')
     if dl.augments and not self.n_views:
         raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
                          'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
@@ -284,42 +389,62 @@ def _ask_all(self:KnowledgeDistillation):
     earlier,self._kept,self._said = self._kept,{},[]
     with undisturbed(self.model):
         for i,dl.dataset in enumerate(views):
-            key = mark_of(self.teacher, dl),*layers
+            key = mark_of(self.teacher, dl),self.logits,*layers
             folder = None if self.cache is True else Path(self.cache)/f'view{i}'
-            self._said.append(earlier.get(key) or answers(self.teacher, dl, layers, folder))
+            self._said.append(earlier.get(key) or answers(self.teacher, dl, layers, folder, self.logits))
             self._kept[key] = self._said[-1]
     self._views,self._now = views if len(views)>1 else None,self._said[0]
+
+# %% ../../nbs/12_distill.callback.ipynb #5e6970e9
+def _fit_method(learn, name, kwargs):
+    "The method of `learn` called `name`, with `kwargs`; the rate `lr` as it calls it"
+    method = getattr(type(learn), name, None) if isinstance(name, str) else None
+    if method is None:
+        near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.' + (f' Did you mean {near[0]!r}?' if near else ''))
+    takes = inspect.signature(method).parameters
+    if 'lr' in kwargs and 'lr' not in takes and (own := [k for k in ('base_lr','lr_max','max_lr') if k in takes]):
+        if own[0] in kwargs: raise ValueError(f'lr and {own[0]} are both given, and {name} has one learning rate.')
+        kwargs = {own[0] if k=='lr' else k: v for k,v in kwargs.items()}
+    return partial(method, learn, **kwargs)
 
 # %% ../../nbs/12_distill.callback.ipynb #a668c992
 @patch
 def distill(self:Learner,
     teacher, # Trained `Learner` or module
     n_epoch, # Epochs
-    terms=None, # A term or a sum of terms; `KD(T=4)*.9` if None
+    terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
     task=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
     fit='fit_one_cycle', # Which method of the learner trains
     cbs=None, # More callbacks
     cache=False, # Ask the teacher once per sample, see `KnowledgeDistillation`
     n_views=None, # With `cache`: number of fixed views of each image
-    **kwargs): # Passed on to the fit method
+    logits=None, # Where the logits are in what the networks return, see `as_logits`
+    teacher_tfm=None, # Function from the student's inputs to what the teacher wants, such as a resize
+    **kwargs): # Passed on to the fit method; `lr` is the learning rate, whatever that calls it
     "Train with what `teacher` knows; returns the `KnowledgeDistillation`"
-    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views)
-    with self.added_cbs(kd): getattr(self, fit)(n_epoch, cbs=cbs, **kwargs)
+    if not isinstance(n_epoch, Integral):
+        raise ValueError(f'n_epoch is {described(n_epoch)}, expected a number: distill(teacher, 5, KD(T=4)*.9).')
+    train = _fit_method(self, fit, kwargs)
+    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, logits, teacher_tfm)
+    with self.added_cbs(kd): train(n_epoch, cbs=cbs)
     return kd
 
 # %% ../../nbs/12_distill.callback.ipynb #879ed7b4
 def check_terms(terms, # A term or a sum of terms
     student, teacher, # Networks, trained or not
-    dls): # `DataLoaders` that both can read
+    dls, # `DataLoaders` that both can read
+    logits=None): # Where the logits are in what they return, see `as_logits`
     "Raise the error that `distill` would raise, if `terms` do not fit these networks"
-    kd,p = KnowledgeDistillation(teacher, terms),next(teacher.parameters(), torch.zeros(0))
+    student,teacher = as_network(student, 'student'),as_network(teacher)
+    kd,p = KnowledgeDistillation(teacher, terms, logits=logits),next(teacher.parameters(), torch.zeros(0))
     learn = Learner(dls, deepcopy(student).to(p.device), CrossEntropyLossFlat(), cbs=kd)
     if kd._fault is not None: raise kd._fault
     if kd._paths('student_layers')!=kd._paths('probe_layers'): return     # the student has been replaced
     with undisturbed(learn.model), torch.no_grad():
         o = kd._probe()
-        o.index = torch.arange(len(o.z_s), device=o.z_s.device)
-        o.y = torch.zeros_like(o.z_s[:,0], dtype=torch.long)
+        o.index = torch.arange(len(inputs(dls)[0]), device=p.device)
+        o.lazy['y'] = lambda: torch.zeros_like(o.z_s[:,0], dtype=torch.long)
         for k,term in kd.terms.items():
             o.head = kd.heads[k] if k in kd.heads else None
             term(o)
@@ -327,9 +452,11 @@ def check_terms(terms, # A term or a sum of terms
 # %% ../../nbs/12_distill.callback.ipynb #bb520526
 def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which the first is trained
     n_epoch, # Epochs of each training, or a list of them
-    terms=None, # A term or a sum of terms for every step; `KD(T=4)*.9` if None
+    terms=None, # A term or a sum of terms for every step; if None what the task asks for
     **kwargs): # Passed on to `distill`
     "Distil along a chain of learners; returns the last"
+    if bad := [o for o in learners if not isinstance(o, Learner)]:
+        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one before it.')
     if len(learners)<2:
         raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at least.')
     epochs = [n_epoch]*(len(learners)-1) if isinstance(n_epoch, int) else list(n_epoch)
@@ -348,12 +475,15 @@ def show_distilled(self:Learner,
     n=6, # Number of images
     k=3, # Number of classes, the likeliest by either's opinion
     dl=None, # The validation set if None
-    figsize=None):
+    figsize=None,
+    logits=None): # Where the logits are in what the networks return, see `as_logits`
     "The images of one batch on which teacher and student differ most, and what they think of them; returns the axes"
-    dl,teacher = dl or self.dls.valid,teacher.model if isinstance(teacher, Learner) else teacher
-    b,probs = dl.one_batch(),[]
-    for m in (teacher, self.model):
-        with evaluating(m), torch.no_grad(): probs.append(m(*inputs(b[:1], m)).float().softmax(1).cpu())
+    dl,adapter,teacher = dl or self.dls.valid,TeacherAdapter(teacher),as_network(teacher)
+    b,probs,said = dl.one_batch(),[],lambda m,xb: as_logits(hear(m, [], xb, logits)[0])
+    adapter.meet(self.dls, teacher, lambda: tuple(said(m, self.dls) for m in (self.model, teacher)))
+    with adapter.fed(teacher): zs = said(teacher, b[:1]),said(self.model, b[:1])
+    adapter.check(KD(), zs[1], zs[0])
+    for z in (adapter.logits(zs[0], KD()),zs[1]): probs.append(z.float().softmax(1).cpu())
     most = (probs[0]-probs[1]).abs().sum(1).topk(n := min(n, len(probs[0]))).indices
     b,probs = [o[most.to(o.device)] for o in b],[p[most] for p in probs]
     axs = plt.subplots(2, n, figsize=figsize or (1.5*n,3), squeeze=False, layout='constrained')[1]
@@ -383,7 +513,8 @@ def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
     "Images (n, C, H, W), and by title the maps (n, H, W) of log q(t|s) and of the teacher's activity, for each pair"
     found,b = _gaussians(kd),dl.one_batch()
     xb = inputs(b[:1], model)
-    f_s,f_t = hear(model, [s for s,_,_ in found], xb)[1],hear(kd.teacher, [t for _,t,_ in found], xb)[1]
+    f_s = hear(model, [s for s,_,_ in found], xb)[1]
+    with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
     res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x,*_ in dl.decode_batch(tuple(b), max_n=n)])}
     for s,t,head in found:
         with evaluating(head): known = -head(f_s[s], f_t[t]).sum(1, keepdim=True)

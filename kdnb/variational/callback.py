@@ -189,9 +189,11 @@ def after_epoch(self:VariationalSparsifier):
     empty = [n for n,o in las.items() if (o>0).all()]
     if empty: self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
                          'Use a smaller gamma_weight, or a longer warmup.')
-    if self.pct_train>=.5 and not any((o>0).any() for o in las.values()):
+    if self.pct_train<.5 or any((o>0).any() for o in las.values()): return
+    if not self.opt.frozen_idx:
         self._warn('half of training is over and no group has become noise (log α over 0): nothing is being pruned. '
                    'Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
+    elif self.n_epoch>1: self._warn('γ is frozen with the body of the network: nothing is being pruned. Call learn.unfreeze() first.')
 
 @patch
 def _warn(self:VariationalSparsifier, message):

@@ -10,9 +10,10 @@ __all__ = ['to_variational', 'threshold', 'kept', 'to_deterministic', 'threshold
 import math,warnings
 import pandas as pd, torch
 from torch import nn
+from fastai.learner import Learner
 from ..channels import channel_groups,plain_copy,shrink
 from ..features import layer_shapes
-from ..measure import accuracy_on,inputs,n_weights,split_batch
+from ..measure import accuracy_on,inputs,n_weights,split_batch,weighted
 from .layers import (Gate,Gates,GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,
                                      log_alphas,noise_groups,variational_layers)
 
@@ -74,22 +75,48 @@ def _refuse(model, data):
         raise ValueError(f'layer {twice[0]!r} runs more than once in a pass: one γ cannot serve all of its inputs. '
                          'Use a layer for each place.')
 
+# %% ../../nbs/21_variational.convert.ipynb #21c0de02
+def _gates(model, data, groups):
+    "The kind of `groups`, and `{path: gate}` of it"
+    default,linears,convs = groups is None,*(any(f(m) for m in model.modules()) for f in (_linears, lambda m: _dense(m) and not _linears(m)))
+    if default: groups = 'channels' if data is not None and convs else 'neurons'
+    if groups=='weights': return groups,{}
+    if groups!='channels': return groups,_each(model, _linears if groups=='neurons' else _dense)
+    try: gates = _coupled(model, data)
+    except (ValueError,RuntimeError) as e:
+        if not default or not linears: raise
+        warnings.warn(f'the convolutions get no gates: {e}')
+        gates = {}
+    return (groups,gates) if gates or not (default and linears) else ('neurons',_each(model, _linears))
+
+def _say_share(model, data):
+    "Warn if most weights of `model` will stay whatever happens"
+    layers,gated = [m for m in model.modules() if isinstance(m, weighted)],variational_layers(model)
+    share = sum(m.weight.numel() for m in gated.values())/sum(m.weight.numel() for m in layers)
+    if share>=.8: return
+    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders or a batch as data.'
+            if data is None and any(map(_dense, set(layers)-set(gated.values()))) else
+            'The others are of kinds that have none, or channel_groups(model, data) says why their channels stay.')
+    warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} layers get gates. {hint}')
+
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
-def to_variational(model, # Trained network
-    data=None, # `DataLoaders` or a batch to trace with; `groups='channels'` needs it
-    groups='neurons', # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'
+def to_variational(model, # Trained network, or the `Learner` that holds it and its data
+    data=None, # `DataLoaders`, a `Learner` or a batch to trace with; `groups='channels'` needs it
+    groups=None, # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'; None: 'channels' with data, else 'neurons'
     noise='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained=True): # Start from the weights of `model`; False draws new ones
     "A copy of `model` with gates, that answers as `model` does; single weights with `groups='weights'`"
-    ways = 'neurons','channels','inputs','weights'
-    if groups not in ways: raise ValueError(f'groups is {groups!r}. There are {", ".join(ways)}.')
+    ways = None,'neurons','channels','inputs','weights'
+    if groups not in ways: raise ValueError(f'groups is {groups!r}. There are {", ".join(ways[1:])}.')
+    if isinstance(model, Learner): model,data = model.model,model.dls if data is None else data
+    if isinstance(data, Learner): data = data.dls
     if variational_layers(model): raise ValueError('this network is variational already.')
     if groups=='channels' and data is None:
         raise ValueError("groups='channels' follows channels through the network: pass DataLoaders or a batch as data.")
     model = plain_copy(model)
     _refuse(model, data)
+    asked,(groups,gates) = groups,_gates(model, data, groups)
     which = _linears if groups=='neurons' else _dense
-    gates = _coupled(model, data) if groups=='channels' else _each(model, which) if groups!='weights' else {}
     if not gates and (groups!='weights' or not any(map(which, model.modules()))):
         hint = " Try groups='channels'." if groups=='neurons' and any(map(_dense, model.modules())) else ''
         kinds = 'nn.Linear' if groups=='neurons' else 'nn.Linear or nn.Conv2d'
@@ -99,6 +126,7 @@ def to_variational(model, # Trained network
         if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue
         _convert(m, gates.get(path), noise, groups=='weights')
+    if asked is None: _say_share(model, data)
     return model
 
 def _convert(m, gate, noise, single):
