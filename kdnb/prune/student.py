@@ -7,13 +7,11 @@ __all__ = ['design_student', 'student_table']
 
 # %% ../../nbs/33_prune.student.ipynb #f83aa77d
 import math
-from copy import deepcopy
 from dataclasses import dataclass
 import pandas as pd, torch
-from ..channels import channel_groups,remove_channels
-from ..features import unwrap
+from ..channels import channel_groups,plain_copy,remove_channels
 from ..measure import weighted
-from .masks import fold,layer_sparsity
+from .masks import layer_sparsity
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
 @dataclass
@@ -93,7 +91,7 @@ def design_student(pruned, # Pruned network: masked, or with zeros
     rounding='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
     init=None): # Function that sets the student's weights in place; every layer's own `reset_parameters` if None
     "An untrained network as deep as `pruned`, whose layers have about as many weights as are left there (paper 001, app. A)"
-    model = fold(deepcopy(unwrap(pruned)))
+    model = plain_copy(pruned)
     if rounding not in ('floor','eq9'): raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
     student = remove_channels(model, data, {g.name: _last(g, n) for g,n in widths.items() if n<g.n}).requires_grad_()
