@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 import pandas as pd, torch
 from torch import nn,fx
-from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.prune import BasePruningMethod,custom_from_mask
 from torch.nn.utils.spectral_norm import SpectralNorm,SpectralNormLoadStateDictPreHook,SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -771,12 +771,11 @@ def _left(t, model, path, name, kept):
 def _carry_masks(model, small, kept, paths):
     "Masks of `model` that still have something to hold at zero in `small` go on holding it"
     for path,m in model.named_modules():
-        for name in ('weight_mask','bias_mask') if hasattr(m, 'fold_masks') else ():      # kdnb's masks
-            if (mask := m._buffers.get(name)) is None: continue
-            if (mask := _left(mask, model, path, name.removesuffix('_mask'), kept)).all(): continue
-            new = small.get_submodule(paths.get(path, path))
-            new.__class__ = type(m)
-            new.register_buffer(name, mask)
+        for name,mask in (m.own_masks() if hasattr(m, 'fold_masks') else {}).items():      # kdnb's masks
+            if not (mask := _left(mask, model, path, name, kept)).all(): m.give_masks(small.get_submodule(paths.get(path, path)), {name: mask})
+        for name in [h._tensor_name for h in m._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)]:      # torch's
+            mask = _left(m._buffers[f'{name}_mask'], model, path, name, kept)
+            if not mask.all(): custom_from_mask(small.get_submodule(paths.get(path, path)), name, mask)
 
 def _carry_state(old, new, # Optimisers
     model, small, # Their networks

@@ -816,3 +816,28 @@ def test_differences_are_relative_and_exact():
         for m in (a, b):
             for p in m.parameters(): p.data.mul_(scale)
         assert 1e-8<max_difference(b, a, x)<1e-6
+
+@pytest.mark.parametrize('how', ['lstm','attention','torch','weight_norm'])
+def test_masks_of_every_kind_hold_after_learn_shrink(how):
+    from torch.nn.utils import parametrizations, prune
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.out = nn.Linear(64,24),nn.Linear(16,10)
+            self.mid = dict(lstm=lambda: nn.LSTM(24,16,batch_first=True), attention=lambda: nn.MultiheadAttention(24,2,batch_first=True),
+                            torch=lambda: nn.Linear(24,16), weight_norm=lambda: parametrizations.weight_norm(nn.Linear(24,16)))[how]()
+            self.b = nn.Linear(24,16) if how=='attention' else nn.Identity()
+        def forward(self, x):
+            x = self.a(x.flatten(1)).relu()
+            x = self.mid(x[:,None])[0][:,0] if how=='lstm' else self.mid(*[x[:,None]]*3)[0][:,0] if how=='attention' else self.mid(x)
+            return self.out(self.b(x).relu())
+    learn = Learner(image_dls('digits', bs=256), Net(), metrics=accuracy, opt_func=SGD)
+    if how=='torch': prune.l1_unstructured(learn.model.mid, 'weight', .5)
+    else: prune_model(learn.model, .5, layers=[learn.model.mid])
+    def zeros(m): return float(torch.cat([(masks(m)[k]==0).flatten() for k in masks(m) if k.startswith('mid')]).float().mean())
+    before = zeros(learn.model)
+    quiet(learn, 1, 1e-2)
+    small = learn.shrink()
+    quiet(learn, 1, 1e-2)
+    assert abs(before-.5)<.01 and zeros(small)==before
+    assert max_difference(plain_copy(small), small, learn.dls)<1e-12
