@@ -1,4 +1,4 @@
-"Paper 000 on MNIST: the stages of VBGS-KD, plain training and the ablation of Table 3, per seed. Writes vbgs_kd.json and vbgs_kd.npz."
+"Ming et al. 2020 on MNIST: the stages of VBGS-KD, plain training and the ablation of Table 3, per seed. Writes vbgs_kd.json and vbgs_kd.npz."
 import json, os, random, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy

@@ -295,7 +295,7 @@ def test_kd_gradient_and_limit(T):
 
 @pytest.mark.parametrize('alpha', [.1, .5, .9])
 def test_kd_is_cross_entropy_on_smoothed_labels(alpha):
-    "Paper 001, eq. (3): equal gradients, and a difference that is the teacher's entropy whatever the student"
+    "Park and No 2022, eq. (3): equal gradients, and a difference that is the teacher's entropy whatever the student"
     z_t = draw((5,10), 1)
     y,p = labels(z_t),z_t.softmax(1)
     soft = (1-alpha)*F.one_hot(y, 10)+alpha*p

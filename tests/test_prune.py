@@ -426,7 +426,7 @@ def by_mask(model, value, eps=1e-5, batch_stats=False):
 def p_true(model): return torch.stack([z.softmax(0)[c] for z,c in zip(model(SX), SY)])
 def means(p): return {c: math.fsum(float(o) for o,k in zip(p, SY.tolist()) if k==c)/SY.tolist().count(c) for c in range(3)}
 def delta(model):
-    "Paper 002, eq. 5"
+    "Wang et al. 2022, eq. 5"
     p,y = p_true(model).tolist(),SY.tolist()
     mean = means(p)
     return sum(math.fsum((o-mean[c])**2 for o,k in zip(p, y) if k==c)/y.count(c) for c in range(3))/3

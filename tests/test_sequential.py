@@ -1,4 +1,4 @@
-"Paper 003 end to end: what is fine-tuned, what is counted, what is run again; papers 003 and 004 in two processes."
+"Malihi and Heidemann 2023 end to end: what is fine-tuned, what is counted, what is run again; Malihi and Heidemann 2023 and Ahn et al. 2019 in two processes."
 import subprocess, sys
 
 import pytest

@@ -1,4 +1,4 @@
-"Paper 004 end to end: what is trained, with how many images, what the tables show."
+"Ahn et al. 2019 end to end: what is trained, with how many images, what the tables show."
 from types import SimpleNamespace
 
 import pytest

@@ -533,7 +533,7 @@ def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
     n=3, # Number of images
     dl=None, # The validation set if None
     figsize=None):
-    "Images, log q(t|s) at each place, and the teacher's activity there (paper 004, Figures 2, 4); returns the axes"
+    "Images, log q(t|s) at each place, and the teacher's activity there (Ahn et al. 2019, Figures 2, 4); returns the axes"
     maps = likelihood_maps(kd, learn.model, dl or learn.dls.valid, n)
     size = figsize or (1.4*len(maps),1.5*n)
     axs = plt.subplots(n, len(maps), figsize=size, squeeze=False, layout='constrained')[1]
@@ -546,7 +546,7 @@ def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
 
 def plot_variances(kd, # What `learn.distill` returned, with a VID term
     figsize=None):
-    "The learnt variance of each of the teacher's channels, sorted (paper 004, Figure 3); returns the axes"
+    "The learnt variance of each of the teacher's channels, sorted (Ahn et al. 2019, Figure 3); returns the axes"
     found = sorted_variances(kd)
     size = figsize or (3.2*len(found),2.2)
     axs = plt.subplots(1, len(found), figsize=size, squeeze=False, layout='constrained')[1][0]

@@ -77,7 +77,7 @@ def _check_maps(*fs):
 def kd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
     z_t, # Teacher's logits, of the same shape
     T=4.): # Temperature, > 0
-    "Soft targets: T²·KL(teacher‖student), mean over the batch (paper 000, eq. 2)"
+    "Soft targets: T²·KL(teacher‖student), mean over the batch (Ming et al. 2020, eq. 2)"
     check_T(T); z_s,z_t = _check_logits(z_s, z_t)
     lp_s,lp_t = ((z/T).mT.log_softmax(-2) for z in (z_s, z_t))   # over few classes much faster than along the last dimension
     return F.kl_div(lp_s, lp_t, reduction='sum', log_target=True)/len(z_s)*T**2

@@ -101,7 +101,7 @@ class LogitTerm(Term, abstract=True):
     def logits(self, o): return (standardize(o.z_s),standardize(o.z_t)) if self.standardize else (o.z_s,o.z_t)
 
 class KD(LogitTerm):
-    "Soft targets at temperature `T` (paper 000, eq. 2); usual weight .9, task .1"
+    "Soft targets at temperature `T` (Ming et al. 2020, eq. 2); usual weight .9, task .1"
     usual,softmax = .9,True
     def __init__(self, T=4., standardize=False): check_T(T); self.T,self.standardize = T,standardize
     def __call__(self, o): return kd(*self.logits(o), self.T)
@@ -284,7 +284,7 @@ class GaussianHead(nn.Module):
         return .5*(var.log() + (t-mean)**2/var)
 
 class VID(HeadTerm):
-    "Variational information distillation, VID-I (paper 004, eq. 5); usual weight 10 or 100 with the task at .1 or 1"
+    "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100 with the task at .1 or 1"
     usual,aliases = 10.,('VID-I',)
     def __init__(self, layers, teacher_layers=None,
         depth=3, # Number of 1×1 convolutions in the mean network
@@ -316,7 +316,7 @@ def _grow(c_s, c_t, size):
 
 # %% ../../nbs/11_distill.methods.ipynb #41136708
 class VIDLP(VID):
-    "Variational information distillation of logits from the student's penultimate `layer` (paper 004, eq. 6)"
+    "Variational information distillation of logits from the student's penultimate `layer` (Ahn et al. 2019, eq. 6)"
     usual_layers,aliases = _own(penultimate),('VID-LP',)
     def __init__(self, layer, variance=5., eps=1e-5):
         super().__init__({layer: ''}, depth=1, variance=variance, eps=eps)

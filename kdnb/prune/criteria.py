@@ -239,7 +239,7 @@ def taylor(s, n_batches=None):
 # %% ../../nbs/31_prune.criteria.ipynb #ff5993cf
 @criterion('prue')
 def prue_worth(s, mode='paper'):
-    "|w · gradient of the prediction uncertainty| over the training set in evaluation mode (paper 002, eq. 8)"
+    "|w · gradient of the prediction uncertainty| over the training set in evaluation mode (Wang et al. 2022, eq. 8)"
     if mode not in ('paper','code'): raise ValueError(f"mode is {mode!r}, expected 'paper' or 'code'.")
     dl = s.dls().train
     def p_true(b):

@@ -90,7 +90,7 @@ def design_student(pruned, # Pruned network: masked, or with zeros
     data, # `DataLoaders` or a batch of inputs
     rounding='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
     init=None): # Function that sets the student's weights in place; every layer's own `reset_parameters` if None
-    "An untrained network as deep as `pruned`, whose layers have about as many weights as are left there (paper 001, app. A)"
+    "An untrained network as deep as `pruned`, whose layers have about as many weights as are left there (Park and No 2022, app. A)"
     model = plain_copy(pruned)
     if rounding not in ('floor','eq9'): raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
@@ -112,7 +112,7 @@ def _last(g, n):
 
 def student_table(pruned, # Pruned network
     student): # What `design_student` made of it
-    "Weights of each layer, dense, left and in the student, with fractions of the dense (paper 001, Table 10)"
+    "Weights of each layer, dense, left and in the student, with fractions of the dense (Park and No 2022, Table 10)"
     df,own = layer_sparsity(pruned),layer_sparsity(student)
     return pd.DataFrame(dict(dense=df.weights, nonzero=df.nonzero, ratio=df.nonzero/df.weights,
                              student=own.weights, student_ratio=own.weights/df.weights))

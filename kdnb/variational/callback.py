@@ -62,10 +62,10 @@ def _by_gate(model, weights):
     return {gates[n]: w for n,w in weights.items()}
 
 class VariationalSparsifier(LossTerm):
-    "Add the KL of a variational network, divided by the training set's size, to the loss (paper 000, eq. 7)"
+    "Add the KL of a variational network, divided by the training set's size, to the loss (Ming et al. 2020, eq. 7)"
     own_group,_alone,_lr = True,False,None
     def __init__(self,
-        weight=1., # Weight of KL/N (paper 000: 1-λ), or a schedule of it
+        weight=1., # Weight of KL/N (Ming et al. 2020: 1-λ), or a schedule of it
         gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`, 1 for others
         theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup=.2, # Fraction of training over which the weight rises from 0
@@ -216,7 +216,7 @@ def plot_log_alpha(log_alphas, # `VariationalSparsifier.log_alphas`
     T=None, # Threshold; the valley after the last epoch if None
     n=4, # Number of epochs shown
     figsize=(10,2.2)):
-    "Histograms of log α over the epochs (paper 000, Figure 4); returns the axes"
+    "Histograms of log α over the epochs (Ming et al. 2020, Figure 4); returns the axes"
     values = [torch.cat([o.flatten() for o in las.values()]).numpy() for las in log_alphas]
     shown = np.unique(np.linspace(0, len(values)-1, min(n, len(values))).round().astype(int))
     T = threshold(log_alphas[-1]) if T is None else T
@@ -265,7 +265,7 @@ def weight_pictures(model, # Masked network (`to_deterministic`)
 def plot_weights(model, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
     layers=None, # Paths of linear layers and convolutions; all if None
     figsize=None):
-    "Weight matrices, outputs down, inputs across, white where cut (paper 000, Figure 5); returns the axes"
+    "Weight matrices, outputs down, inputs across, white where cut (Ming et al. 2020, Figure 5); returns the axes"
     found = model if isinstance(model, dict) else weight_pictures(model, layers)
     rows,cols = math.ceil(len(found)/4),min(len(found), 4)
     figsize = figsize or (3.2*cols, 2.8*rows)
@@ -327,5 +327,5 @@ class ThresholdExplorer:
 
 # %% ../../nbs/22_variational.callback.ipynb #23b677b5
 def paper_optimizer(lr=.003): # Learning rate
-    "Arguments of `Learner` for the optimiser that paper 000 (IV-A) prints: SGD with momentum .5, without weight decay"
+    "Arguments of `Learner` for the optimiser that Ming et al. 2020 (IV-A) prints: SGD with momentum .5, without weight decay"
     return dict(opt_func=partial(SGD, mom=.5), lr=lr, wd=0.)

@@ -140,7 +140,7 @@ def _convert(m, gate, noise, single):
 def threshold(log_alpha, # Tensor, or the tensors of several layers in a list or dict
     how='valley', # Least dense place between the two clusters, or the middle of the widest 'gap' there
     per_layer=False): # A threshold for each entry of the dict `log_alpha`
-    "Where signal ends: a value of log α between its two clusters (paper 000, IV-B), or a dict of them"
+    "Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them"
     if how not in ('valley','gap'): raise ValueError(f"how is {how!r}, expected 'valley' or 'gap'.")
     if per_layer: return {n: threshold(o, how) for n,o in log_alpha.items()}
     v = (log_alpha.values() if isinstance(log_alpha, dict)
@@ -201,7 +201,7 @@ def kept(model, # Variational network
 # %% ../../nbs/21_variational.convert.ipynb #fe0a9f37
 def to_deterministic(model, # Variational network
     T=None): # Threshold on log α, see `kept`
-    "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (paper 000, eq. 13)"
+    "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (Ming et al. 2020, eq. 13)"
     model = plain_copy(model)
     masks = kept(model, T)
     mask = {m: masks[n] for n,m in noise_groups(model).items()}

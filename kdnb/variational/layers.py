@@ -17,7 +17,7 @@ from fastcore.basics import patch
 # %% ../../nbs/20_variational.layers.ipynb #3055ce0c
 def group_kl(log_alpha, # log σ²/μ² of each group, any shape
     exact=False): # The exact form (slower) instead of the sigmoid form
-    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, same shape as `log_alpha` (paper 000, eq. 10-12)"
+    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, same shape as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
 
