@@ -18,6 +18,7 @@ from types import BuiltinFunctionType,CodeType,FunctionType,MethodType,NoneType
 import numpy as np, pandas as pd, safetensors.torch as st, torch
 from safetensors import SafetensorError,safe_open
 from torch import fx,nn
+from torch.utils._pytree import tree_leaves
 from fastcore.foundation import L
 from fastai.torch_core import to_device
 from fastai.callback.core import CancelEpochException,Callback,TrainEvalCallback
@@ -351,12 +352,15 @@ def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its a
             if not private or n<=limit: kept[k] = data; continue
             what = f'{n/1e6:.0f} MB'
         if moved and users and start is not None: lost[k] = what
-    return kept,lost
+    there = [k for k,v in kept.items() if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(v))]
+    return kept | ({'$cuda': there} if there else {}),lost
 
 def _remember(o, state):
     "Give `o` back what `_memory` found"
     if _keeps_state(o): return o.load_state_dict(state)
-    for k,v in state.items(): vars(o)[k] = _revived(vars(o).get(k), v)     # fastai's setattr warns
+    there = state.get('$cuda', ()) if torch.cuda.is_available() else ()      # what a file holds comes back on the CPU
+    for k,v in state.items():
+        if k!='$cuda': vars(o)[k] = _revived(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
 
 def callback_memory(cbs, # Callbacks
     start=None, # `marks_of` them when the fit began: private attributes that have not changed are left out

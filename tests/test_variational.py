@@ -1086,6 +1086,7 @@ def test_where_there_is_data_convolutions_get_gates_and_else_it_is_said_what_sta
     dls = data()
     learn = Learner(dls, create(name, dls, **kw).eval(), cbs=[])
     x = dls.valid.one_batch()[0]
+    learn.model.to(x.device)
     by_hand = to_variational(learn.model, x, 'channels')
     for args in ((learn,), (learn.model, dls), (learn.model, learn), (learn.model, x), (learn, x)):
         v,said = said_by(lambda: to_variational(*args))
