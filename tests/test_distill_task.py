@@ -6,6 +6,12 @@ from common import CPUAutocast, X, Y, data, flat, quiet, same, seeded, state
 from kdnb.all import *
 import kdnb.distill.methods as methods
 
+def _loss_name(o):
+    "Without the address, which differs from process to process"
+    o = getattr(o, 'func', o)
+    return getattr(o, '__qualname__', type(o).__name__)
+
+
 IMAGES = X.float()/255
 LABELS = torch.stack([Y%2==0, Y>=5, torch.isin(Y, torch.tensor([2,3,5,7], device=Y.device))], 1).float()       # even, large, prime
 NUMBERS = torch.stack([torch.cos(Y*.6), torch.sin(Y*.6), Y/9], 1)
@@ -48,7 +54,7 @@ def focal(z, y): return ((z.sigmoid()-y).abs()**2*F.binary_cross_entropy_with_lo
 @pytest.mark.parametrize('loss', [nn.BCEWithLogitsLoss(), BCEWithLogitsLossFlat(), BCEWithLogitsLossFlat(pos_weight=torch.tensor([1.,2,3]).to(default_device())),
                                   partial(F.binary_cross_entropy_with_logits, reduction='mean'), Mine(), Wrapped(nn.BCEWithLogitsLoss()), Method().loss,
                                   around(nn.BCEWithLogitsLoss()), own_bce, smoothed, focal, nn.MultiLabelSoftMarginLoss(), timm.loss.BinaryCrossEntropy(smoothing=0.),
-                                  timm.loss.AsymmetricLossMultiLabel()], ids=str)
+                                  timm.loss.AsymmetricLossMultiLabel()], ids=_loss_name)
 def test_several_labels_get_binary_kd(loss):
     assert chosen(learner(LABELS, loss), conv(3))==dict(binarykd=(BinaryKD,.9), task=.1)
 
@@ -64,7 +70,7 @@ def test_one_label(y):
 
 def root(z, y): return ((z-y)**2).mean().sqrt()
 def log_cosh(z, y): return torch.log(torch.cosh(z-y)).mean()
-@pytest.mark.parametrize('loss', [MSELossFlat(), nn.MSELoss(), L1LossFlat(), nn.SmoothL1Loss(), nn.HuberLoss(), F.mse_loss, Wrapped(F.l1_loss), root, log_cosh], ids=str)
+@pytest.mark.parametrize('loss', [MSELossFlat(), nn.MSELoss(), L1LossFlat(), nn.SmoothL1Loss(), nn.HuberLoss(), F.mse_loss, Wrapped(F.l1_loss), root, log_cosh], ids=_loss_name)
 def test_numbers_get_the_distance_of_outputs(loss):
     assert chosen(learner(NUMBERS, loss), conv(3))==dict(logitsmse=(LogitsMSE,.9), task=.1)
 
@@ -74,7 +80,7 @@ def test_any_number_of_outputs(y, c):
 
 def own_ce(z, y): return (1-F.softmax(z, 1).gather(1, y[:,None])).mean()
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.MultiMarginLoss(), own_ce,
-                                  partial(F.cross_entropy, label_smoothing=.1), timm.loss.LabelSmoothingCrossEntropy(), Wrapped(own_ce)], ids=str)
+                                  partial(F.cross_entropy, label_smoothing=.1), timm.loss.LabelSmoothingCrossEntropy(), Wrapped(own_ce)], ids=_loss_name)
 def test_classes_get_softmax_kd(loss): assert chosen(learner(Y, loss), conv(10))==dict(kd=(KD,.9), task=.1)
 
 def test_soft_labels_and_pixels_are_classes():
