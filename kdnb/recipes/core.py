@@ -502,7 +502,7 @@ def _parts(learn, cbs, args):
 
 def _named_code(cbs):
     "The functions of criteria that `cbs` call by a name, kdnb's own left out"
-    names = {v for c in cbs for o in (vars(c),vars(c).get('kwargs')) for v in (o or {}).values() if isinstance(v, str)}
+    names = {v for c in cbs for o in (vars(c), *vars(c).values()) if isinstance(o, dict) for v in o.values() if isinstance(v, str)}
     return [f for k,f in criteria.items() if k in names and not f.__module__.startswith('kdnb.')]
 
 # %% ../../nbs/50_recipes.core.ipynb #8bb2bedf
@@ -630,7 +630,8 @@ def fit(self:Run,
         if not (record and self._restore(state, learn, own)):
             record = self._train(id_, mark, stage, learn, n_epoch, lr, fit, kwargs)
             if self.rank==0: save_state(state, dict(model=tensors_in(learn.model), callbacks=callback_memory(own)))
-    learn.opt = None     # as it is if the result was read
+        trained = learn.model
+    learn.model,learn.opt = trained,None     # also if it was read: SimKD takes its network back where nothing was trained
     model = result(unwrap(learn.model)).eval()
     if 'test_accuracy' not in record:
         record |= self._measure(model, of, learn.dls) | ((more(model) if callable(more) else more) or {})
