@@ -31,7 +31,7 @@ from fastai.optimizer import OptimWrapper
 from .measure import evaluating,first_samples,inputs,weighted
 from .features import unwrap,get_layer,layer_shapes
 from .trace import (LOST,OUTPUT,WIDTHS,channel_axis,components,is_depthwise,n_channels,norms,over_weight,spanned_axis,
-                        tensors_of,trace_channels)
+                        output_tensors,trace_channels)
 
 # %% ../nbs/04_channels.ipynb #f94f3859
 def set_layer(model, path, new):
@@ -390,7 +390,7 @@ def layer_outputs(model, xb):
         if isinstance(m, weighted):
             hooks.append(m.register_forward_hook(lambda m,x,out,path=path: said.append((path, out.clone()))))
     try:
-        with constant_draws(model), evaluating(model): return said + [('', o) for o in tensors_of(model(*xb))]
+        with constant_draws(model), evaluating(model): return said + [('', o) for o in output_tensors(model(*xb))]
     except Exception as e: e.where = begun[-1]; raise
     finally:
         for h in hooks: h.remove()
@@ -414,10 +414,13 @@ def _first_difference(a, b, model, kept, tol, paths={}):
 
 # %% ../nbs/04_channels.ipynb #96f7701a
 def _some(g, order):
-    "A third of the channels of `g`, and of each of its blocks, the first in `order`"
+    "A third of the channels of `g`, and of each of its blocks: the first and the last, and those that are first in `order`"
     dead = torch.zeros(g.n, dtype=torch.bool, device='cpu')
     for b in [torch.ones_like(dead)] if g.blocks is None else [g.blocks==b for b in g.blocks.unique()]:
-        dead[order[b[order]][:max(1, b.sum()//3)]] = True
+        mine,n = b.nonzero()[:,0],max(1, int(b.sum())//3)
+        ends = mine[[0,-1][:n]] if n>1 else mine[:0]
+        rest = order[b[order] & ~torch.isin(order, ends)]
+        dead[torch.cat([ends, rest])[:n]] = True
     return dead
 
 def _difference(model, xb, groups):
@@ -493,13 +496,16 @@ def _probes(model, xb):
     home = str(next((p.device for p in model.parameters()), 'cpu'))
     for device in dict.fromkeys(['cpu',home]):
         for dtype in (torch.float64,torch.float32):
-            yield _randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype)
+            yield lambda device=device,dtype=dtype: (_randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
 
 def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
     until,xb,fault = time.thread_time()+seconds,first_samples(xb, 2, 2),None
-    for probe,x in _probes(model, xb):
-        try: t = trace_channels(probe, x); break
+    for probe in _probes(model, xb):
+        try:
+            probe,x = probe()
+            t = trace_channels(probe, x)
+            break
         except Exception as e: fault = fault or e
     else:
         layers = [p for p,m in model.named_modules() if isinstance(m, weighted)]
@@ -594,14 +600,24 @@ def _hear_zeros(model, paths, xb, training=False):
         x = x[0].movedim(channel_axis(m), 0).reshape(x[0].shape[channel_axis(m)], -1).eq(0).all(1)
         zero[path] = zero[path] & x if path in zero else x
     for p in paths:
-        hooks.append(model.get_submodule(p).register_forward_pre_hook(lambda m,x,p=p: listen(m, x, p)))
+        hooks.append(model.get_submodule(p).register_forward_pre_hook(lambda m,x,kw,p=p: listen(m, x or (*kw.values(),), p), with_kwargs=True))
     try:
         with evaluating(model): model.train(training)(*xb)
     finally:
         for h in hooks: h.remove()
-    if training or not (missing := paths-zero.keys()): return zero
-    try: return zero | _hear_zeros(copy_network(model), missing, xb, True)
-    except Exception: return zero
+    if training: return zero
+    try: trained = _hear_zeros(copy_network(model), paths, xb, True)
+    except Exception: trained = {}      # it may not train on these
+    return {p: zero.get(p, True) & trained.get(p, True) for p in zero.keys() | trained.keys()}
+
+def _other_inputs(xb):
+    "The inputs `xb`, and what is unlike them: what is zero for these only is not dead"
+    rng = torch.Generator().manual_seed(0)
+    def drawn(o, size): return (torch.randn(o.shape, generator=rng, device='cpu')*size).to(o.device, o.dtype)
+    def coin(o): return (torch.rand(o.shape, generator=rng, device='cpu')<.5).to(o.device)
+    yield xb
+    for f in (lambda o: -10*o, partial(drawn, size=10.), partial(drawn, size=1e3)):
+        yield tree_map_only(torch.Tensor, lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
 
 @torch.no_grad()
 def _silent(model, groups, xb):
@@ -621,7 +637,8 @@ def _silent(model, groups, xb):
                     t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
                     drawn.append((t,at))
     for sign in (1,-1):
-        for p,zero in _hear_zeros(loud, paths, xb).items(): silent[p] = silent[p] & zero if p in silent else zero
+        for x in _other_inputs(xb):
+            for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
     return [(g, c & _every(g.readers, g.n, lambda p: silent.get(p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu')))) for g,c in asked]
 
@@ -724,7 +741,7 @@ def max_difference(a, b, data):
     xb,said = inputs(data, a),[]
     with _no_tf32():
         for m,x in (_exact(m, xb) for m in (a, b)):
-            with constant_draws(m), evaluating(m): said.append(tensors_of(m(*x)))
+            with constant_draws(m), evaluating(m): said.append(output_tensors(m(*x)))
     ya,yb = said
     if [o.shape for o in ya]!=[o.shape for o in yb]:
         raise ValueError(f'outputs of shape {[tuple(o.shape) for o in ya]} and {[tuple(o.shape) for o in yb]}.')
@@ -742,21 +759,31 @@ def shrink(model, # A network with zeros; masks may be attached
 # %% ../nbs/04_channels.ipynb #576c1b79
 @torch.inference_mode(False)
 def _checked(model, xb, data, tol, update_bn):
+    if isinstance(model, torch.jit.ScriptModule): raise ValueError('the network is a TorchScript module, whose layers cannot be cut. Shrink it before torch.jit.script or trace.')
     xb = first_samples(xb, 16)
     for positions in (True,False):
         small,kept,paths = _shrunken(model, xb, positions)
         try: _prove(model, small, kept, paths, first_samples(xb, 4), tol); break
-        except AttributeError:      # the network's code reads a linear layer that has an index layer now
+        except Exception:      # the network's code may read a linear layer that has an index layer now
             if not paths: raise
     if update_bn: _estimate_bn(small, data, update_bn)
     return small,kept,paths
+
+def _check_training(model, small, xb):
+    "Raise if `small` does not run in training mode, where `model` does"
+    with torch.no_grad(), constant_draws(model):
+        try: copy_network(model).train()(*xb)
+        except Exception: return
+        try: copy_network(small).train()(*xb)
+        except Exception as e: raise ValueError(f'the shrunken network does not run in training mode ({(str(e).splitlines() or [type(e).__name__])[0]:.80}). '
+                                                'Please report the architecture; the masked network itself is unchanged and can be used.') from e
 
 def _prove(model, small, kept, paths, xb, tol):
     "Raise if `small` does not do what `model` does, layer by layer"
     with _no_tf32():
         (a,x),(b,y) = _exact(model, xb),_exact(small, xb)
         said = layer_outputs(a, x),layer_outputs(b, y)
-    if (where := _first_difference(*said, a, kept, tol, paths)) is None: return
+    if (where := _first_difference(*said, a, kept, tol, paths)) is None: return _check_training(a, b, x)
     ends = [[o for k,o in s if not k] for s in said]
     diff = max([relative_difference(p, q) for p,q in zip(*ends) if p.shape==q.shape], default=math.nan)
     raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}), first at '

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['norms', 'OUTPUT', 'WIDTHS', 'LOST', 'labels_of', 'put_labels', 'varies', 'is_depthwise', 'n_channels', 'channel_axis',
-           'spanned_axis', 'over_weight', 'Trace', 'follows', 'tensors_of', 'components', 'trace_channels']
+           'spanned_axis', 'over_weight', 'Trace', 'follows', 'output_tensors', 'components', 'trace_channels']
 
 # %% ../nbs/03a_trace.ipynb #a681d3af
+import dataclasses,weakref
+from collections import deque
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map_only
 from fastcore.basics import patch
-from .measure import evaluating,weighted
+from .measure import evaluating,first_samples,weighted
 
 # %% ../nbs/03a_trace.ipynb #e4b2d166
 def labels_of(t): # Any tensor
@@ -88,6 +90,19 @@ class Trace(TorchDispatchMode):
         self.joined,self.held,self.balanced = [],[],[]
         self._first,self._n,self._quiet,self._where = {},1,False,''
         self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
+        self._marked = []
+
+    def mark(self, t, labels, axis=None):
+        "Label tensor `t`, along `axis` or as a whole, until the trace is done"
+        if axis is None: t._labels = labels
+        else: put_labels(t, labels, axis)
+        self._marked.append(weakref.ref(t))
+
+    def clear(self):
+        "Take all labels off again: tensors may be kept by the network's code"
+        for t in [r() for r in self._marked]:
+            if t is not None: t.__dict__.pop('_labels', None)
+        self._marked = []
 
     def new_labels(self, name, n):
         "Labels for the `n` channels of `name`, at each call the same; a single channel never goes and has none"
@@ -130,7 +145,7 @@ def along(self:Trace, l, axis):
     return l[:,0]
 
 # %% ../nbs/03a_trace.ipynb #7d576f29
-def _computes(m, x):
+def _computes(m, x, *args, **kwargs):
     "Does a subclass of torch's layers look at inputs for which its weight is zero, as one that standardises it does?"
     base = next(k for k in type(m).__mro__ if k.__module__.startswith('torch.nn'))
     if all(getattr(type(m), f, None) is getattr(base, f, None) for f in ('forward','_conv_forward')): return False
@@ -139,24 +154,25 @@ def _computes(m, x):
     loud = torch.where(gone.view(-1, *[1]*(-1-channel_axis(m))).to(x.device), x+1, x)
     try:
         m.weight.masked_fill_(over_weight(gone, m, True), 0)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); a = type(m).forward(m, x)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); b = type(m).forward(m, loud)
+        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); a = type(m).forward(m, x, *args, **kwargs)
+        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); b = type(m).forward(m, loud, *args, **kwargs)
+        return not torch.allclose(a, b, 1e-4, 1e-5)
+    except Exception: return True
     finally: m.weight.copy_(w)
-    return not torch.allclose(a, b, 1e-4, 1e-5)
 
 @patch
-def layer(self:Trace, path, m, x, out):
+def layer(self:Trace, path, m, out, x, *args, **kwargs):
     "Note what layer `m` reads and makes, and label its output"
     made,read = n_channels(m)
     axis,makes = channel_axis(m),isinstance(m, weighted) and not is_depthwise(m)
     if path not in self.ran: self.ran.append(path)
     came = self.along(labels_of(x), axis if x.ndim>1 else 0)
     if len(came)!=read: came = self.hold(came, WIDTHS).new_zeros(read)
-    if makes and (came>0).any() and _computes(m, x): came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
+    if makes and (came>0).any() and _computes(m, x, *args, **kwargs): came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     self.note('readers' if makes else 'makers' if isinstance(m, weighted) else 'norms', path, came)
     labels = self.new_labels(path, made) if makes else came
     if makes: self.note('makers', path, labels)
-    if isinstance(out, torch.Tensor) and out.ndim==x.ndim and out.shape[axis]==made: put_labels(out, labels, axis)
+    if isinstance(out, torch.Tensor) and out.ndim==x.ndim and out.shape[axis]==made: self.mark(out, labels, axis)
     else: self.hold(labels, LOST)
 
 # %% ../nbs/03a_trace.ipynb #fa1e0406
@@ -171,7 +187,7 @@ def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     out,kwargs = func(*args, **(kwargs or {})),kwargs or {}
     if self._quiet or not any(hasattr(o, '_labels') for o in tree_leaves((args, kwargs))): return out
     name,given = func.overloadpacket.__name__,_inputs(dict(args=args, kwargs=kwargs))
-    if not all(o.numel() for o in _outputs(out)):
+    if not all(o.numel() for o in _outputs(out)[:1]):
         for o in given: self.hold(labels_of(o), 'nothing of them was left in this batch')      # no boxes, say: who would read them is not seen
     rule = _rules.get(name) or next((f for k,f in _rules.items() if k[0]=='*' and k[1:] in name), None)
     if rule is None: rule = _move if func.is_view else _pointwise if torch.Tag.pointwise in func.tags else _unknown
@@ -179,7 +195,7 @@ def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     try: labels = tree_leaves(rule(self, func, named, out))
     except Exception: labels = tree_leaves(_unknown(self, func, named, out))     # used in a way that its rule does not know
     for o,l in zip(tree_leaves(out), labels):
-        if isinstance(o, torch.Tensor): o._labels = l if l.shape==o.shape else self.hold(l, LOST).new_zeros(()).expand(o.shape).clone()
+        if isinstance(o, torch.Tensor): self.mark(o, l if l.shape==o.shape else self.hold(l, LOST).new_zeros(()).expand(o.shape).clone())
     return out
 
 def _outputs(out): return [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
@@ -192,10 +208,23 @@ def _unknown(trace, func, named, out):
 @follows('repeat','flip','roll','pixel_shuffle','pixel_unshuffle','contiguous','tile','cat','stack')
 def _move(trace, func, named, out):
     name = func.overloadpacket.__name__
+    if name in ('cat','stack'): trace.align([labels_of(o) for o in _inputs(named)], named.get('dim', 0) if name=='cat' else None)
+    if name=='roll' and any(varies(labels_of(named['self']), d) for d in (named.get('dims') or range(named['self'].ndim))):
+        return trace.hold(labels_of(named['self']), 'the code rolls them')
     new = func(*tree_map_only(torch.Tensor, labels_of, tuple(named.values())))
     if 'dim' in named and name in ('slice','split','split_with_sizes','select','unbind','chunk'):
         _sliced(trace, labels_of(named['self']), named['dim'], new, name)
     return new
+
+# %% ../nbs/03a_trace.ipynb #7e99d1d7
+@patch
+def align(self:Trace, ls, dim):
+    "Tensors with labels `ls` are joined along axis `dim` (None: a new one)"
+    ls = [l for l in ls if l.numel() and l.ndim==ls[-1].ndim]
+    for d in range(ls[-1].ndim if len(ls)>1 else 0):
+        if d!=dim and any(varies(l, d) for l in ls):
+            first,*rest = [self.along(l, d) for l in ls]
+            for l in rest: self.join(first, l)
 
 # %% ../nbs/03a_trace.ipynb #0d98fd0f
 def _sliced(trace, l, dim, new, name):
@@ -204,7 +233,9 @@ def _sliced(trace, l, dim, new, name):
     if not varies(l, dim) or sum(varies(l, d) for d in range(l.ndim))>1: return
     if name in ('select','unbind','split_with_sizes'): trace.hold(l, 'the code picks them by number'); return
     sizes = {o.shape[dim] for o in tree_leaves(new)}
-    if len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size: return
+    if len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size:
+        if name=='slice' and size<l.shape[dim]: trace.hold(l, 'the code picks them by number')
+        return
     l = _small(l)
     at = torch.arange(l.shape[dim], dtype=torch.int32, device='cpu')//size
     trace.balance(l, at.view(-1, *[1]*(l.ndim-1-dim)), f'the code cuts them into {l.shape[dim]//size} parts')
@@ -248,7 +279,8 @@ def _shuffle(trace, func, named, out):
 def _index(trace, func, named, out):
     l,args = labels_of(named['self']),[o for k,o in named.items() if k!='self']
     for o in _inputs(dict(args=args)): trace.hold(labels_of(o), 'an index is computed from them')
-    if func.overloadpacket.__name__=='gather' and varies(l, named['dim']): l = trace.hold(l, 'the code picks them by number')
+    dims = [d for d,o in enumerate(named['indices']) if o is not None] if 'indices' in named else [named['dim']]
+    if any(varies(l, d) for d in dims if d<l.ndim): l = trace.hold(l, 'the code picks them by number')
     return func(l, *tree_map_only(torch.Tensor, lambda o: o.cpu(), args))
 
 # %% ../nbs/03a_trace.ipynb #23d2bc36
@@ -259,6 +291,15 @@ def _pointwise(trace, func, named, out):
     l = trace.merge(o, [t for t in ts if t.ndim<=o.ndim])
     if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None: trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
     return tree_map_only(torch.Tensor, lambda o: l, out)
+
+@follows('new_empty','new_zeros','new_ones','new_full')
+def _new(trace, func, named, out):
+    "As large as channels that it is made beside, or of size 1 there"
+    l = labels_of(named['self'])
+    if l.ndim!=out.ndim or any(varies(l, d) and out.shape[d]!=l.shape[d] for d in range(l.ndim)): return torch.zeros([1]*out.ndim, dtype=torch.int32, device='cpu').expand(out.shape).clone()
+    for d in range(l.ndim):
+        if not varies(l, d): l = l.narrow(d, 0, 1)
+    return l.expand(out.shape)
 
 @follows('copy_')
 def _copy(trace, func, named, out):
@@ -317,7 +358,7 @@ def _glu(trace, func, named, out):
     return parts[0]
 
 # %% ../nbs/03a_trace.ipynb #993d4ac3
-@follows('*pool','*upsample','reflection_pad1d','reflection_pad2d','replication_pad1d','replication_pad2d','grid_sampler_2d')
+@follows('*pool','*upsample','*reflection_pad','*replication_pad','*grid_sampler')
 def _spatial(trace, func, named, out):
     "Over the axes behind the second"
     l = labels_of(next(o for o in _inputs(named)))
@@ -356,29 +397,36 @@ def _attention(trace, func, named, out):
     return tree_map_only(torch.Tensor, lambda t: l if t is o else torch.zeros(t.shape, dtype=torch.int32, device='cpu'), out)
 
 # %% ../nbs/03a_trace.ipynb #d2aba910
-def tensors_of(out):
-    "All tensors in what a network returns: in tuples, lists, dicts and objects that hold them; what is none is passed over"
-    return [o for o in _parts_of(out) if isinstance(o, torch.Tensor)]
-
-def _parts_of(out):
+def output_tensors(out, seen=None):
+    "All tensors in what a network returns: in containers, dataclasses and objects that hold them; what is none is passed over"
+    seen = {} if seen is None else seen
+    if isinstance(out, torch.Tensor): return [out]
+    if id(out) in seen or isinstance(out, (str,bytes,nn.Module,type)): return []
+    seen[id(out)] = out
     if isinstance(out, dict): out = list(out.values())
-    elif hasattr(out, '__dict__') and not isinstance(out, (torch.Tensor,nn.Module,type)): out = list(vars(out).values())
-    return [t for o in out for t in _parts_of(o)] if isinstance(out, (list,tuple)) else [out]
+    elif dataclasses.is_dataclass(out): out = [getattr(out, f.name) for f in dataclasses.fields(out)]
+    elif not isinstance(out, (list,tuple,set,deque)): out = list(getattr(out, '__dict__', {}).values())
+    return [t for o in out for t in output_tensors(o, seen)]
 
 @patch
 def run(self:Trace, xb, training=False):
     "Follow labels through one call of the network"
     wrapped = {}
     for path,m in self.model.named_modules():
-        if isinstance(m, weighted) or isinstance(m, norms) and n_channels(m)[0]>1: wrapped[m] = self._known(path, m)
-        elif any(isinstance(m, k) for k in (*_holding, nn.LayerNorm)): wrapped[m] = self._held(path, m)
+        layer = isinstance(m, weighted) or isinstance(m, norms) and n_channels(m)[0]>1
+        if layer and 'forward' in vars(m): wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
+        elif layer: wrapped[m] = self._known(path, m)
+        elif any(isinstance(m, k) for k in (*_holding, nn.LayerNorm)): wrapped[m] = self._held(path, m, next((w for k,w in _holding.items() if isinstance(m, k)), None))
+    before = {m: vars(m).get('forward') for m in wrapped}
     try:
         for m,f in wrapped.items(): m.forward = f
         with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self:
             out = self.model.train(training)(*xb)
     finally:
-        for m in wrapped: del m.forward
-    for o in tensors_of(out): self.hold(labels_of(o), OUTPUT)
+        for m,f in before.items():
+            del m.forward
+            if f is not None: m.forward = f
+    for o in output_tensors(out): self.hold(labels_of(o), OUTPUT)
 
 @patch
 def label_tensors(self:Trace):
@@ -387,7 +435,7 @@ def label_tensors(self:Trace):
     for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
         if id(t) in inside or not t.is_floating_point() or spanned_axis(t) is None: continue
         self.note('tensors', name, self.new_labels(name, t.numel()))
-        put_labels(t, self.parts['tensors',name], spanned_axis(t))
+        self.mark(t, self.parts['tensors',name], spanned_axis(t))
 
 @patch
 def _aside(self:Trace, f, *args, **kwargs):
@@ -397,21 +445,23 @@ def _aside(self:Trace, f, *args, **kwargs):
 
 @patch
 def _known(self:Trace, path, m):
-    def forward(x, *args, f=m.forward, **kwargs):
-        out = self._aside(f, x, *args, **kwargs)
-        self._aside(self.layer, path, m, x, out)
+    def forward(*args, f=m.forward, **kwargs):
+        out = self._aside(f, *args, **kwargs)
+        if 'input' in kwargs: args = kwargs.pop('input'),*args
+        self._aside(self.layer, path, m, out, *args, **kwargs)
         return out
     return forward
 
 @patch
-def _held(self:Trace, path, m):
-    name,why = f'{type(m).__name__} {path}',next((w for k,w in _holding.items() if isinstance(m, k)), None)
+def _held(self:Trace, path, m, why):
+    name = f'{type(m).__name__} {path}'
     def forward(*args, f=m.forward, **kwargs):
         if why is None:
             self._where = name
             try: return f(*args, **kwargs)
             finally: self._where = ''
         out = self._aside(f, *args, **kwargs)
+        if isinstance(m, weighted) and path not in self.ran: self.ran.append(path)
         for o in tree_leaves((args, kwargs)):
             if isinstance(o, torch.Tensor): self.hold(labels_of(o), why.format(name))
         return out
@@ -453,13 +503,25 @@ def _ranges(ns):
         else: runs.append([n,n])
     return [f'{a}–{b}' if b>a else f'{a}' for a,b in runs]
 
+@patch
+def hold_unseen(self:Trace):
+    "Layers that did not run, since another input, or targets, would take their way: what they could read stays"
+    inside = {c for m in self.model.modules() if isinstance(m, tuple(_holding)) for c in m.modules()}
+    for path,m in self.model.named_modules():
+        if not isinstance(m, weighted+norms) or path in self.ran or m in inside or isinstance(m, norms) and n_channels(m)[0]==1: continue
+        for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]: self.hold(labels, f'{path} did not run, and may read them')
+
 @torch.no_grad()
 def trace_channels(model, # Any module
     xb): # Tuple of its inputs, two samples or more
     "A `Trace` of `model`, in evaluation and in training mode"
     t = Trace(model)
-    t.label_tensors()
-    t.run(xb)
-    try: t.run(xb, training=True)
-    except Exception: pass        # it may not train on so few samples, or without targets
+    try:
+        t.label_tensors()
+        t.run(xb)
+        for few,training in ((1,False), (2,True)):
+            try: t.run(first_samples(xb, few), training)
+            except Exception: pass        # it may need more samples, or targets to train on
+    finally: t.clear()
+    t.hold_unseen()
     return t

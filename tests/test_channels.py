@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 from fastai.vision.all import DynamicUnet, OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
 from common import quiet
 from kdnb.all import *
-from kdnb.channels import _removable, _silence, _some
-from kdnb.trace import OUTPUT, tensors_of
+from kdnb.channels import ChannelGroup, _removable, _silence, _some
+from kdnb.trace import OUTPUT, output_tensors
 
 @contextmanager
 def tf32():
@@ -515,7 +515,7 @@ def check_shrunken(m, x, least=.9, pickled=True):
     assert max_difference(small, s, x)<1e-10 and n_params(small)<least*n_params(m)
     for copy in (small, copy_network(small), *([pickle.loads(pickle.dumps(small))] if pickled else [])):
         copy.train()
-        sum(o.float().sum() for o in tensors_of(copy(*(x if isinstance(x, tuple) else (x,)))) if o.requires_grad).backward()
+        sum(o.float().sum() for o in output_tensors(copy(*(x if isinstance(x, tuple) else (x,)))) if o.requires_grad).backward()
         assert sum(p.grad is not None for p in copy.parameters())>len([*copy.parameters()])//2
     return s,small
 
@@ -841,3 +841,115 @@ def test_masks_of_every_kind_hold_after_learn_shrink(how):
     quiet(learn, 1, 1e-2)
     assert abs(before-.5)<.01 and zeros(small)==before
     assert max_difference(plain_copy(small), small, learn.dls)<1e-12
+
+
+class Net2(nn.Module):
+    "`f` of this network and its inputs; `mods` are its layers"
+    def __init__(self, f, **mods):
+        super().__init__()
+        self.f = f
+        for k,m in mods.items(): setattr(self, k, m)
+    def forward(self, *xs): return self.f(self, *xs)
+
+def C(i, o): return nn.Conv2d(i, o, 3, padding=1)
+IMG = torch.randn(2,3,8,8, generator=torch.Generator().manual_seed(0))
+
+@pytest.mark.parametrize('f', [
+    lambda s,x: s.b(torch.stack([s.a(x),s.d(x)], 2).flatten(1, 2)), lambda s,x: s.c(torch.stack([s.a(x),s.d(x)], -1)[...,0]),
+    lambda s,x: s.c(torch.cat([s.a(x),s.d(x)])[:2])+s.c(torch.cat([s.a(x),s.d(x)])[2:]), lambda s,x: s.c(torch.cat([s.a(x),s.d(x)], 3)[...,:5])])
+def test_what_is_put_side_by_side_goes_together(f):
+    m = Net2(f, a=C(3,12), d=C(3,12), b=C(24,2), c=C(12,2))
+    groups = channel_groups(m, IMG)
+    assert all({p.path for p in g.makers}>={'a','d'} for g in groups if g.name in ('a','d'))
+    small = remove_channels(m, IMG, {'a': [0]}) if not groups['a'].stays else m
+    assert small(IMG).shape==m(IMG).shape
+
+@pytest.mark.parametrize('f', [lambda s,x: s.c(s.a(x).roll(1, 1)), lambda s,x: s.c(s.a(x).relu())+s.e(s.a(x)[:,[0,1]]),
+                               lambda s,x: s.c(s.a(x))+s.a(x)[:,3:10].amax(1, keepdim=True), lambda s,x: s.c(s.n(s.a(x)))])
+def test_channels_that_are_taken_by_position_stay(f):
+    class First(nn.BatchNorm2d):
+        def forward(self, x): y = super().forward(x); return torch.cat([y[:,:1]*2, y[:,1:]], 1)
+    m = Net2(f, a=C(3,60), c=C(60,2), e=C(2,2), n=First(60)).eval()
+    assert all(g.stays for g in channel_groups(m, IMG) if g.name=='a')
+
+@pytest.mark.parametrize('f,where', [(lambda s,x: s.c(s.n(s.a(x))), ''), (lambda s,x: s.c(input=s.a(input=x)), ''), (lambda s,x: s.c(s.a(x)*x.new_empty(len(x),1,1,1).fill_(.5)), ''),
+                                     (lambda s,x: s.c(s.k(s.a(x), 2)), 's.k')])
+def test_what_leaves_channels_alone_is_known(f, where):
+    class Two(nn.Conv2d):
+        def forward(self, x, k): return super().forward(x)*k
+    m = Net2(f, a=C(3,12), c=C(12,2), n=nn.Dropout2d(.2), **dict(k=Two(12,12,1)) if 's.k' in where else {}).eval()
+    assert not channel_groups(m, IMG)['a'].stays
+    check_shrunken(m, IMG, pickled=False)
+
+def silent(m, n=4):
+    "Channels of `a` whose weights are zero"
+    with torch.no_grad(): m.a.weight[:n] = 0; m.a.bias[:n] = 0
+    return m.eval()
+
+@pytest.mark.parametrize('f,other', [
+    (lambda s,x: s.b(s.a(x).masked_fill(x[:,:1]>50, -1.)), lambda x: x*100), (lambda s,x: s.b(torch.where(x[:,:1]<-50, s.t, s.a(x))), lambda x: x*100),
+    (lambda s,x: s.b(F.relu(s.a(x)+x[:,:1]-2)), lambda x: x*5), (lambda s,x: s.b(s.a(x)+F.relu(x[:,:1]-20)), lambda x: x*100)])
+def test_what_is_zero_for_this_batch_only_is_not_dead(f, other):
+    m = silent(Net2(f, a=C(3,12), b=C(12,2), t=nn.Parameter(torch.ones(1,12,1,1))))
+    x = IMG.clamp(-1, 1)
+    small = shrink(m, x)
+    assert max_difference(small, m, other(x))<1e-10
+
+@pytest.mark.parametrize('f', [lambda s,x: s.b(F.relu(s.n(s.a(x)))), lambda s,x: s.b(F.leaky_relu(s.a(x)-1) if s.training else F.relu(s.a(x)-1))])
+def test_what_is_zero_in_evaluation_only_is_not_dead(f):
+    m = silent(Net2(f, a=C(3,12), b=C(12,2), n=nn.BatchNorm2d(12)))
+    with torch.no_grad(): m.n.running_mean.fill_(3); m.n.bias.fill_(.5)
+    small = shrink(m, IMG)
+    a,b = (copy_network(o).double().train()(IMG.double()) for o in (m, small))
+    assert torch.allclose(a, b)
+
+@pytest.mark.parametrize('f', [lambda s,x: s.b(s.a(x)) if x.mean()<9 else s.d(s.a(x)), lambda s,x: s.b(s.a(x)) if len(x)>1 else s.d(s.a(x)), lambda s,x: s.b(s.a(x)) if len(x)<50 else s.d(s.a(x))])
+def test_a_way_that_was_not_taken_is_not_cut_off(f):
+    m = silent(Net2(f, a=C(3,12), b=C(12,2), d=C(12,2)))
+    _silence(m, ChannelGroup('a', 12, [], [], [Part('b', torch.arange(12), torch.arange(12))]), torch.arange(12)<4)
+    small = shrink(m, IMG)
+    for x in (IMG, IMG[:1], IMG.repeat(30,1,1,1), IMG+20): assert small(x).shape==m(x).shape
+
+def test_a_head_that_needs_targets_to_train():
+    def f(s, x, y=None):
+        if s.training:
+            if y is None: raise ValueError('no targets')
+            return s.b(s.a(x)),s.d(s.a(x))
+        return s.b(s.a(x))
+    m = silent(Net2(f, a=C(3,12), b=C(12,2), d=C(12,2)))
+    small = shrink(m, IMG).train()
+    assert len(small(IMG, IMG))==2
+
+def test_code_that_reads_a_linear_layer_in_training():
+    m = Net2(lambda s,x: (s.b(s.a(x)), s.b.weight.pow(2).sum()) if s.training else s.b(s.a(x)), a=nn.Linear(8,6), b=nn.Linear(6,3)).eval()
+    with torch.no_grad(): m.a.weight[:,:3] = 0
+    x = torch.randn(4,8)
+    with torch.no_grad(): m.b.weight[:,1] = 0; m.a.weight[1] = 1
+    assert len(shrink(m, x).train()(x))==2
+
+def test_tensors_that_code_keeps_elsewhere_are_left_clean():
+    kept = {}
+    def f(s, x):
+        h = s.a(x)
+        if (h.shape,h.dtype) not in kept: kept[h.shape,h.dtype] = torch.ones_like(h)
+        return s.b(h*kept[h.shape,h.dtype])
+    big = Net2(f, a=C(3,12), b=C(12,2), e=C(3,40))
+    channel_groups(big, IMG)
+    assert not any(hasattr(t, '_labels') for t in kept.values()) and not any(hasattr(p, '_labels') for p in big.parameters())
+    assert channel_groups(Net2(f, a=C(3,12), b=C(12,2)), IMG)['a'].n==12
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+def test_scripts_and_layers_with_a_forward_of_their_own_stay():
+    m = nn.Sequential(C(3,12), nn.ReLU(), C(12,2)).eval()
+    assert all(g.stays for g in channel_groups(torch.jit.script(m), IMG))
+    with pytest.raises(ValueError, match='TorchScript module'): shrink(torch.jit.script(m), IMG)
+    m[0].forward = (lambda f: lambda x: f(x)*2)(m[0].forward)
+    y = m(IMG)
+    assert channel_groups(m, IMG)['0'].stays and torch.equal(shrink(m, IMG)(IMG), y)
+
+@dataclass(slots=True)
+class Slots: y:torch.Tensor; h:torch.Tensor
+
+def test_outputs_in_slots():
+    m = Net2(lambda s,x: Slots(s.b(h := s.a(x)), h), a=C(3,12), b=C(12,2))
+    assert channel_groups(m, IMG)['a'].stays==OUTPUT
