@@ -824,12 +824,18 @@ def _carry_state(old, new, # Optimisers
 
 @patch
 def shrink(self:Learner,
-    tol=1e-5, # Largest difference allowed, relative to outputs of size 1 and more
+    tol=1e-5, # Largest difference allowed, relative to the largest output
     update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, or True for all
     "Replace the model by its shrunken copy; the optimiser keeps its state, so that training goes on. Returns the model"
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('the optimiser was built by hand for the present parameters and cannot be built again. '
                          'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
+    headed = [c for c in self.cbs if len(getattr(c, 'heads', ()))]      # heads of a distillation read layers that get narrower
+    self.remove_cbs(headed)
+    try: return _replace_model(self, tol, update_bn)
+    finally: self.add_cbs(headed)      # with new heads
+
+def _replace_model(self, tol, update_bn):
     model,opt = unwrap(self.model),self.opt
     small,kept,paths = _checked(model, inputs(self.dls, model), self.dls, tol, update_bn)
     _carry_masks(model, small, kept, paths)

@@ -953,3 +953,19 @@ class Slots: y:torch.Tensor; h:torch.Tensor
 def test_outputs_in_slots():
     m = Net2(lambda s,x: Slots(s.b(h := s.a(x)), h), a=C(3,12), b=C(12,2))
     assert channel_groups(m, IMG)['a'].stays==OUTPUT
+
+@pytest.mark.parametrize('opt', ['adam','torch_sgd'])
+def test_a_distillation_with_heads_goes_on_after_learn_shrink(opt):
+    dls = image_dls('digits', bs=256)
+    learn = Learner(dls, create('lenet5', dls), metrics=accuracy, opt_func=OPTS[opt])
+    kd = KnowledgeDistillation(create('lenet5', dls).to(dls.device), KD()*.5+VID({'conv2': 'conv2'}))
+    learn.add_cb(kd)
+    quiet(learn, 1, 1e-3)
+    prune_model(learn, .5, by='channel')
+    learn.shrink()
+    assert learn.model.conv2.out_channels==8
+    quiet(learn, 1, 1e-3)
+    assert kd.mean('vid')>0
+    learn.remove_cb(kd)
+    assert not any('distill' in n for n,_ in learn.model.named_modules())
+    quiet(learn, 1, 1e-3)
