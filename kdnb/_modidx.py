@@ -629,6 +629,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.features.Capture.forget': ('features.html#capture.forget', 'kdnb/features.py'),
                                'kdnb.features.Capture.remove': ('features.html#capture.remove', 'kdnb/features.py'),
                                'kdnb.features.Capture.take': ('features.html#capture.take', 'kdnb/features.py'),
+                               'kdnb.features._calls': ('features.html#_calls', 'kdnb/features.py'),
                                'kdnb.features._entry': ('features.html#_entry', 'kdnb/features.py'),
                                'kdnb.features._fields': ('features.html#_fields', 'kdnb/features.py'),
                                'kdnb.features._file': ('features.html#_file', 'kdnb/features.py'),

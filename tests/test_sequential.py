@@ -98,3 +98,10 @@ def test_two_processes_come_to_an_end(tmp_path):
     a,b = Record(tmp_path/'a'),Record(tmp_path/'b')
     assert [o['name'] for o in a.stages][-1]=='small' and len(a.exhibits['curves'].data['student'])==2
     assert [o['name'] for o in b.stages]==['Teacher','Student, resnet8','VID-I, resnet8','Student, read by VID-I'] and 'likelihood' in b.exhibits
+
+def test_the_defaults_pass_the_checks_on_digits(tmp_path, monkeypatch):
+    "ResNet-101 teaches ResNet-18 by SimKD: on 8 × 8 pixels, too, the first training begins"
+    class Begun(Exception): pass
+    def begin(self, *args, **kwargs): raise Begun
+    monkeypatch.setattr(Run, 'teacher', begin)
+    with pytest.raises(Begun): distill_then_prune(image_dls('digits'), path=tmp_path/'run', show=False)
