@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import ValueMetric
 from fastai.torch_core import find_bs,join_path_file,norm_bias_params
-from .features import as_network
+from .features import as_network,described
 
 # %% ../nbs/05_terms.ipynb #b46b5392
 def check_weight(w, what='weight'):
@@ -99,6 +99,8 @@ class LossTerm(TidyCallback):
         name='term', # Column in the progress table
         task=1.): # Weight of the task loss itself
         terms,weights = (term,weight) if isinstance(term, dict) else ({name:term},{name:weight})
+        for k,f in terms.items():
+            if not callable(f): raise ValueError(f'the term {k!r} is {described(f)}, expected a function of this callback that gives a scalar tensor.')
         self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
         self.task,self._sums,self._n,self._files = check_weight(task, 'task'),{},{},{}
 

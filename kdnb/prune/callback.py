@@ -19,7 +19,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random,set_seed
-from ..features import unwrap
+from ..features import described,unwrap
 from .criteria import (Scoring,channel_masks,check_choice,check_criterion,check_pattern,check_sparsity,n_of,own_weights,
                                  select,select_pattern)
 from .masks import fraction_zero,mask_model,masks,paths_of,prunable,raw,say_share,unmask
@@ -27,6 +27,7 @@ from ..terms import QuickCallback,TidyCallback,is_training
 
 # %% ../../nbs/32_prune.callback.ipynb #6152466c
 def _check(sparsity, criterion, by, scope, pattern):
+    if isinstance(sparsity, nn.Module): raise ValueError(f'sparsity is {described(sparsity)}, expected a fraction such as .5, or a function of the scores.')
     if not callable(sparsity): check_sparsity(sparsity)
     check_choice('by', by, ('weight','channel'))
     check_criterion(criterion, by)
