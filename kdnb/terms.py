@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_weight', 'weight_at', 'is_training', 'QuickCallback', 'TidyCallback', 'LossTerm', 'TermSplitter',
-           'param_states', 'take_in', 'let_go']
+           'param_states', 'take_in', 'let_go', 'regroup']
 
 # %% ../nbs/05_terms.ipynb #036a4941
 import math
@@ -17,6 +17,7 @@ from fastai.callback.core import Callback,CancelFitException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import ValueMetric
+from fastai.optimizer import OptimWrapper,Optimizer
 from fastai.torch_core import find_bs,join_path_file,norm_bias_params
 from .features import as_network,described
 
@@ -259,6 +260,43 @@ def join(self:LossTerm):
             if id(p) in new: learn.opt.state[p][flag] = value
 
 # %% ../nbs/05_terms.ipynb #5783254f
+def regroup(opt, groups, i, own=None):
+    "Let `opt` hold `groups`: one less than before, whose hyperparameters at `i` come back, or one more, with `own` for them at `i`"
+    old,inner = opt.param_lists,opt
+    slow = {id(p): w for ws,g in zip(vars(opt).get('slow_weights') or (), old) for w,p in zip(ws, g)}
+    while isinstance(vars(inner).get('opt'), (Optimizer,OptimWrapper)): inner = inner.opt
+    wrapper = isinstance(inner, OptimWrapper)
+    hypers = list(inner.opt.param_groups if wrapper else inner.hypers)
+    gone = hypers.pop(i) if own is None else hypers.insert(i, {**own, 'params': []} if wrapper else dict(own))
+    if wrapper: inner.opt.param_groups[:] = hypers
+    else: inner.hypers = L(hypers)
+    if inner.frozen_idx>i: inner.frozen_idx += -1 if own is None else 1
+    opt.param_lists = type(old)([type(old[0])(g) for g in groups])
+    if slow: opt.slow_weights = L(L(slow[id(p)] for p in g) for g in groups)
+    return gone
+
+def _ids(groups): return [{id(p) for p in g} for g in groups]
+
+@patch
+def _split(self:LossTerm):
+    "Give the term a group of its own again, in an optimiser that had one"
+    opt,own = self.learn.opt,vars(self.learn.opt).get('own_hypers')
+    groups = self.learn.splitter(self.learn.model)
+    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
+    if own is None or set().union(*_ids(groups))!=set().union(*_ids(opt.param_lists)) or len(groups)!=len(opt.param_lists)+1: return
+    regroup(opt, groups, i, own)
+    opt.own_hypers = None
+
+@patch
+def _merge(self:LossTerm):
+    "Let the term's own group be part of the group in which the learner's splitter has its parameters"
+    opt,learn = self.learn.opt,self.learn
+    old,ids = [list(g) for g in opt.param_lists],{id(p) for p in self.params(learn.model)}
+    if not ids or ids not in _ids(old[:-1]): return
+    i = _ids(old).index(ids)
+    merged,groups = old[:i] + [old[i]+old[i+1]] + old[i+2:],TermSplitter(learn.splitter)(learn.model)
+    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
+
 @patch
 def attach(self:LossTerm):
     "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
@@ -266,6 +304,7 @@ def attach(self:LossTerm):
     if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
     learn.splitter.terms.append(self)
     self.join()
+    if self.own_group and learn.opt is not None: self._split()
     if not self.own_group and len(self.params(learn.model)): learn.save,learn.load = partial(save_bare, learn),partial(load_bare, learn)
 
 @patch
@@ -280,6 +319,7 @@ def detach(self:LossTerm):
     if isinstance(learn.splitter, TermSplitter) and self in learn.splitter.terms:
         learn.splitter.terms.remove(self)
         if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
+    if self.own_group and learn.opt is not None: self._merge()
 
 @patch
 def before_fit(self:LossTerm):
