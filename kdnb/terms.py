@@ -259,7 +259,7 @@ def join(self:LossTerm):
         for p in norm_bias_params(learn.model, flag=='do_wd') if on else ():
             if id(p) in new: learn.opt.state[p][flag] = value
 
-# %% ../nbs/05_terms.ipynb #5783254f
+# %% ../nbs/05_terms.ipynb #5a1c07e3
 def regroup(opt, groups, i, own=None):
     "Let `opt` hold `groups`: one less than before, whose hyperparameters at `i` come back, or one more, with `own` for them at `i`"
     old,inner = opt.param_lists,opt
@@ -275,6 +275,7 @@ def regroup(opt, groups, i, own=None):
     if slow: opt.slow_weights = L(L(slow[id(p)] for p in g) for g in groups)
     return gone
 
+# %% ../nbs/05_terms.ipynb #5a1c07e4
 def _ids(groups): return [{id(p) for p in g} for g in groups]
 
 @patch
@@ -297,6 +298,7 @@ def _merge(self:LossTerm):
     merged,groups = old[:i] + [old[i]+old[i+1]] + old[i+2:],TermSplitter(learn.splitter)(learn.model)
     opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
 
+# %% ../nbs/05_terms.ipynb #5783254f
 @patch
 def attach(self:LossTerm):
     "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
