@@ -193,7 +193,9 @@ def _load(args):
     "The images, and what the record calls them"
     from kdnb.data import folder_dls,image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
-    if args.data in image_sets or not Path(args.data).exists(): return image_dls(args.data, **kwargs),args.data
+    if args.data in image_sets or not Path(args.data).exists():
+        if args.size and args.data in image_sets: raise ValueError(f'--size is for folders, and {args.data} is an image set, whose images have one size. Leave it out.')
+        return image_dls(args.data, **kwargs),args.data
     p = Path(args.data).resolve()
     return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 

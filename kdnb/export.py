@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, safetensors.torch as st, torch
 from PIL import Image,ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError,safe_open
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
@@ -129,7 +129,9 @@ def _fitted(self:Preprocess, im):
 # %% ../nbs/40_export.ipynb #4d75912b
 def read_header(path):
     "The checked header of a saved model, and the shape of each tensor, without reading the tensors"
-    with safe_open(path, 'pt') as f:
+    try: opened = safe_open(path, 'pt')
+    except SafetensorError as e: raise ValueError(f'{path} is not a file of save_model ({e}).') from None
+    with opened as f:
         try: header = json.loads((f.metadata() or {})['kdnb'])
         except (KeyError,ValueError,RecursionError):
             raise ValueError(f'{path} is no kdnb model: it has no readable header.') from None

@@ -181,14 +181,19 @@ def hear(model, # Any module
 def layer_shapes(model, # Any module
     data): # `DataLoaders`, a batch, or a tuple of inputs
     "`DataFrame` of kind and output shape of every layer that runs, in the order in which they finish, by path"
+    rows = [(path, type(m).__name__, o) for path,m,_,o in _calls(model, data)]
+    return pd.DataFrame(rows, columns=['layer','kind','shape']).set_index('layer')
+
+def _calls(model, data):
+    "Path, module, shapes of first input and of output of every call of a layer, in the order in which they finish"
     xb,model,rows = inputs(data, model),unwrap(model),[]
-    hooks = [m.register_forward_hook(lambda m,args,out,n=n: rows.append((n, type(m).__name__, _shape(out))))
+    hooks = [m.register_forward_hook(lambda m,args,out,n=n: rows.append((n, m, _shape(args), _shape(out))))
              for n,m in model.named_modules() if n]
     try:
         with evaluating(model), torch.no_grad(): model(*xb)
     finally:
         for h in hooks: h.remove()
-    return pd.DataFrame(rows, columns=['layer','kind','shape']).set_index('layer')
+    return rows
 
 def _shape(out):
     out = _first(out)
@@ -226,10 +231,17 @@ def match_stages(student, teacher, # Two convolutional networks
 
 def stage_ends(model, # Any convolutional network
     data): # `DataLoaders`, a batch, or a tuple of inputs
-    "`{(H, W): path}` of the layer that finishes last with maps of that size"
+    "`{(H, W): path}` of the layer that finishes last with maps of that size, not within a block that goes on to another size"
     last = {}
-    for path,shape in layer_shapes(model, data)['shape'].items():
-        if len(shape)==4: last.pop(shape[2:], None); last[shape[2:]] = path      # in the order in which they finish
+    for path,m,*shapes in _calls(model, data):      # of several calls the last, which `Capture` hears
+        last.pop(path, None)
+        last[path] = m,*(o[2:] if len(o)==4 else () for o in shapes)
+    leaves = {f'{path}.': i for path,(m,i,o) in last.items() if i and o and i!=o and not isinstance(m, nn.Sequential)}
+    ends = {}
+    for n,(path,(m,_,size)) in enumerate(last.items()):
+        within = sum(path.startswith(block) and i==size for block,i in leaves.items())
+        if size: ends[size] = max(ends.get(size, (-within,n,path)), (-within,n,path))
+    last = {size: path for size,(_,n,path) in sorted(ends.items(), key=lambda o: o[1][1])}      # in the order in which they finish
     return {size: path for size,path in last.items() if size!=(1,1)} or last
 
 def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_weight', 'weight_at', 'is_training', 'QuickCallback', 'TidyCallback', 'LossTerm', 'TermSplitter',
-           'param_states', 'take_in', 'let_go']
+           'param_states', 'take_in', 'let_go', 'regroup']
 
 # %% ../nbs/05_terms.ipynb #036a4941
 import math
@@ -17,8 +17,9 @@ from fastai.callback.core import Callback,CancelFitException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import ValueMetric
+from fastai.optimizer import OptimWrapper,Optimizer
 from fastai.torch_core import find_bs,join_path_file,norm_bias_params
-from .features import as_network
+from .features import as_network,described
 
 # %% ../nbs/05_terms.ipynb #b46b5392
 def check_weight(w, what='weight'):
@@ -99,6 +100,8 @@ class LossTerm(TidyCallback):
         name='term', # Column in the progress table
         task=1.): # Weight of the task loss itself
         terms,weights = (term,weight) if isinstance(term, dict) else ({name:term},{name:weight})
+        for k,f in terms.items():
+            if not callable(f): raise ValueError(f'the term {k!r} is {described(f)}, expected a function of this callback that gives a scalar tensor.')
         self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
         self.task,self._sums,self._n,self._files = check_weight(task, 'task'),{},{},{}
 
@@ -256,6 +259,45 @@ def join(self:LossTerm):
         for p in norm_bias_params(learn.model, flag=='do_wd') if on else ():
             if id(p) in new: learn.opt.state[p][flag] = value
 
+# %% ../nbs/05_terms.ipynb #5a1c07e3
+def regroup(opt, groups, i, own=None):
+    "Let `opt` hold `groups`: one less than before, whose hyperparameters at `i` come back, or one more, with `own` for them at `i`"
+    old,inner = opt.param_lists,opt
+    slow = {id(p): w for ws,g in zip(vars(opt).get('slow_weights') or (), old) for w,p in zip(ws, g)}
+    while isinstance(vars(inner).get('opt'), (Optimizer,OptimWrapper)): inner = inner.opt
+    wrapper = isinstance(inner, OptimWrapper)
+    hypers = list(inner.opt.param_groups if wrapper else inner.hypers)
+    gone = hypers.pop(i) if own is None else hypers.insert(i, {**own, 'params': []} if wrapper else dict(own))
+    if wrapper: inner.opt.param_groups[:] = hypers
+    else: inner.hypers = L(hypers)
+    if inner.frozen_idx>i: inner.frozen_idx += -1 if own is None else 1
+    opt.param_lists = type(old)([type(old[0])(g) for g in groups])
+    if slow: opt.slow_weights = L(L(slow[id(p)] for p in g) for g in groups)
+    return gone
+
+# %% ../nbs/05_terms.ipynb #5a1c07e4
+def _ids(groups): return [{id(p) for p in g} for g in groups]
+
+@patch
+def _split(self:LossTerm):
+    "Give the term a group of its own again, in an optimiser that had one"
+    opt,own = self.learn.opt,vars(self.learn.opt).get('own_hypers')
+    groups = self.learn.splitter(self.learn.model)
+    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
+    if own is None or set().union(*_ids(groups))!=set().union(*_ids(opt.param_lists)) or len(groups)!=len(opt.param_lists)+1: return
+    regroup(opt, groups, i, own)
+    opt.own_hypers = None
+
+@patch
+def _merge(self:LossTerm):
+    "Let the term's own group be part of the group in which the learner's splitter has its parameters"
+    opt,learn = self.learn.opt,self.learn
+    old,ids = [list(g) for g in opt.param_lists],{id(p) for p in self.params(learn.model)}
+    if not ids or ids not in _ids(old[:-1]): return
+    i = _ids(old).index(ids)
+    merged,groups = old[:i] + [old[i]+old[i+1]] + old[i+2:],TermSplitter(learn.splitter)(learn.model)
+    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
+
 # %% ../nbs/05_terms.ipynb #5783254f
 @patch
 def attach(self:LossTerm):
@@ -264,6 +306,7 @@ def attach(self:LossTerm):
     if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
     learn.splitter.terms.append(self)
     self.join()
+    if self.own_group and learn.opt is not None: self._split()
     if not self.own_group and len(self.params(learn.model)): learn.save,learn.load = partial(save_bare, learn),partial(load_bare, learn)
 
 @patch
@@ -278,6 +321,7 @@ def detach(self:LossTerm):
     if isinstance(learn.splitter, TermSplitter) and self in learn.splitter.terms:
         learn.splitter.terms.remove(self)
         if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
+    if self.own_group and learn.opt is not None: self._merge()
 
 @patch
 def before_fit(self:LossTerm):

@@ -213,3 +213,8 @@ def test_other_fastai_data():
     learn = Learner(per_item(), to_variational(Two()), loss_func=CrossEntropyLossFlat(), cbs=VariationalSparsifier())
     quiet(learn, 2, 1e-3, cbs=KnowledgeDistillation(Two()))
     assert type(learn.compress()) is Two
+
+def test_what_is_no_function_is_refused_at_once():
+    for f,words in ((lambda: Pruner(nn.Linear(2,2)), 'sparsity is a Linear, expected a fraction'), (lambda: prune_model(nn.Linear(2,2), nn.Linear(2,2)), 'sparsity is a Linear'),
+                    (lambda: LossTerm(3), "the term 'term' is 3, expected a function"), (lambda: LossTerm(dict(a=len, b=None), dict(a=1,b=1)), "the term 'b' is None")):
+        with pytest.raises(ValueError, match=words): f()

@@ -214,3 +214,6 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
     res = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
     for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
     assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
+
+def test_a_size_is_for_folders(capsys, tmp_path):
+    assert '--size is for folders, and digits is an image set' in said(capsys, 1, 'compress', '--data', 'digits', '--size', 32, '--quick', '--out', tmp_path/'run')

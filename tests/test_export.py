@@ -302,3 +302,13 @@ def test_a_report_names_the_numbers_of_the_normalisation(tmp_path):
     lines = how_to_load(fake_record(tmp_path, in_shape=[1,8,8]))
     assert f'(pixels/255 - {dls.valid.after_batch.fs[1].mean.item():.4g})' in lines and '# x: images (N, 1, 8, 8), normalised: x = model.preprocess(' in lines
     assert lines.splitlines()[0]=='import kdnb.all' and 'kdnb.all.load_model(' in lines
+
+@pytest.mark.parametrize('content', ['pickle', 'text', 'nothing', 'cut'])
+def test_a_file_of_something_else_is_no_file_of_save_model(content, tmp_path):
+    path = tmp_path/'p.pth'
+    save_model(create('lenet5', in_shape=(1,8,8)), path)
+    whole = path.read_bytes()
+    if content=='pickle': torch.save(nn.Linear(2,2).state_dict(), path)
+    else: path.write_bytes(dict(text=b'a line of text that is no model', nothing=b'', cut=whole[:len(whole)//2])[content])
+    for f in (load_model, read_header):
+        with pytest.raises(ValueError, match='p.pth is not a file of save_model'): f(path)

@@ -25,3 +25,26 @@ class Up(nn.Module):
 
 def test_the_last_map_of_a_network_that_goes_up_again():
     assert stage_ends(Up(), torch.randn(1,1,8,8))=={(2,2): 'b', (4,4): 'c'} and last_map(Up(), torch.randn(1,1,8,8))=='c'
+
+@pytest.mark.parametrize('name', ['resnet50','mobilenet_v2','shufflenet_v2_x0_5'])
+def test_stages_end_at_maps_of_their_size_where_the_network_can_be_cut(name):
+    torch.manual_seed(0)
+    import torchvision
+    m,x = getattr(torchvision.models, name)(weights=None),torch.randn(2,3,64,64)
+    ends = stage_ends(m, (x,))
+    z,said = hear(m, list(ends.values()), (x,))
+    assert [tuple(o.shape[2:]) for o in said.values()]==list(ends)
+    if name=='resnet50': assert ends=={(32,32): 'relu', (16,16): 'layer1', (8,8): 'layer2', (4,4): 'layer3', (2,2): 'layer4'}
+    for path in list(ends.values())[1:]:
+        with evaluating(m), torch.no_grad():
+            body,head = cut(m, path)
+            torch.testing.assert_close(head(body(x)), z)
+
+class Enclosed(nn.Module):
+    "A block that ends in maps of another size, with a whole network in it"
+    def __init__(self): super().__init__(); self.body = nn.Sequential(nn.Conv2d(1,2,3,1,1), nn.ReLU(), nn.Conv2d(2,3,3,2,1))
+    def forward(self, x): return self.body(x)
+
+def test_stages_within_a_module_around_the_whole_network_are_found():
+    m = nn.Sequential(Enclosed(), nn.Flatten(), nn.Linear(48,2))
+    assert stage_ends(m, torch.randn(2,1,8,8))=={(8,8): '0.body.1', (4,4): '0'}

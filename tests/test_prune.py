@@ -904,3 +904,30 @@ def test_rewinding_the_rate_keeps_the_accuracy(data_dir, mnist_learners):
     levels = quietly_iterative(learn, .79, n_epoch=2, lr=4e-3)
     assert len(levels)==8 and levels[-1].weights==266_200-math.ceil(.79*266_200)
     assert dense-accuracy_on(learn.model, learn.dls.test) < .002
+
+@pytest.mark.parametrize('rewind', ['lr','weights'])
+def test_iterative_prune_ends_beside_a_distillation_with_heads(rewind):
+    "The heads are no weights of the network: they are not counted, and not pruned"
+    learn = learner()
+    whole = sum(w.numel() for w in prunable(learn.model).values())
+    teacher = net()
+    learn.add_cb(KnowledgeDistillation(teacher, KD() + VID('act')))
+    levels = quietly_iterative(learn, .5, .3, n_epoch=1, lr=1e-3, rewind=rewind)
+    assert levels[0].weights==whole and levels[-1].weights==whole-n_of(.5, whole) and levels[-1].sparsity==pytest.approx(.5, abs=1/whole)
+
+def test_a_round_that_prunes_nothing_is_an_error(monkeypatch):
+    from kdnb.prune import callback
+    monkeypatch.setattr(callback, '_cut', lambda s, *args: s.model)
+    with pytest.raises(ValueError, match='this round has pruned nothing'): quietly_iterative(learner(), .5, n_epoch=1, lr=1e-3)
+
+@pytest.mark.parametrize('name', penalties)
+def test_a_penalty_leaves_heads_alone(name):
+    class Look(Callback):
+        order = 200
+        def after_backward(self): self.grads = {k: p.grad for k,p in self.model.named_parameters() if k.startswith('distill_heads') and p.grad is not None}
+    def weights(*cbs):
+        learn = quiet(learner(), 1, 1e-2, cbs=[*cbs, Penalty(name, 1e-2), look := Look()])
+        return state(learn.model),look.grads
+    plain,_ = weights()
+    beside,grads = weights(KnowledgeDistillation(net(), VID('act')*0.))
+    assert same(plain, beside) and not any(g.abs().sum() for g in grads.values())

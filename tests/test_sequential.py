@@ -1,5 +1,6 @@
 "Malihi and Heidemann 2023 end to end: what is fine-tuned, what is counted, what is run again; Malihi and Heidemann 2023 and Ahn et al. 2019 in two processes."
 import subprocess, sys
+from types import SimpleNamespace
 
 import pytest
 from common import data, quiet
@@ -98,3 +99,18 @@ def test_two_processes_come_to_an_end(tmp_path):
     a,b = Record(tmp_path/'a'),Record(tmp_path/'b')
     assert [o['name'] for o in a.stages][-1]=='small' and len(a.exhibits['curves'].data['student'])==2
     assert [o['name'] for o in b.stages]==['Teacher','Student, resnet8','VID-I, resnet8','Student, read by VID-I'] and 'likelihood' in b.exhibits
+
+def test_the_defaults_pass_the_checks_on_digits(tmp_path, monkeypatch):
+    "ResNet-101 teaches ResNet-18 by SimKD: on 8 × 8 pixels, too, the first training begins"
+    class Begun(Exception): pass
+    def begin(self, *args, **kwargs): raise Begun
+    monkeypatch.setattr(Run, 'teacher', begin)
+    with pytest.raises(Begun): distill_then_prune(image_dls('digits'), path=tmp_path/'run', show=False)
+
+def test_more_seeds_that_change_the_breakpoint_are_named(tmp_path, monkeypatch):
+    "The breakpoint is one for all seeds: with another one a finished result would be another"
+    from kdnb.recipes import sequential
+    run = recipe(tmp_path/'run', epochs=(1,1,1), channels=False)
+    found = sequential.find_breakpoint
+    monkeypatch.setattr(sequential, 'find_breakpoint', lambda df: SimpleNamespace(sparsity=.9 if abs(found(df).sparsity-.9)>.1 else .3))
+    with pytest.raises(ValueError, match='seeds are 0, 1, were 0'): recipe(tmp_path/'run', epochs=(1,1,1), channels=False, seeds=2)

@@ -1130,3 +1130,27 @@ def test_gates_are_not_asked_for_noise_while_they_are_frozen():
     assert 'half of training is over' in once            # of the second fit, and not of the frozen epoch
     (frozen,) = said('fit', 2)
     assert 'γ is frozen' in frozen and 'unfreeze' in frozen
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.Adam)], ids=['fastai','lookahead','torch'])
+def test_after_a_fit_with_its_own_callback_the_optimiser_is_that_of_the_splitter(opt_func, tmp_path):
+    "What is kept of each parameter stays; saved, loaded, exported and trained on as any other"
+    def fit(learn): return quiet(learn, 1, 1e-3, cbs=VariationalSparsifier())
+    learn = fit(learner(opt_func=opt_func, path=tmp_path))
+    plain = learner(opt_func=opt_func)
+    plain.create_opt()
+    names = {id(p): n for m in (learn.model, plain.model) for n,p in m.named_parameters()}
+    def groups(o): return [[names[id(p)] for p in g] for g in o.opt.param_lists]
+    def moments(o):
+        kept = [{k: v for s in param_states(o.opt) for k,v in s.get(p, {}).items()} for g in o.opt.param_lists for p in g]
+        return [s.get('grad_avg', s.get('exp_avg')) for s in kept]
+    assert groups(learn)==groups(plain) and len(learn.opt.hypers)==1
+    before = moments(learn)
+    learn.save('x')
+    learn.export('x.pkl')
+    other = learner(opt_func=opt_func, path=tmp_path).load('x')
+    for o in (learn, other):
+        assert o.dls.train.n and all(a is not None and torch.equal(a, b) for a,b in zip(before, moments(o)))
+    fit(fit(learner(opt_func=opt_func)))            # again with a group of its own
+    twice = fit(learner(opt_func=opt_func))
+    quiet(twice, 1, 1e-3)
+    assert all(v.isfinite().all() for v in state(twice.model).values())

@@ -19,7 +19,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random,set_seed
-from ..features import unwrap
+from ..features import described,unwrap
 from .criteria import (Scoring,channel_masks,check_choice,check_criterion,check_pattern,check_sparsity,n_of,own_weights,
                                  select,select_pattern)
 from .masks import fraction_zero,mask_model,masks,paths_of,prunable,raw,say_share,unmask
@@ -27,6 +27,7 @@ from ..terms import QuickCallback,TidyCallback,is_training
 
 # %% ../../nbs/32_prune.callback.ipynb #6152466c
 def _check(sparsity, criterion, by, scope, pattern):
+    if isinstance(sparsity, nn.Module): raise ValueError(f'sparsity is {described(sparsity)}, expected a fraction such as .5, or a function of the scores.')
     if not callable(sparsity): check_sparsity(sparsity)
     check_choice('by', by, ('weight','channel'))
     check_criterion(criterion, by)
@@ -249,7 +250,7 @@ class Levels(list):
 
 def _level(learn, dl=None, layers=None):
     with learn.no_bar(),learn.no_logging(): values = learn.validate(dl=dl)
-    ws = prunable(learn.model, layers=layers)
+    ws = own_weights(learn, layers=layers)
     return Level(fraction_zero(ws), sum(int(w.count_nonzero()) for w in ws.values()),
                  dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values)), deepcopy(unwrap(learn.model)))
 
@@ -271,7 +272,7 @@ class _Snapshot(Callback):
 
 def _gone(learn, ignore, layers):
     "Weights that are pruned, and all of them"
-    ws,there = prunable(learn.model, ignore, layers),masks(learn.model)
+    ws,there = own_weights(learn, ignore, layers),masks(learn.model)
     return sum(int((there[k]==0).sum()) for k in ws if k in there),sum(w.numel() for w in ws.values())
 
 def iterative_prune(learn, # Learner; trained, unless its weights are rewound
@@ -298,7 +299,7 @@ def iterative_prune(learn, # Learner; trained, unless its weights are rewound
         if learn.opt is None and lr is None:
             raise ValueError('fine-tuning goes on with the last learning rate, and this learner has none: train it, or pass `lr`.')
         fit,lr = 'fit',lr or [float(h['lr']) for h in learn.opt.hypers]
-    if layers is None and not ignore: say_share(learn.model, prunable(learn.model))
+    if layers is None and not ignore: say_share(learn.model, own_weights(learn))
     ignore,layers = paths_of(learn.model, ignore),layers if layers in (None,'all') else paths_of(learn.model, layers, 'layers')
     mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
     def train(**kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *kwargs.pop('extra', [])], **kwargs)
@@ -309,6 +310,7 @@ def iterative_prune(learn, # Learner; trained, unless its weights are rewound
     while (last := _gone(learn, ignore, layers))[0] < n_of(sparsity, last[1]):
         _cut(Scoring(learn, ignore=ignore, layers=layers), sparsity, criterion, scope, rate)
         after = _gone(learn, ignore, layers)[0]
+        if after<=last[0]: raise ValueError(f'this round has pruned nothing: {after} of {last[1]} weights are pruned, asked for: {sparsity:g} of them.')
         if rewind=='weights':
             with learn.added_cbs(L(cbs)): start.restore(learn)      # with the parameters that they bring
             train(reset_opt=False, start_epoch=rewind_to)

@@ -12,6 +12,7 @@ __all__ = ['criteria', 'penalties', 'check_choice', 'add_up', 'own_weights', 'Sc
 import math,warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 import numpy as np, torch
 from torch import nn
@@ -26,7 +27,7 @@ from ..channels import channel_groups
 from ..features import get_layer,unwrap
 from ..measure import evaluating,in_order,inputs,split_batch
 from .masks import acting,mask_model,masks,prunable,raw,unmask
-from ..terms import LossTerm
+from ..terms import LossTerm,brought_by
 
 # %% ../../nbs/31_prune.criteria.ipynb #ecf80009
 def check_choice(what, given, choices):
@@ -417,6 +418,16 @@ def polarization(model, t=1.2): # Weight of the L1 norm
 
 penalties = dict(l1=l1, group_lasso=lasso, slimming=slimming, polarization=polarization)
 
+@contextmanager
+def _without_brought(learn):
+    "The network; while it lasts, without the layers that loss terms have brought to it, such as the heads of a distillation"
+    model,ids = unwrap(learn.model),{id(p) for ps in brought_by(learn).values() for p in ps}
+    modules = model._modules
+    def own(m): return m is None or not (ps := [*m.parameters()]) or any(id(p) not in ids for p in ps)
+    if ids: model.__dict__['_modules'] = {k: m for k,m in modules.items() if own(m)}
+    try: yield model
+    finally: model.__dict__['_modules'] = modules
+
 class Penalty(LossTerm):
     "Add a penalty on the network's weights to the training loss"
     def __init__(self,
@@ -426,13 +437,18 @@ class Penalty(LossTerm):
         if not callable(penalty) and penalty not in penalties:
             raise ValueError(f'penalty is {penalty!r}, expected one of {", ".join(penalties)}, or a function of the network.')
         f = penalty if callable(penalty) else penalties[penalty]
-        super().__init__(lambda self: f(unwrap(self.model), **kwargs), weight, name=getattr(f, '__name__', 'penalty'))
-        self.clamps = f is polarization and weight!=0
+        super().__init__(self._of, weight, name=getattr(f, '__name__', 'penalty'))
+        self.penalty,self.clamps = partial(f, **kwargs),f is polarization and weight!=0
+
+    @staticmethod
+    def _of(self):
+        with _without_brought(self.learn) as model: return self.penalty(model)
 
     def after_step(self):
         if not self.clamps: return
-        for m in self.model.modules():
-            if isinstance(m, _BatchNorm) and m.affine: m._parameters['weight'].data.clamp_(0, 1)
+        with _without_brought(self.learn) as model:
+            for m in model.modules():
+                if isinstance(m, _BatchNorm) and m.affine: m._parameters['weight'].data.clamp_(0, 1)
 
 # %% ../../nbs/31_prune.criteria.ipynb #2c4104af
 def below_valley(worth, # Scores of all units, at least 0, such as those of `bn_scale`

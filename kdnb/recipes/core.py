@@ -422,13 +422,14 @@ def _take_up(self:Run):
               *_other_values(old['settings'], now)]
     self._differ = f' ({"; ".join(differ)})' if differ else ''
     if not self.finished: return
-    if not grows: differ.append(f'seeds are {", ".join(map(str, self.seeds))}, were {", ".join(map(str, old["seeds"]))}')
-    if differ: self._refuse('; '.join(differ))
+    if differ or not grows: self._refuse('; '.join(differ))
     self.versions,self.machine = old['versions'],old['machine']
 
 @patch
 def _refuse(self:Run, why):
     release(self.path)
+    was,now = (', '.join(map(str, o)) for o in (self._old['seeds'], self.seeds))
+    why = '; '.join([o for o in (why, f'seeds are {now}, were {was}' if now!=was else '') if o])
     raise ValueError(f'{self.path} holds a finished run, and a result is not overwritten. What differs: {why}. Choose another folder, or '
                      'begin anew with force=True. Without model.safetensors the folder counts as unfinished: move that file '
                      'away to train only what has changed.')
