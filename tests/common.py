@@ -8,6 +8,8 @@ X,Y = (o[:201] for o in (image_dls('digits').train.dataset.x, image_dls('digits'
 
 def data(**kwargs): return from_arrays(X, Y, **kwargs)
 
+def here(model): "A network where the loaders put their batches"; return model.to(default_device())
+
 def seeded(dls, model, **kwargs):
     "A `Learner` that shuffles and draws as any other made here"
     set_seed(0)

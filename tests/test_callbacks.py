@@ -2,14 +2,14 @@
 import pytest
 import torch.distributed as tdist
 from fastai.callback.schedule import *
-from common import Two, ends, flat, per_item, quiet, seeded
+from common import Two, ends, flat, here, per_item, quiet, seeded
 from kdnb import processes
 from kdnb.all import *
 
 DLS = {k: image_dls('digits', **kw) for k,kw in dict(plain={}, index=dict(index=True), half=dict(bs=32)).items()}
 
 def net(hidden=(16,)): set_seed(1); return create('lenet300', DLS['plain'], hidden=hidden)
-TEACHER = net((32,))
+TEACHER = here(net((32,)))
 
 def learner(model, dls='plain', **kwargs): return seeded(DLS[dls], model, **kwargs)
 

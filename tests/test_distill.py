@@ -10,7 +10,7 @@ from fastai.callback.schedule import *
 from fastai.vision.models.xresnet import xresnet18
 from torchvision.models import mobilenet_v2, resnet18
 import two_processes as ddp
-from common import CPUAutocast, StopAt, X, Y, data, ends, flat, quiet, seeded
+from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, seeded
 from kdnb.all import *
 from kdnb.checkpoint import load_state
 from kdnb.features import as_logits
@@ -29,7 +29,7 @@ every = pytest.mark.parametrize('name', TERMS)
 headed = pytest.mark.parametrize('name', HEADED)
 
 def student(): set_seed(1); return create('lenet5', DLS)
-def make_teacher(): set_seed(2); return create('lenet5_caffe', DLS)
+def make_teacher(): set_seed(2); return here(create('lenet5_caffe', DLS))
 TEACHER = make_teacher()
 
 def learner(dls=None, model=None, **kwargs): return seeded(dls or data(), model or student(), **kwargs)
@@ -338,7 +338,7 @@ class Invert(Callback):
     ('Use it alone', SimKD('conv2') + KD(), {}),
     ('teacher gives 7 outputs, student 10', KD(), dict(teacher=lambda: create('lenet5', DLS, c=7))),
     ('teacher gives 7 outputs, student 10', DKD(), dict(teacher=lambda: create('lenet5', DLS, c=7))),
-    ('teacher is on meta, student on cpu', AT('conv2'), dict(teacher=lambda: make_teacher().to('meta'))),
+    ('teacher is on meta, student on ', AT('conv2'), dict(teacher=lambda: make_teacher().to('meta'))),
     ('teacher computes in torch.float16, student in torch.float32', AT('conv2'), dict(teacher=lambda: make_teacher().half())),
     ('a batch of 64, the teacher\'s a batch of 32', SP({'conv2': '0'}), dict(teacher=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,10)), halve=True)),
     ('not finite', KD(), dict(nan=True)),

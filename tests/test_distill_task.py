@@ -2,7 +2,7 @@
 import timm.loss
 import pytest
 import torch.nn.modules.loss as losses
-from common import CPUAutocast, X, Y, data, flat, quiet, same, seeded, state
+from common import CPUAutocast, X, Y, data, flat, here, quiet, same, seeded, state
 from kdnb.all import *
 import kdnb.distill.methods as methods
 
@@ -16,7 +16,6 @@ IMAGES = X.float()/255
 LABELS = torch.stack([Y%2==0, Y>=5, torch.isin(Y, torch.tensor([2,3,5,7], device=Y.device))], 1).float()       # even, large, prime
 NUMBERS = torch.stack([torch.cos(Y*.6), torch.sin(Y*.6), Y/9], 1)
 
-def here(model): return model.to(default_device())
 def mlp(c, hidden=16, seed=1): set_seed(seed); return here(nn.Sequential(nn.Flatten(), nn.Linear(64,hidden), nn.ReLU(), nn.Linear(hidden,c)))
 def conv(c, seed=2): set_seed(seed); return here(nn.Sequential(nn.Conv2d(1,8,3), nn.ReLU(), nn.Flatten(), nn.Linear(288,c)))
 
