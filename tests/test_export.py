@@ -1,4 +1,4 @@
-"A saved network comes back bit for bit; whatever else is in a file ends in a ValueError or SafetensorError."
+"A saved network comes back bit for bit; whatever else is in a file ends in a ValueError."
 import ast, json, pickle, random, struct, subprocess, sys
 from copy import deepcopy
 
@@ -6,7 +6,6 @@ import pytest
 import safetensors.torch as st
 import timm
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision import models as tv
 from kdnb.all import *
 from common import same
@@ -77,9 +76,9 @@ def test_mutations(saved, tmp_path):
         if i%11==0: b[:8] = struct.pack('<Q', rng.choice([0, 2**63, n+1, n-1, 10**12]))
         f.write_bytes(b)
         try: load_model(f); how = 'loaded'
-        except (ValueError,SafetensorError) as e: how = type(e).__name__
+        except ValueError: how = 'refused'
         ended[how] = ended.get(how, 0)+1
-    assert ended.get('loaded', 0) < 30 and ended['ValueError'] > 50 and ended['SafetensorError'] > 50, ended
+    assert ended.get('loaded', 0) < 30 and ended['refused'] > 570, ended
 
 def test_refuses_what_is_not_plain(tmp_path):
     with pytest.raises(ValueError, match='still has Gate layers'): save_model(to_variational(lenet300()), tmp_path/'a')
