@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.channels._removable': ('channels.html#_removable', 'kdnb/channels.py'),
                                'kdnb.channels._remove': ('channels.html#_remove', 'kdnb/channels.py'),
                                'kdnb.channels._replace_model': ('channels.html#_replace_model', 'kdnb/channels.py'),
+                               'kdnb.channels._said': ('channels.html#_said', 'kdnb/channels.py'),
                                'kdnb.channels._settled': ('channels.html#_settled', 'kdnb/channels.py'),
                                'kdnb.channels._sharing': ('channels.html#_sharing', 'kdnb/channels.py'),
                                'kdnb.channels._shrunken': ('channels.html#_shrunken', 'kdnb/channels.py'),

@@ -423,6 +423,10 @@ def _some(g, order):
         dead[torch.cat([ends, rest])[:n]] = True
     return dead
 
+def _said(error):
+    "The first line of an error, for a message"
+    return (str(error).splitlines() or [type(error).__name__])[0][:80]
+
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
@@ -433,7 +437,7 @@ def _difference(model, xb, groups):
         kept = _remove(small, gone)
         with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)       # torch.fx prints the errors of its modules
     except Exception as e:
-        return f"the network's code counts on their number ({(str(e).splitlines() or [type(e).__name__])[0]:.80})",getattr(e, 'where', '')
+        return f"the network's code counts on their number ({_said(e)})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
     where = _first_difference(layer_outputs(masked, xb), small, model, kept, tol)
     return None if where is None else (LOST,where)
@@ -509,7 +513,7 @@ def _groups(model, xb, seconds=60):
         except Exception as e: fault = fault or e
     else:
         layers = [p for p,m in model.named_modules() if isinstance(m, weighted)]
-        why = f'{type(model).__name__} cannot be followed ({(str(fault).splitlines() or [type(fault).__name__])[0]:.80})'
+        why = f'{type(model).__name__} cannot be followed ({_said(fault)})'
         return ChannelGroups(_others([], model, layers, why))
     _hold_odd(t, model)
     groups,order = _collect(t, probe),{p: i for i,p in enumerate(t.ran)}
@@ -593,7 +597,7 @@ def _constant(model, g):
 
 @torch.no_grad()
 def _hear_zeros(model, paths, xb, training=False):
-    "`{path: mask}` of the inputs of layers that are zero everywhere in a batch; heads that run in training only are heard there"
+    "`{path: mask}` of the inputs of layers that are zero everywhere in a batch, in evaluation and, where the network runs so, in training"
     zero,hooks = {},[]
     def listen(m, x, path):
         if not x[0].numel(): return
@@ -775,7 +779,7 @@ def _check_training(model, small, xb):
         try: copy_network(model).train()(*xb)
         except Exception: return
         try: copy_network(small).train()(*xb)
-        except Exception as e: raise ValueError(f'the shrunken network does not run in training mode ({(str(e).splitlines() or [type(e).__name__])[0]:.80}). '
+        except Exception as e: raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). '
                                                 'Please report the architecture; the masked network itself is unchanged and can be used.') from e
 
 def _prove(model, small, kept, paths, xb, tol):
