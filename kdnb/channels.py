@@ -50,6 +50,7 @@ def index_layer(index, # Kept positions of the last axis (n,)
     g.output(g.call_function(torch.gather, (x, -1, g.call_method('expand_as', (i, n)))))
     return fx.GraphModule(root, g, 'KeepInputs')
 
+# %% ../nbs/04_channels.ipynb #193b9a93
 def keep_inputs(linear, # Layer whose inputs are cut
     index): # Positions that stay, as a tensor of numbers
     "An index layer and the narrowed copy of `linear` behind it"
@@ -70,6 +71,7 @@ def _reachable(o, seen):
     else: children = [getattr(o, '__self__', None),getattr(o, '__dict__', None)]
     for c in children: yield from _reachable(c, seen)
 
+# %% ../nbs/04_channels.ipynb #7ff56068
 def copy_network(model):
     "A deep copy of `model`, also if it keeps activations; these are shared, without their gradient"
     return deepcopy(model, {id(t): t.detach() for t in _reachable(vars(model), {}) if not t.is_leaf})
@@ -210,6 +212,7 @@ def _sharing(model, **kwargs):
             if p is not None: owners.setdefault(id(p), set()).add(path)
     return {p for ps in owners.values() if len(ps)>1 for p in ps}
 
+# %% ../nbs/04_channels.ipynb #2c24ad04
 def _hold_odd(t, model):
     "Hold in trace `t` what cannot be cut"
     shared = _sharing(model)
@@ -325,6 +328,7 @@ def _tensor(model, name):
     path,_,name = name.rpartition('.')
     return (model.get_submodule(path)._parameters | model.get_submodule(path)._buffers)[name]
 
+# %% ../nbs/04_channels.ipynb #0f890ca4
 def _kept(model, gone):
     "`{path: (rows, cols)}` that stay in each layer touched, when the channels `gone`, pairs of group and mask, go"
     alive = {}
@@ -373,6 +377,7 @@ class _Constant(TorchDispatchMode):
         if name=='randperm': return out.sort().values
         return tree_map_only(torch.Tensor, lambda o: o.fill_(.5 if o.is_floating_point() else 0), out)
 
+# %% ../nbs/04_channels.ipynb #f722e68b
 @contextmanager
 def constant_draws(model):
     "All random numbers that are drawn inside are one half, and the generators are left as they were"
@@ -427,6 +432,7 @@ def _said(error):
     "The first line of an error, for a message"
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
+# %% ../nbs/04_channels.ipynb #264e6a65
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
@@ -445,6 +451,7 @@ def _difference(model, xb, groups):
 # %% ../nbs/04_channels.ipynb #51844b37
 def _late(until): return ('there was no time to try them',None) if time.thread_time()>until else None
 
+# %% ../nbs/04_channels.ipynb #3b2811fe
 def _try(model, xb, groups, until):
     "Let those of `groups` stay that cannot be removed exactly, alone or together, or are not tried when this thread has run `until`"
     aside,sound = [],list(groups)
@@ -502,6 +509,7 @@ def _probes(model, xb):
         for dtype in (torch.float64,torch.float32):
             yield lambda device=device,dtype=dtype: (_randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
 
+# %% ../nbs/04_channels.ipynb #34b319c3
 def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
     until,xb,fault = time.thread_time()+seconds,first_samples(xb, 2, 2),None
@@ -548,6 +556,7 @@ def _asked(groups, path, idxs):
         dead[p.unit[torch.isin(p.at, idxs)]] = True
         if dead.any(): yield g,dead
 
+# %% ../nbs/04_channels.ipynb #9af377ff
 @torch.inference_mode(False)
 def remove_channels(model, # Any module; masks are multiplied in
     data, # `DataLoaders` or a batch of inputs
@@ -581,6 +590,7 @@ def _speaks(m, reads=False):
     elif reads==getattr(m, 'transposed', False): return w.flatten(1).any(1)
     return w.unflatten(0, (getattr(m, 'groups', 1), -1)).movedim(2, 1).flatten(2).any(2).flatten()
 
+# %% ../nbs/04_channels.ipynb #bbd0e562
 def _every(parts, n, test):
     "Channels for which `test(path)`, a mask of the layer's axis, is true wherever they are in `parts`"
     res = torch.ones(n, dtype=torch.bool, device='cpu')
@@ -589,12 +599,14 @@ def _every(parts, n, test):
 
 def _unread(model, g): return _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
 
+# %% ../nbs/04_channels.ipynb #f58518f2
 def _constant(model, g):
     "Channels that do not depend on the input: no maker, or no norm, has a weight for them that is not zero"
     norms = [p for p in g.norms if getattr(model.get_submodule(p.path), 'bias', None) is not None]
     mute = [_every(ps, g.n, lambda p: ~_speaks(model.get_submodule(p))) for ps in (g.makers, norms) if ps]
     return torch.stack(mute).any(0)
 
+# %% ../nbs/04_channels.ipynb #930a7985
 @torch.no_grad()
 def _hear_zeros(model, paths, xb, training=False):
     "`{path: mask}` of the inputs of layers that are zero everywhere in a batch, in evaluation and, where the network runs so, in training"
@@ -614,6 +626,7 @@ def _hear_zeros(model, paths, xb, training=False):
     except Exception: trained = {}      # it may not train on these
     return {p: zero.get(p, True) & trained.get(p, True) for p in zero.keys() | trained.keys()}
 
+# %% ../nbs/04_channels.ipynb #9aeeb879
 def _other_inputs(xb):
     "The inputs `xb`, and what is unlike them: what is zero for these only is not dead"
     rng = torch.Generator().manual_seed(0)
@@ -623,6 +636,7 @@ def _other_inputs(xb):
     for f in (lambda o: -10*o, partial(drawn, size=10.), partial(drawn, size=1e3)):
         yield tree_map_only(torch.Tensor, lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
 
+# %% ../nbs/04_channels.ipynb #de15eb2c
 @torch.no_grad()
 def _silent(model, groups, xb):
     "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in"
@@ -662,6 +676,7 @@ def _dead(model, groups, xb):
     left = {g.name: why for g in groups if (why := _why_left(model, g, gone.get(g), zero.get(g)))}
     return {g: mask for g,mask in gone.items() if mask.any()},left
 
+# %% ../nbs/04_channels.ipynb #a7317b29
 def _why_left(model, g, gone, zero):
     "Why channels of zeros stay in group `g`, if there are any; the last one of a layer needs no reason"
     idle = _constant(model, g) | (_unread(model, g) if g.readers else False)
@@ -691,6 +706,7 @@ def _cut_positions(model, xb):
             cut[path] = f'{path}.1',index.cpu()
     return cut
 
+# %% ../nbs/04_channels.ipynb #b2a85996
 @torch.no_grad()
 def _shrunken(model, xb, positions=True):
     "A smaller copy; what is kept of its layers, `{path: (rows, cols)}`; and their new paths"
@@ -703,6 +719,7 @@ def _shrunken(model, xb, positions=True):
         kept[p],paths[p] = (rows,cols[index]),new
     return small,kept,paths
 
+# %% ../nbs/04_channels.ipynb #27e10433
 def _estimate_bn(model, data, update_bn):
     "Average the BatchNorm statistics of `model` over training batches"
     dl = data.train if isinstance(data, DataLoaders) and isinstance(update_bn, (bool,int)) else update_bn
@@ -729,6 +746,7 @@ def _exact(model, xb):
         return exact,x
     except RuntimeError: return model.float(),_cast(xb, p.device, torch.float32)
 
+# %% ../nbs/04_channels.ipynb #102a9952
 @contextmanager
 def _no_tf32():
     places = torch.backends.cuda.matmul,torch.backends.cudnn
@@ -773,6 +791,7 @@ def _checked(model, xb, data, tol, update_bn):
     if update_bn: _estimate_bn(small, data, update_bn)
     return small,kept,paths
 
+# %% ../nbs/04_channels.ipynb #30de6df5
 def _check_training(model, small, xb):
     "Raise if `small` does not run in training mode, where `model` does"
     with torch.no_grad(), constant_draws(model):
@@ -782,6 +801,7 @@ def _check_training(model, small, xb):
         except Exception as e: raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). '
                                                 'Please report the architecture; the masked network itself is unchanged and can be used.') from e
 
+# %% ../nbs/04_channels.ipynb #472c5d51
 def _prove(model, small, kept, paths, xb, tol):
     "Raise if `small` does not do what `model` does, layer by layer"
     with _no_tf32():
@@ -799,6 +819,7 @@ def _left(t, model, path, name, kept):
     if path not in kept: return t.clone()
     return _narrow(t, model.get_submodule(path), name, *(o.to(t.device) for o in kept[path])).contiguous()
 
+# %% ../nbs/04_channels.ipynb #9f444668
 def _carry_masks(model, small, kept, paths):
     "Masks of `model` that still have something to hold at zero in `small` go on holding it"
     for path,m in model.named_modules():
@@ -808,6 +829,7 @@ def _carry_masks(model, small, kept, paths):
             mask = _left(m._buffers[f'{name}_mask'], model, path, name, kept)
             if not mask.all(): custom_from_mask(small.get_submodule(paths.get(path, path)), name, mask)
 
+# %% ../nbs/04_channels.ipynb #4a933d9d
 def _carry_state(old, new, # Optimisers
     model, small, # Their networks
     kept, paths): # What `_shrunken` says
@@ -826,6 +848,7 @@ def _carry_state(old, new, # Optimisers
         for a,b in states:
             if p in a: b[p] = a[p]
 
+# %% ../nbs/04_channels.ipynb #d537a45d
 @patch
 def shrink(self:Learner,
     tol=1e-5, # Largest difference allowed, relative to the largest output
@@ -839,6 +862,7 @@ def shrink(self:Learner,
     try: return _replace_model(self, tol, update_bn)
     finally: self.add_cbs(headed)      # with new heads
 
+# %% ../nbs/04_channels.ipynb #27ce0960
 def _replace_model(self, tol, update_bn):
     model,opt = unwrap(self.model),self.opt
     small,kept,paths = _checked(model, inputs(self.dls, model), self.dls, tol, update_bn)

@@ -73,7 +73,9 @@ def _pack(o, tensors):
     if kind is None: raise TypeError(f'{type(o).__name__} is no plain data')
     return {kind: [_pack(v, tensors) for v in o]}
 
+# %% ../nbs/06_checkpoint.ipynb #c5860fcb
 _factories = {f.__name__: f for f in (int,float,str,list,dict,set)}
+
 def _kind_of(o):
     "What a dict is beside a dict"
     if type(o) in (Counter,OrderedDict): return dict(of=type(o).__name__)
@@ -82,6 +84,7 @@ def _kind_of(o):
 
 def _as_kind(d, of): return d if of is None else dict(Counter=Counter, OrderedDict=OrderedDict).get(of, partial(defaultdict, _factories.get(of)))(d)
 
+# %% ../nbs/06_checkpoint.ipynb #6b5f471f
 def _one_tensor(o):
     "A long list of numbers or of scalar tensors as one tensor: a recorder has one of each for every batch"
     if type(o) is not list or len(o)<16: return
@@ -91,6 +94,7 @@ def _one_tensor(o):
     with torch.no_grad(),torch._C.DisableTorchFunctionSubclass():     # fastai's own type is slower
         if {(v.dtype,v.ndim) for v in o}=={(o[0].dtype,0)}: return torch.stack(o)
 
+# %% ../nbs/06_checkpoint.ipynb #b383f784
 def _unpack(o, tensors):
     if not isinstance(o, dict): return o
     (kind,v),*more = o.items()
@@ -111,8 +115,10 @@ def _unpack(o, tensors):
         return df
     return {'$list': list, '$tuple': tuple, '$L': L, '$set': set, '$frozenset': frozenset}[kind](_unpack(x, tensors) for x in v)
 
+# %% ../nbs/06_checkpoint.ipynb #d4873001
 def _hashable(k): return tuple(k) if isinstance(k, list) else k
 
+# %% ../nbs/06_checkpoint.ipynb #7afd6725
 def save_state(path, # File to write
     o): # Numbers, text, tensors, arrays and `DataFrame`s in lists, tuples and dicts
     "Write plain data to one safetensors file, atomically and without pickle"
@@ -123,6 +129,7 @@ def save_state(path, # File to write
         seen.add(memory.data_ptr())
     return atomic_write(path, lambda tmp: st.save_file(tensors, tmp, dict(kdnb=json.dumps(packed))))
 
+# %% ../nbs/06_checkpoint.ipynb #fda8a6c8
 def load_state(path):
     "What `save_state` wrote; tensors are on the CPU"
     try:
@@ -190,6 +197,7 @@ class _Digest:
         known = (tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))) if tls else (len(ds),ds,_own_code(ds))
         return dl.bs,getattr(dl, 'shuffle', None),getattr(dl, 'drop_last', None),[str(t) for t in tfms],known
 
+# %% ../nbs/06_checkpoint.ipynb #e92b644b
 def _cell(c):
     try: return c.cell_contents
     except ValueError: return None
@@ -200,9 +208,12 @@ def _is_setting(v):
 
 def _settings(m): return sorted((k, v) for k,v in vars(m).items() if k[0]!='_' and k!='training' and _is_setting(v))
 
+# %% ../nbs/06_checkpoint.ipynb #84b42778
 _libraries = 'torch','torchvision','fastai','fastcore','kdnb','builtins','typing'
+
 def _is_own(o): return str(getattr(o, '__module__', None) or 'builtins').split('.')[0] not in _libraries
 
+# %% ../nbs/06_checkpoint.ipynb #bb3d5b2d
 def _own_code(o):
     "Methods, properties and constants of the class of `o`, or of the class `o`; those of torch, fastai and this package left out"
     def parts(k, v):
@@ -216,11 +227,13 @@ def _own_code(o):
 
 def _is_constant(v): return all(map(_is_constant, v)) if isinstance(v, tuple) else isinstance(v, (bool,int,float,str,NoneType))
 
+# %% ../nbs/06_checkpoint.ipynb #90d71029
 def _is_written_here(o):
     "Is it code of the user's own files, not of an installed package?"
     file = str(getattr(sys.modules.get(o.__module__), '__file__', ''))
     return _is_own(o) and not (re.search(r'[/\\](site|dist)-packages[/\\]', file) or file.startswith(get_path('stdlib')))
 
+# %% ../nbs/06_checkpoint.ipynb #c5fb1df0
 def _taken(f):
     "Functions, classes and constants of their file that the user's own function `f` names"
     def names(code):
@@ -231,17 +244,20 @@ def _taken(f):
     return [(k, _own_code(v) if isinstance(v, type) else v) for k,v in there.items()
             if _is_constant(v) or isinstance(v, (FunctionType,type)) and _is_written_here(v)]
 
+# %% ../nbs/06_checkpoint.ipynb #9f94cd45
 def _labels(tl):
     "What `tl` says of its items, unless that is images, which take long to open, or stands in their table"
     if isinstance(tl.items, pd.DataFrame) or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000: return
     return str([y.tolist() if isinstance(y, torch.Tensor) else y for y in tl])
 
+# %% ../nbs/06_checkpoint.ipynb #bcc2aa30
 def fingerprint(*objects):
     "Checksum of networks, data, callbacks, functions and plain values, by content"
     d = _Digest()
     d.feed(objects)
     return d.h.hexdigest()
 
+# %% ../nbs/06_checkpoint.ipynb #0ddeb478
 def tensors_in(model):
     "`{name: tensor}` of every parameter and buffer, as they are stored: masks beside weights, heads of a distillation included"
     model = unwrap(model)
@@ -264,6 +280,7 @@ def _names(code):
     inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
     return {*code.co_names}.union((c for c in code.co_consts if isinstance(c, str) and c.isidentifier()), *inner)
 
+# %% ../nbs/06_checkpoint.ipynb #18029b8e
 @lru_cache
 def _library_names(cls):
     "The names that the bases of `cls` in torch, fastai and this package use"
@@ -273,6 +290,7 @@ def _library_names(cls):
         res.update({name}, *(_names(o.__code__) for o in fs if hasattr(o, '__code__')))
     return res
 
+# %% ../nbs/06_checkpoint.ipynb #0c058605
 def _attributes(o):
     "What `o` may remember by name: not the learner, and in private only what is of a user's making"
     if not isinstance(o, Callback): return {k: v for k,v in vars(o).items() if k[0]!='_'}
@@ -280,6 +298,7 @@ def _attributes(o):
 
 # %% ../nbs/06_checkpoint.ipynb #d05c6e04
 _fixed = FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,torch.dtype,torch.device
+
 _values = type(None),bool,int,float,complex,str,bytes,Path,np.generic,np.ndarray,pd.DataFrame
 
 def _mark(o, held, depth=5):
@@ -287,6 +306,7 @@ def _mark(o, held, depth=5):
     try: return _mark_of(o, held, depth)
     except Exception: return object()
 
+# %% ../nbs/06_checkpoint.ipynb #22e07606
 def _mark_of(o, held, depth):
     if isinstance(o, _values): return fingerprint(o)
     if (state := _drawn(o)) is not None: return fingerprint(state)
@@ -300,6 +320,7 @@ def _mark_of(o, held, depth):
     if isinstance(o, (list,tuple,L,set,frozenset,deque)): return [deeper(v) for v in o]
     return {k: deeper(v) for k,v in vars(o).items() if k!='learn'} if hasattr(o, '__dict__') else object()
 
+# %% ../nbs/06_checkpoint.ipynb #ba5f59a0
 def marks_of(cbs):
     "What `callback_memory` compares with later, taken when a fit begins: `{callback: ({attribute: mark}, ...)}`"
     res,held = {},[]
@@ -314,6 +335,7 @@ def _drawn(o):
     if isinstance(o, np.random.Generator): return o.bit_generator.state
     if isinstance(o, (np.random.RandomState,torch.Generator)): return o.get_state()
 
+# %% ../nbs/06_checkpoint.ipynb #dc5a037c
 def _revived(old, new):
     "`new`, or `old` with the values of `new`, where others may hold it"
     if isinstance(old, random.Random): old.setstate(new)
@@ -334,6 +356,7 @@ def _is_plain(o):
 
 def _keeps_state(o): return hasattr(type(o), 'load_state_dict')     # of the class: callbacks hand questions on to the model
 
+# %% ../nbs/06_checkpoint.ipynb #02963c3f
 def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its attributes; largest private one in bytes
     "`{name: plain data}` of what `o` remembers, and `{name: what it is}` of what has changed since `start` and cannot be kept"
     if _keeps_state(o): return o.state_dict(),{}
@@ -355,6 +378,7 @@ def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its a
     there = [k for k,v in kept.items() if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(v))]
     return kept | ({'$cuda': there} if there else {}),lost
 
+# %% ../nbs/06_checkpoint.ipynb #2df8be7d
 def _remember(o, state):
     "Give `o` back what `_memory` found"
     if _keeps_state(o): return o.load_state_dict(state)
@@ -362,6 +386,7 @@ def _remember(o, state):
     for k,v in state.items():
         if k!='$cuda': vars(o)[k] = _revived(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
 
+# %% ../nbs/06_checkpoint.ipynb #044d4dcc
 def callback_memory(cbs, # Callbacks
     start=None, # `marks_of` them when the fit began: private attributes that have not changed are left out
     limit=2**26, # Largest private attribute, in bytes
@@ -374,6 +399,7 @@ def callback_memory(cbs, # Callbacks
         if lost is not None: lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
     return res
 
+# %% ../nbs/06_checkpoint.ipynb #e8d59c09
 def set_callback_memory(cbs, states):
     "Callbacks are known by their class; one that was not there begins anew"
     states = list(states)
@@ -388,6 +414,7 @@ def _generators(dls):
     return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda,
                 loaders=[dl.rng.getstate() for dl in dls.loaders if hasattr(dl, 'rng')])
 
+# %% ../nbs/06_checkpoint.ipynb #36d71769
 def _set_generators(dls, state):
     random.setstate(state['python'])
     name,keys,*rest = state['numpy']
@@ -396,6 +423,7 @@ def _set_generators(dls, state):
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
     for dl,s in zip([dl for dl in dls.loaders if hasattr(dl, 'rng')], state['loaders']): dl.rng.setstate(s)
 
+# %% ../nbs/06_checkpoint.ipynb #cdfa85de
 def training_state(learn, start=None, lost=None):
     "All that the rest of a training depends on, as plain data, between two epochs; `start` and `lost` as in `callback_memory`"
     grads = {k: p.grad for k,p in unwrap(learn.model).named_parameters() if p.grad is not None and p.grad.any()}
@@ -405,6 +433,7 @@ def training_state(learn, start=None, lost=None):
                 opt=opt, scaler=scaler.state_dict() if (scaler := vars(learn).get('scaler')) else None,
                 callbacks=callback_memory(learn.cbs, start, limit, lost), generators=_generators(learn.dls))
 
+# %% ../nbs/06_checkpoint.ipynb #eaf58c3a
 def set_training_state(learn, state):
     "Go back to `state`, from `training_state`"
     set_tensors(learn.model, state['model'])
@@ -419,6 +448,7 @@ def set_training_state(learn, state):
 # %% ../nbs/06_checkpoint.ipynb #c6c25eee
 def _is_finite(t): return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()    # a sum is fast
 
+# %% ../nbs/06_checkpoint.ipynb #1dcfb2e4
 class Checkpoint(QuickCallback):
     "Keep the state of a training in a folder, and go on from it if it is there"
     order,run_valid = 99,False   # behind everything that may change weights or remember something

@@ -66,17 +66,20 @@ def _whole(s):
 
 def _seeds(s): return _whole(s) if ',' in s else _whole(s)[0]
 
+# %% ../nbs/70_cli.ipynb #37a90c9c
 def _from(least):
     def whole(s):
         if len(o := _whole(s))==1 and o[0]>=least: return o[0]
         raise argparse.ArgumentTypeError(f'{s!r} is no whole number from {least} on')
     return whole
 
+# %% ../nbs/70_cli.ipynb #20e9d3a0
 def _size(s):
     o = _whole(s)
     if len(o)<3 and min(o)>0: return o[0] if len(o)==1 else o
     raise argparse.ArgumentTypeError(f'{s!r} is no size: pixels of an edge, such as 32, or height,width')
 
+# %% ../nbs/70_cli.ipynb #cb6b1bc5
 def _setting(s):
     "`name=value`, the value as Python or JSON would read it, or else as text"
     name,eq,v = s.partition('=')
@@ -87,6 +90,7 @@ def _setting(s):
     try: return name,ast.literal_eval(dict(true='True', false='False', null='None', none='None').get(v, v))
     except (ValueError,SyntaxError): return name,v
 
+# %% ../nbs/70_cli.ipynb #b12ec414
 def parser():
     text = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog='kdnb', epilog=_help, formatter_class=text,
@@ -95,6 +99,7 @@ def parser():
     for add in (_compress_parser,_report_parser,_data_parser,_sweep_parser): add(commands, text)
     return p
 
+# %% ../nbs/70_cli.ipynb #695b654e
 def _compress_parser(commands, text):
     c = commands.add_parser('compress', help='run a recipe: a small network and a report in a folder',
                             epilog=_compress_help,
@@ -119,6 +124,7 @@ def _compress_parser(commands, text):
     c.add_argument('--force', action='store_true', help='begin anew: delete the run in that folder')
     c.add_argument('--quiet', action='store_true', help='no progress bars')
 
+# %% ../nbs/70_cli.ipynb #8f491bea
 def _report_parser(commands, text):
     c = commands.add_parser('report', help='write the report of a run again, or compare runs', formatter_class=text,
                             description='Write the report of a run, from its folder alone; of several, side by side.',
@@ -126,6 +132,7 @@ def _report_parser(commands, text):
     c.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='folder of a run')
     c.add_argument('--out', type=Path, metavar='FILE', help='page to write (FOLDER/report.html, or compare.html)')
 
+# %% ../nbs/70_cli.ipynb #4d2bcfc0
 def _data_parser(commands, text):
     c = commands.add_parser('data', help='list the image sets and whether their files are whole', formatter_class=text,
                             description='List the image sets and check their files; or look into a folder of your own.',
@@ -133,6 +140,7 @@ def _data_parser(commands, text):
     c.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='images of your own')
     c.add_argument('--size', type=_size, metavar='N', help='edge that its images are to have, or height,width')
 
+# %% ../nbs/70_cli.ipynb #749858d7
 def _sweep_parser(commands, text):
     c = commands.add_parser('sweep', help='run a recipe for every combination of a grid', formatter_class=text,
                             description='Run a recipe for every combination of a grid, on several processes or '
@@ -152,6 +160,7 @@ def _command(args):
     "The parser of the command"
     return parser()._subparsers._group_actions[0].choices[args.command]
 
+# %% ../nbs/70_cli.ipynb #893523a3
 def main(argv=None):
     "The command `kdnb`; returns its exit status"
     args = parser().parse_args(argv)
@@ -180,6 +189,7 @@ def _in_options(message, args):
 
 def _typed(value): return value.strip('()\'"').replace(', ', ',')
 
+# %% ../nbs/70_cli.ipynb #ded6b898
 def _settings_of(args):
     "Names that `--set` takes"
     core = sys.modules.get('kdnb.recipes.core')     # else nothing was run yet
@@ -199,6 +209,7 @@ def _load(args):
     p = Path(args.data).resolve()
     return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 
+# %% ../nbs/70_cli.ipynb #50efa3f8
 def _recipe(args):
     "The recipe that is asked for, found before anything is loaded that takes time"
     def refuse(known): _command(args).error(f'argument --recipe: invalid choice: {args.recipe!r} (choose from {", ".join(map(repr, known))})')
@@ -210,6 +221,7 @@ def _recipe(args):
     if args.recipe not in recipes and ':' not in args.recipe: refuse(recipes)
     return find_recipe(args.recipe)
 
+# %% ../nbs/70_cli.ipynb #fdcf6db4
 def compress(args):
     recipe,(dls,data) = _recipe(args),_load(args)
     from kdnb.recipes.core import ask_recipe
@@ -228,6 +240,7 @@ def _print(record):
     from kdnb.report import stage_rows,verdict
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
+# %% ../nbs/70_cli.ipynb #1d01f99a
 def text_table(rows):
     "Rows (dicts of text) as lines, columns flush right"
     if not rows: return []
@@ -235,6 +248,7 @@ def text_table(rows):
     widths = [max(map(len, col)) for col in zip(*table)]
     return ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c,w in zip(row[1:], widths[1:]))]) for row in table]
 
+# %% ../nbs/70_cli.ipynb #3d2f2df5
 def write_report(args):
     from kdnb.recipes.core import Record
     from kdnb.report import compare,report
@@ -246,6 +260,7 @@ def write_report(args):
     print(f'\nReport: {out}')
     return 0
 
+# %% ../nbs/70_cli.ipynb #b259309e
 def show_data(args):
     if args.folder: return _show_folder(args)
     from kdnb.data import data_path,data_table
@@ -258,6 +273,7 @@ def show_data(args):
           'KDNB_DATA=FOLDER kdnb data')
     return int(df.state.str.startswith(('CORRUPT','INCOMPLETE')).any())
 
+# %% ../nbs/70_cli.ipynb #9b000c25
 def _show_folder(args):
     from kdnb.data import folder_dls
     dls = folder_dls(args.folder, args.size, device='cpu')
@@ -268,6 +284,7 @@ def _show_folder(args):
     print(f'\n{h}×{w} pixels, {"colour" if c==3 else "grey"}.')
     return 0
 
+# %% ../nbs/70_cli.ipynb #0b8cd7b6
 def run_sweep(args):
     from kdnb.sweep import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,

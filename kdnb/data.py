@@ -70,6 +70,7 @@ class TensorDL(TfmdDL):
             yield self.after_batch(ds[i] + ((i,) if self.index else ()))
         self.after_iter()
 
+# %% ../nbs/00_data.ipynb #b10c5a43
 def _stack(items):
     "One (N, C, H, W) tensor from images given as tensors, arrays, PIL images or `(image, label)`"
     items = [o[0] if isinstance(o, tuple) else o for o in items]
@@ -83,6 +84,7 @@ def take_index(learn):
     if not isinstance(dl := learn.dl, TensorDL) or not dl.index: return
     if len(learn.yb) > (dl.dataset.y is not None): *learn.yb,learn.sample_index = learn.yb     # not twice, and also without targets
 
+# %% ../nbs/00_data.ipynb #3920e9be
 class SampleIndex(Callback):
     "`take_index` from every batch"
     order = -11  # before everything that looks at the batch
@@ -134,6 +136,7 @@ class ArrayDataLoaders(DataLoaders):
     @property
     def c(self): return len(self.vocab)
 
+# %% ../nbs/00_data.ipynb #406e4d12
 def _images(x, y, what):
     "Check and return images (N, C, H, W) and labels (N,) as tensors"
     try: x = torch.as_tensor(x)
@@ -148,6 +151,7 @@ def _images(x, y, what):
     if len(x)!=len(y): raise ValueError(f'{len(x)} {what} images but {len(y)} labels: one label per image is needed.')
     return x,y
 
+# %% ../nbs/00_data.ipynb #2c674aa3
 def _spread(y, n, rng):
     "Places of `n` samples of each class (an int), or of the fraction `n` of each class, in random order"
     picks,part = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)],isinstance(n, float)
@@ -155,6 +159,7 @@ def _spread(y, n, rng):
         raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
     return rng.permutation(np.concatenate([p[:round(n*len(p)) if part else n] for p in picks]))
 
+# %% ../nbs/00_data.ipynb #ded91d24
 def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, W); labels (N,)
     test=None, # `(x, y)` of the test set
     bs=64, # Samples in a batch
@@ -213,6 +218,7 @@ def few(self:ArrayDataLoaders,
 # %% ../nbs/00_data.ipynb #6e87c7ce
 def data_path(path=None): return Path(path or os.environ.get('KDNB_DATA') or Path.home()/'.kdnb'/'data')
 
+# %% ../nbs/00_data.ipynb #339a2431
 def _check(f, md5):
     "The bytes of file `f`, whose checksum must be `md5`"
     b = Path(f).read_bytes()
@@ -220,6 +226,7 @@ def _check(f, md5):
         raise ValueError(f'{f} is corrupt: its MD5 is {got}, expected {md5}. Delete it and get it again.')
     return b
 
+# %% ../nbs/00_data.ipynb #5b2fdc82
 def _digits(path=None):
     from sklearn.datasets import load_digits
     o = load_digits()
@@ -238,6 +245,7 @@ def _missing(name, root, e=None):
     return FileNotFoundError(f'{name} is not in {root} and could not be fetched{f" ({e})" if e else ""}. '
                              'Set KDNB_DATA (or `path=`) to the folder that holds it.')
 
+# %% ../nbs/00_data.ipynb #3701f4a5
 def _mnist(path, cls):
     root = path/cls.__name__/'raw'
     if any(not (root/f).exists() for f,_ in cls.resources):
@@ -247,6 +255,7 @@ def _mnist(path, cls):
     return [next(v for k,v in xy.items() if k.startswith(o)) for o in
             ('train-images','train-labels','t10k-images','t10k-labels')]
 
+# %% ../nbs/00_data.ipynb #f561d0c6
 def _cifar10(path):
     from torchvision.datasets import CIFAR10
     try: trn,tst = [CIFAR10(path, train=t, download=True) for t in (True,False)]
@@ -270,6 +279,7 @@ def _cifar10_jpeg(path):
 
 def _md5sums(path): return {Path(k).name: v for v,k in (l.split() for l in (path/'MD5SUMS').read_text().splitlines())}
 
+# %% ../nbs/00_data.ipynb #f8ac9159
 def _decode_jpegs(src):
     "`{split: (10, N/10, 3, 32, 32)}` of the archive's `cifar10-jpeg/{split}/{class}/{k}.jpg`, classes in name order"
     imgs = {}
@@ -281,6 +291,7 @@ def _decode_jpegs(src):
     return {s: np.stack([np.stack([imgs[k] for k in sorted(imgs) if k[:2]==(s,c)])
                          for c in sorted({k[1] for k in imgs})]) for s in {k[0] for k in imgs}}
 
+# %% ../nbs/00_data.ipynb #cf33eb87
 def _original_order(x, y):
     "The k-th image of class c stands where the k-th label c stands"
     out = np.empty((len(y), *x.shape[2:]), np.uint8)
@@ -289,10 +300,12 @@ def _original_order(x, y):
 
 # %% ../nbs/00_data.ipynb #aa57ba73
 _suffixes = {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}
+
 _splits = dict(train='train', valid='valid', val='valid', validation='valid', test='test')
 
 def _shown(path): return not path.name.startswith('.') and path.name!='Thumbs.db'
 
+# %% ../nbs/00_data.ipynb #e03ce42a
 def _in_classes(root):
     "`[(file, class)]` of a folder of class folders, in the order of their names"
     here = sorted(o for o in root.iterdir() if _shown(o))
@@ -309,6 +322,7 @@ def _in_classes(root):
     _leave_out(odd, root, 'are no images in class folders')
     return items
 
+# %% ../nbs/00_data.ipynb #18e532ca
 def _leave_out(files, root, why):
     if files: warnings.warn(f'left out of {root}, {len(files)} that {why}: {_few(files)}.')
 
@@ -316,6 +330,7 @@ def _few(files):
     names = [Path(o).name for o in files]
     return ', '.join(names[:3] + ['…']*(len(names)>3))
 
+# %% ../nbs/00_data.ipynb #0d11a9ac
 def _in_csv(f):
     "`{split: [(file, class)]}` of a table with the columns name, label and perhaps split"
     try: df = pd.read_csv(f, dtype=str, keep_default_na=False)
@@ -336,6 +351,7 @@ def _in_csv(f):
     groups = df.groupby(split.replace(_splits), sort=False)
     return {k: [(f.parent/n, label) for n,label in zip(g.name, g.label)] for k,g in groups}
 
+# %% ../nbs/00_data.ipynb #62b47e8c
 def _folder_items(path):
     "`{split: [(file, class)]}` of a user's folder; the split is 'all' where nothing says what is for what"
     csv = path if path.suffix=='.csv' else path/'labels.csv'
@@ -352,6 +368,7 @@ def _look(f, see):
         with Image.open(f) as im: return see(im)
     except (UnidentifiedImageError,OSError,SyntaxError,ValueError,Image.DecompressionBombError) as e: return e
 
+# %% ../nbs/00_data.ipynb #d684661d
 def _refuse_corrupt(files, seen):
     bad = [(f, str(e).replace(repr(str(f)), 'the file')) for f,e in zip(files, seen) if isinstance(e, Exception)]
     if not bad: return
@@ -359,11 +376,13 @@ def _refuse_corrupt(files, seen):
     named = '; '.join(f'{f} ({e})' for f,e in bad[:20]) + f' and {len(bad)-20} more'*(len(bad)>20)
     raise ValueError(f'{len(bad)} of {len(files)} files are corrupt or no images: {named}. Replace or remove them.')
 
+# %% ../nbs/00_data.ipynb #2a419515
 def _measure(im):
     if im.mode[0] in 'IF': raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
     turned = im.getexif().get(0x112, 1)>4    # a camera held upright
     return im.size[::-1 if turned else 1],im.mode in ('1','L','LA','La')
 
+# %% ../nbs/00_data.ipynb #0ddc107b
 def _read_images(files, size=None):
     "The images as one array (N, C, H, W) of bytes; `size` is a number or `(height, width)`"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -387,6 +406,7 @@ def _read_images(files, size=None):
         _refuse_corrupt(files, [bad.get(i) for i in range(len(files))])
     return x.transpose(0,3,1,2)
 
+# %% ../nbs/00_data.ipynb #4f53ed51
 @delegates(from_arrays, but=['test','valid','vocab'])
 def folder_dls(path, # Folder of images, or its table of labels
     size=None, # Pixels of an edge, or `(height, width)`; the images' own if they are all equal
@@ -415,8 +435,12 @@ def folder_dls(path, # Folder of images, or its table of labels
 
 # %% ../nbs/00_data.ipynb #41ebef55
 def _tv(name): import torchvision.datasets as d; return getattr(d, name)
+
+# %% ../nbs/00_data.ipynb #d3a3a70a
 _cifar_names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+
 _fashion = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.split()
+
 image_sets = dict(digits=(_digits, None), mnist=(lambda p: _mnist(p, _tv('MNIST')), None),
                   fashion_mnist=(lambda p: _mnist(p, _tv('FashionMNIST')), _fashion),
                   cifar10=(_cifar10, _cifar_names), cifar10_jpeg=(_cifar10_jpeg, _cifar_names))
@@ -451,6 +475,7 @@ def _files_of(name, root):
     cls = _tv(dict(mnist='MNIST', fashion_mnist='FashionMNIST')[name])
     return {root/cls.__name__/'raw'/f: md5 for f,md5 in cls.resources}
 
+# %% ../nbs/00_data.ipynb #d3f85b07
 def _state(files):
     "What is to be said of `{file: MD5}`"
     if not files: return 'comes with scikit-learn'
@@ -460,6 +485,7 @@ def _state(files):
     bad = [f for f,md5 in files.items() if hashlib.md5(f.read_bytes()).hexdigest()!=md5]
     return f'CORRUPT: {_few(bad)}' if bad else 'checksums right'
 
+# %% ../nbs/00_data.ipynb #5a99702c
 def data_table(path=None): # Folder that holds the data; `KDNB_DATA` if None
     "`DataFrame` of the image sets: what they are, how many bytes are there, and whether the files are whole"
     root,rows = data_path(path),[]

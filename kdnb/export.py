@@ -30,6 +30,7 @@ def tensors_of(model):
     "The state of `model` as safetensors takes it: on the CPU, contiguous, nothing shared"
     return {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
 
+# %% ../nbs/40_export.ipynb #9770884f
 def save_model(model, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
     path, # File to write (`.safetensors`)
     dls=None, # Note classes, input shape and normalisation of these `DataLoaders`; those of the `Learner` if None
@@ -50,8 +51,10 @@ def save_model(model, # Plain network, shrunken or not, or the `Learner` that ho
                   sha256=_sha256(tensors))
     return atomic_write(path, st.save(tensors, metadata=dict(kdnb=json.dumps(header))))
 
+# %% ../nbs/40_export.ipynb #92992b01
 def _sha256(tensors): return hashlib.sha256(st.save(tensors)).hexdigest()
 
+# %% ../nbs/40_export.ipynb #62857e5d
 def _pixels(dls):
     "Mean and standard deviation that the images were normalised with, and what bytes were divided by (1: they came as floats)"
     tfms = {type(t).__name__: t for t in getattr(getattr(getattr(dls, 'valid', None), 'after_batch', None), 'fs', [])}
@@ -91,7 +94,6 @@ class Preprocess:
         def show(vs): return f'{vs[0]:.4g}' if len(vs)==1 else f'[{", ".join(f"{v:.4g}" for v in vs)}]'
         return f'(pixels{f"/{self.div:g}" if self.div!=1 else ""} - {show(self.mean)})/{show(self.std)}'
 
-
 # %% ../nbs/40_export.ipynb #c41f7a05
 @patch
 def _scaled(self:Preprocess, o):
@@ -117,6 +119,7 @@ def _scaled(self:Preprocess, o):
     if t.ndim!=3 or len(t) not in (1,3,4): raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}.')
     return self._scaled(Image.fromarray(t.byte().permute(1,2,0).squeeze(2).cpu().numpy())).to(t.device)
 
+# %% ../nbs/40_export.ipynb #75cb897c
 @patch
 def _fitted(self:Preprocess, im):
     "Bytes (C, H, W) of the middle of a PIL image"
@@ -153,6 +156,7 @@ def _built(dense):
         if 'meta' not in str(e): raise
     return dense()
 
+# %% ../nbs/40_export.ipynb #7f9e6a71
 def load_model(path, # File from `save_model`
     build=None): # Builds the dense network from the header's arguments; by default the registered architecture is used
     "The saved network, on the CPU, in evaluation mode, ready to use or to train; `preprocess` makes its batches of images"
@@ -190,12 +194,14 @@ def _index_owner(model, key):
     except AttributeError: return None
     return path if type(m) is nn.Linear else None
 
+# %% ../nbs/40_export.ipynb #704910a2
 def _put(model, key, t):
     "Let the parameter or buffer called `key` be `t`"
     path,_,name = key.rpartition('.')
     m = model.get_submodule(path)
     (m._parameters if name in m._parameters else m._buffers)[name] = t
 
+# %% ../nbs/40_export.ipynb #71e85f0a
 def _cut(model, tensors, path):
     "Give `model` the shapes of `tensors`; names of parameters that are one and the same come back, in lists"
     for key in [k for k in tensors if k.endswith('.0.index')]:
@@ -220,6 +226,7 @@ def _cut(model, tensors, path):
         _resize(model, key, t)
     return [ks for ks in twins.values() if len(ks)>1]
 
+# %% ../nbs/40_export.ipynb #b815bcfe
 def _resize(model, key, t):
     "Give the tensor called `key` the shape of `t`, and its module the sizes that follow from it"
     path,_,name = key.rpartition('.')
@@ -232,6 +239,7 @@ def _resize(model, key, t):
         sizes = len(t),t.shape[1]*getattr(m, 'groups', 1)
         set_sizes(m, *(reversed(sizes) if getattr(m, 'transposed', False) else sizes))
 
+# %% ../nbs/40_export.ipynb #62385562
 def _check_fit(model, header, path):
     "Layers that do not fit each other are found on one zero image, before anyone uses the network"
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):

@@ -30,6 +30,7 @@ def unwrap(model):
         elif hasattr(model, '_orig_mod'): model = model._orig_mod
         else: return model
 
+# %% ../nbs/03_features.ipynb #85520842
 def get_layer(model, path):
     "The layer of `model` at `path`, such as 'layer1.0.conv1'"
     model = unwrap(model)
@@ -66,6 +67,7 @@ def _first(out):
     while isinstance(out, (tuple,list,Mapping)) and len(out): out = next(iter(out.values() if isinstance(out, Mapping) else out))
     return out
 
+# %% ../nbs/03_features.ipynb #a9b3f035
 class Capture:
     "What the layers `paths` of `model` said in its last call, taken with `take()`; a context manager, or `remove()` it"
     def __init__(self,
@@ -130,6 +132,7 @@ def _fields(out):
     if is_dataclass(out) and not isinstance(out, type): return vars(out)
     return dict(logits=out.logits) if hasattr(out, 'logits') else None
 
+# %% ../nbs/03_features.ipynb #558c2163
 def _usual_logits(out):
     "The tensor (or torch.fx's node of one) in `out` that is usually the logits, or None"
     if type(out) in (torch.Tensor,fx.Node): return out
@@ -162,6 +165,7 @@ def as_logits(out, # What a network returned
     raise ValueError(f'{who} returns {has}, and what of it are the logits {how}. '
                      "Name them: logits='key', an index, or a function of what it returns that gives a tensor.")
 
+# %% ../nbs/03_features.ipynb #7491407b
 def find_logits(out, logits=None):
     "As `as_logits`; but `out` itself, if nobody has named the logits and they are not known"
     if logits is not None: return as_logits(out, logits)
@@ -184,6 +188,7 @@ def layer_shapes(model, # Any module
     rows = [(path, type(m).__name__, o) for path,m,_,o in _calls(model, data)]
     return pd.DataFrame(rows, columns=['layer','kind','shape']).set_index('layer')
 
+# %% ../nbs/03_features.ipynb #0ae60214
 def _calls(model, data):
     "Path, module, shapes of first input and of output of every call of a layer, in the order in which they finish"
     xb,model,rows = inputs(data, model),unwrap(model),[]
@@ -229,6 +234,7 @@ def match_stages(student, teacher, # Two convolutional networks
             if size in t: print(f'{size[0]:3} × {size[1]:<3}  {s[size]} → {t[size]}')
     return pairs
 
+# %% ../nbs/03_features.ipynb #17b4f0d6
 def stage_ends(model, # Any convolutional network
     data): # `DataLoaders`, a batch, or a tuple of inputs
     "`{(H, W): path}` of the layer that finishes last with maps of that size, not within a block that goes on to another size"
@@ -255,6 +261,7 @@ def last_map(model, # Any convolutional network
                          'Choose a method that compares answers or vectors, or another network.')
     return list(ends.values())[-1]
 
+# %% ../nbs/03_features.ipynb #72683520
 def last_linear(model, data):
     "Path of the linear layer that runs last"
     rows = layer_shapes(model, data)
@@ -262,6 +269,7 @@ def last_linear(model, data):
         raise ValueError(f'{type(model).__name__} has no linear layer that could be its classifier.')
     return rows.index[-1]
 
+# %% ../nbs/03_features.ipynb #599b3b95
 def penultimate(model, # Any network that ends in a linear layer
     data): # `DataLoaders`, a batch, or a tuple of inputs
     "Path of the layer that finishes last before the last linear layer: whose output that reads, if no function stands between"
@@ -293,6 +301,7 @@ def cut(model, # Module that torch.fx can trace
     return (_part(model, graph, before, at[-1], fx.Graph(), {}, 'Body'),
             _part(model, graph, needed, result, g := fx.Graph(), {at[-1]: g.placeholder('x')}, 'Head'))
 
+# %% ../nbs/03_features.ipynb #b27e39fd
 def _part(model, graph, nodes, result, new, env, name):
     "The module that computes `result` by the `nodes` of `graph`"
     for n in graph.nodes:
@@ -300,6 +309,7 @@ def _part(model, graph, nodes, result, new, env, name):
     new.output(env[result])
     return fx.GraphModule(model, new, name)
 
+# %% ../nbs/03_features.ipynb #db0e52b0
 def _needed(node, stop=None):
     "The nodes from which `node` is computed, given `stop`"
     found,todo = set(),[node]
@@ -312,6 +322,7 @@ def raw_bytes(t):
     "The numbers of the tensor `t` as bytes, for a checksum"
     return t.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
+# %% ../nbs/03_features.ipynb #37e5e963
 def mark_of(model, dl):
     "A checksum of the network's weights and of the images that `dl` gives"
     h = hashlib.sha256(type(unwrap(model)).__name__.encode())
@@ -320,6 +331,7 @@ def mark_of(model, dl):
     for t in (*unwrap(model).state_dict().values(), *first, *(() if x is None else (x,))): h.update(raw_bytes(t))
     return h.hexdigest()
 
+# %% ../nbs/03_features.ipynb #a85df4eb
 @torch.no_grad()
 def answers(model, # Any module
     dl, # DataLoader; it is read in order
@@ -350,6 +362,7 @@ def answers(model, # Any module
         note.write_text(json.dumps(mark))
     return res
 
+# %% ../nbs/03_features.ipynb #8b78658a
 def _room(o, n, folder, i):
     "A tensor for `n` outputs such as `o`"
     if folder is None: return o.new_empty(n, *o.shape[1:])

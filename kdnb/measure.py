@@ -24,8 +24,11 @@ from fastai.torch_core import no_random
 weighted = (nn.Linear, nn.modules.conv._ConvNd)
 
 def n_params(model): return sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/02_measure.ipynb #9e4fbeee
 def n_bytes(model): return sum(t.numel()*t.element_size() for t in (*model.parameters(), *model.buffers()))
 
+# %% ../nbs/02_measure.ipynb #e4f5d805
 def n_weights(model, # Any module
     nonzero=False): # Count only those that are not zero
     "Number of weights of linear and convolution layers, without biases; what layers share counts once"
@@ -94,6 +97,7 @@ def median_ms(fs, # Functions without arguments
         return [Milliseconds(o) for o in times.T]
     finally: torch.set_num_threads(threads)
 
+# %% ../nbs/02_measure.ipynb #aef6f475
 def latency(models, data, rounds=11):
     "Median milliseconds a batch for each of `models` (a list), measured in turn"
     xb = inputs(data, models[0])
@@ -116,6 +120,7 @@ def _calls(model, xb):
         for h in hooks: h.remove()
     return calls
 
+# %% ../nbs/02_measure.ipynb #cf3b10de
 # Operations of shapes that torch's counter passes over: matrix times vector, and a layer of an LSTM on the CPU
 _uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
               torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
@@ -131,6 +136,7 @@ def macs(model, data):
     return ({k.partition('.')[2]: sum(v.values())//2 for k,v in c.get_flop_counts().items() if k!='Global'}
             | {'': c.get_total_flops()//2})
 
+# %% ../nbs/02_measure.ipynb #105f7514
 def cost(model, # Any module
     data, # `DataLoaders` or a batch of inputs; the latency is for this batch
     latency=True, # Measure milliseconds
@@ -150,6 +156,7 @@ def cost(model, # Any module
                               | _counts(model, mac[''])]).set_index('layer')
     return df.assign(ms=ms[1:]+ms[:1]) if latency else df
 
+# %% ../nbs/02_measure.ipynb #4f711ffc
 def _counts(m, mac):
     acting = {p: getattr(o, n) for o in m.modules() for n,p in o._parameters.items() if p is not None}    # under its mask
     return dict(weights=n_weights(m), params=n_params(m), nonzero=sum(int(p.count_nonzero()) for p in acting.values()),
@@ -164,6 +171,7 @@ def in_order(dl): # `DataLoader`, or any iterable
     with no_random(reproducible=False),as_valid(1):
         yield from dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
 
+# %% ../nbs/02_measure.ipynb #ff7cc753
 def split_batch(b, n_inp=None):
     "Inputs and labels (B,) of a batch"
     n = len(b)-1 if n_inp is None else n_inp
@@ -175,6 +183,7 @@ def split_batch(b, n_inp=None):
         raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}, expected one class number for each sample.')
     return tuple(b[:n]),y.flatten().long()
 
+# %% ../nbs/02_measure.ipynb #4c2b28ce
 def _logits(model, xb, y):
     "What `model` says of `xb`, (B, C), on the CPU"
     z = model(*inputs(xb, model))
@@ -186,6 +195,7 @@ def _logits(model, xb, y):
                          'outputs, one for each class from 0. Pass the network or the labels that fit.')
     return z.as_subclass(torch.Tensor).cpu()
 
+# %% ../nbs/02_measure.ipynb #ae6bc007
 @torch.no_grad()
 def predictions(models, # Module that gives logits (B, C), or several of them
     dl, # `DataLoader`, or any iterable of `(*inputs, labels)`
@@ -213,17 +223,20 @@ def _log_p(z, y):
     "Log-probability (B,) of the true class, in double precision"
     return z.double().log_softmax(1).gather(1, y[:,None])[:,0]
 
+# %% ../nbs/02_measure.ipynb #81493508
 def _class_variance(p, y):
     "The variance of `p` (N,) within each class of `y` (N,), mean over the classes that occur"
     _,c,n = y.unique(return_inverse=True, return_counts=True)
     mean = p.new_zeros(len(n)).index_add(0, c, p)/n
     return ((p-mean[c])**2/n[c]).sum()/len(n)
 
+# %% ../nbs/02_measure.ipynb #17a43b2b
 def uncertainty(model, # Module that gives logits
     dl): # `DataLoader` or iterable of `(inputs, labels)`
     "Variance of the true class's probability within a class, mean over classes: 0 to 1/4 (Wang et al. 2022, equation 5)"
     return _class_variance(*predictions(model, dl, lambda z,y: (_log_p(z, y).exp(), y))).item()
 
+# %% ../nbs/02_measure.ipynb #470fe20a
 def agreement(a, # Module that gives logits
     b, # Another one
     dl): # `DataLoader` or iterable of `(inputs, labels)`
@@ -231,6 +244,7 @@ def agreement(a, # Module that gives logits
     same, = predictions((a, b), dl, lambda z_a,z_b,y: z_a.argmax(1)==z_b.argmax(1))
     return same.double().mean().item()
 
+# %% ../nbs/02_measure.ipynb #e0cc4553
 def smoothness(teacher, # Module that gives logits
     regularized, # The same, trained with a regulariser or pruned
     dl): # `DataLoader` or iterable of `(inputs, labels)`
@@ -253,6 +267,7 @@ def _levels(curve):
     levels = g.mean(numeric_only=True).assign(low=acc.min(), high=acc.max())[::-1].reset_index(drop=True)
     return size,levels.round({'sparsity': 6})
 
+# %% ../nbs/02_measure.ipynb #f8fd18f8
 def find_breakpoint(curve): # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
     "The last row before accuracy falls faster than size, as fractions of the dense network (Malihi and Heidemann 2023, section 4.4)"
     size,levels = _levels(curve)
@@ -296,6 +311,7 @@ def embed_predictions(models, # Module that gives logits, or `{name: module}` fo
         return pd.DataFrame(dict(panel=name, x=xy[:,0], y=xy[:,1], label=y[here]))
     return pd.concat(map(panel, models, probs), ignore_index=True)
 
+# %% ../nbs/02_measure.ipynb #944c03d5
 def plot_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
     dl, # `DataLoader` or iterable of `(inputs, labels)`
     n=300, # Samples shown, drawn at random from those of `classes`

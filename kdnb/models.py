@@ -32,6 +32,7 @@ def _remembering(f, name, fixed):
     _f.__signature__ = sig
     return _f
 
+# %% ../nbs/01_models.ipynb #c0b5c8ca
 def architecture(f, # Builds a network from `c`, `in_shape` and arguments of its own, all of them plain data
     name=None, # Name in the register; that of `f` if None
     **fixed): # Arguments that make this one network of a family
@@ -55,7 +56,10 @@ def create(name, # One of `architectures`, or any `wrn_depth_width`
     if dls is not None: kwargs = dict(c=n_classes(dls), in_shape=in_shape(dls)) | kwargs
     return build(**kwargs)
 
+# %% ../nbs/01_models.ipynb #06bea0c1
 def in_shape(dls): return tuple(getattr(dls, 'in_shape', None) or dls.one_batch()[0].shape[1:])
+
+# %% ../nbs/01_models.ipynb #0776ebb0
 def n_classes(dls):
     if (c := getattr(dls, 'c', None)) is None:
         raise ValueError('these DataLoaders do not say how many classes they hold. Set `dls.c`.')
@@ -67,6 +71,7 @@ def _linears(layers, n, hidden, c):
     for i,h in enumerate(hidden, 1): layers,n = layers + [(f'fc{i}', nn.Linear(n, h)), (f'act{i}', nn.ReLU())],h
     return nn.Sequential(OrderedDict(layers + [(f'fc{len(hidden)+1}', nn.Linear(n, c))]))
 
+# %% ../nbs/01_models.ipynb #2b414c8e
 @architecture
 def lenet300(c=10, # Number of classes
     in_shape=(1,28,28), # Channels, height, width
@@ -86,12 +91,14 @@ def _convs(in_shape, widths, pads):
         c,h,w = n,(h+2*p-4)//2,(w+2*p-4)//2
     return layers + [('flat', nn.Flatten())],c*h*w
 
+# %% ../nbs/01_models.ipynb #5dd3d887
 @architecture
 def lenet5(c=10, # Number of classes
     in_shape=(1,28,28)): # Channels, height, width
     "LeNet-5: 6 and 16 channels, then 120-84-`c`"
     return _linears(*_convs(in_shape, (6,16), (2,0)), (120,84), c)
 
+# %% ../nbs/01_models.ipynb #c9547953
 @architecture
 def lenet5_caffe(c=10, # Number of classes
     in_shape=(1,28,28)): # Channels, height, width
@@ -101,16 +108,19 @@ def lenet5_caffe(c=10, # Number of classes
 # %% ../nbs/01_models.ipynb #cd1e8fd1
 def _conv(ni, n, k=3, stride=1): return nn.Conv2d(ni, n, k, stride, k//2, bias=False)
 
+# %% ../nbs/01_models.ipynb #4c76be53
 def _he_init(model):
     for m in model.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return model
 
+# %% ../nbs/01_models.ipynb #58e2a38e
 def _classifier(layers, n, c):
     "`layers`, then the average over all pixels and a linear layer from `n` channels to `c` classes"
     layers = layers + [('avgpool', nn.AdaptiveAvgPool2d(1)), ('flat', nn.Flatten()), ('fc', nn.Linear(n, c))]
     return _he_init(nn.Sequential(OrderedDict(layers)))
 
+# %% ../nbs/01_models.ipynb #1a242c17
 def PadShortcut(ni, n, stride):
     "Option A of He et al. 2016: every `stride`-th pixel, and zeros behind the `ni` channels there are to make `n`"
     return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0,0,0,0,0,n-ni)))
@@ -184,9 +194,12 @@ def cifar_resnet(c=10, # Number of classes
     return _classifier(layers, ni, c)
 
 for d in (8,14,20,32,44,56,110): architecture(cifar_resnet, f'resnet{d}', depth=d)
+
 for d in (8,32): architecture(cifar_resnet, f'resnet{d}x4', depth=d, width=4, stem=32)
+
 for d,w in [(16,1), (16,2), (28,10), (40,1), (40,2)]:
     architecture(cifar_resnet, f'wrn_{d}_{w}', kind='preact', depth=d, width=w)
+
 architecture(cifar_resnet, 'resnet164', kind='bottleneck', depth=164);
 
 # %% ../nbs/01_models.ipynb #a2ae0f90
@@ -211,6 +224,7 @@ def vgg(c=10, # Number of classes
     return _classifier(layers, ni, c)
 
 for d in _vgg_stages: architecture(vgg, f'vgg{d}', depth=d)
+
 for name,widths in dict(
     vgg19dbl=[64,128,256,256] + [512]*4 + [1024]*7 + [512], vgg19_cl1=[64]*4 + [128]*4 + [256]*4 + [512]*4,
     vgg19_cl2=[64,39,179,79,354,155,362,146,614,247,500,158,271,139,547,512]).items():
@@ -248,6 +262,7 @@ def _wider(net, width):
     net.fc = nn.Linear(by(net.fc.in_features), net.fc.out_features)
     return _he_init(net)
 
+# %% ../nbs/01_models.ipynb #e43d63e3
 def _set_stem(net, ni, small):
     "Let `net` read `ni` channels; if `small`, at stride 1 and without max-pool"
     path,old = next((k,m) for k,m in net.named_modules() if isinstance(m, nn.Conv2d))
@@ -277,6 +292,8 @@ def torchvision_net(c=10, # Number of classes
     return _set_stem(_wider(net, width) if res and width!=1 else net, in_shape[0], small)
 
 for base in _tv_nets: architecture(torchvision_net, base, base=base)
+
 for name,base in dict(resnext50='resnext50_32x4d', shufflenet_v2='shufflenet_v2_x1_0').items():
     architecture(torchvision_net, name, base=base)
+
 architecture(torchvision_net, 'resnet18dbl', base='resnet18', width=2);

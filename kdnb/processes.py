@@ -23,10 +23,12 @@ def join_processes():
         tdist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=timedelta(days=1))
     return (tdist.get_rank(),tdist.get_world_size()) if tdist.is_available() and tdist.is_initialized() else (0,1)
 
+# %% ../nbs/07_processes.ipynb #10a196db
 def wait_for_all():
     "Return when every process has come here"
     if join_processes()[1]>1: tdist.barrier()
 
+# %% ../nbs/07_processes.ipynb #a2d52d58
 @contextmanager
 def alone():
     "While it lasts, this process counts as the only one: fastai's metrics wait for no other"
@@ -36,6 +38,7 @@ def alone():
     finally:
         if was: os.environ['WORLD_SIZE'] = was
 
+# %% ../nbs/07_processes.ipynb #d5253dc2
 class part_of:
     "While it lasts, `dl` gives this process its part of every batch"
     def __init__(self,

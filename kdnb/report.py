@@ -24,11 +24,14 @@ from .recipes.core import Record
 
 # %% ../nbs/60_report.ipynb #4ba5ea5f
 _units = ('', ' k', ' M', ' G', ' T')
+
 def human(n, unit=''):
     "`n` with three digits and a prefix: 266200 is '266 k'"
     i = 0
     while abs(n)>=999.5 and i<len(_units)-1: n,i = n/1000,i+1
     return (f'{n:.0f}' if i==0 or n>=99.95 else f'{n:.3g}') + (_units[i] or ' ')*bool(unit or i) + unit
+
+# %% ../nbs/60_report.ipynb #99853060
 def percent(x, digits=1): return f'{100*x:.{digits}f} %'
 
 # %% ../nbs/60_report.ipynb #9a5fdd12
@@ -41,19 +44,24 @@ def by_name(stages): # Rows of `Record.stages`
     for o in stages: res.setdefault(o['name'], []).append(o)
     return res
 
+# %% ../nbs/60_report.ipynb #973ad4c9
 def _numbers(rows, key):
     "The values of `key` that are numbers"
     vs = [o.get(key) for o in rows]
     return [float(v) for v in vs if isinstance(v, (int,float)) and not isinstance(v, bool)]
+
 def _mean(rows, key): return float(np.mean(v)) if (v := _numbers(rows, key)) else math.nan
+
 def _or_dash(f, v): return '–' if math.isnan(v) else f(v)
 
+# %% ../nbs/60_report.ipynb #87826246
 def spread(values, f='{:.2f}', f_std=None, scale=1.):
     "Mean ± standard deviation as text"
     v = scale*np.array(values, dtype=float)
     if not len(v): return '–'
     return f.format(v.mean()) + (f' ± {(f_std or f).format(v.std(ddof=1))}' if len(v)>1 else '')
 
+# %% ../nbs/60_report.ipynb #737ff409
 def stage_rows(stages): # Rows of `Record.stages`
     "A dict of text for each stage: the mean of its seeds, and their spread"
     cols = {'weights': ('weights', human), 'weights kept': ('weights_kept', percent), 'MACs': ('macs', human),
@@ -78,11 +86,13 @@ def _times(a, b, more, less, same):
     r,word = (r,less) if r>1 else (1/r,more)
     return f'{r:.{0 if r>=9.95 else 1}f} times {word}'
 
+# %% ../nbs/60_report.ipynb #b941468d
 def _time(of, rows, more, less, same):
     "`_times` of the latencies; none is called faster where they differ by less than they spread"
     a,b,spreads = _mean(of, 'latency_ms'),_mean(rows, 'latency_ms'),_mean(of, 'latency_spread_ms')+_mean(rows, 'latency_spread_ms')
     return f'{same} within the spread' if abs(a-b)<=spreads else _times(a, b, more, less, same)
 
+# %% ../nbs/60_report.ipynb #508ef687
 def first_and_last(stages): # Rows of `Record.stages`
     "`(name, rows)` of the network that a run began with and of its result; of the most and of the fewest weights, if it does not say"
     names = by_name(stages)
@@ -91,6 +101,7 @@ def first_and_last(stages): # Rows of `Record.stages`
     last = role.get('after') or min(reversed(names), key=lambda n: _mean(names[n], 'weights'))
     return (first,names[first]),(last,names[last])
 
+# %% ../nbs/60_report.ipynb #e0622cee
 def verdict(stages): # Rows of `Record.stages`
     "What the run did, in a sentence or two"
     if not stages: return 'No stage is done yet.'
@@ -109,10 +120,12 @@ def verdict(stages): # Rows of `Record.stages`
             f'and {how} test accuracy ({percent(was, 2)} → {percent(now, 2)}{means}).'
             + (f' It needs {_and(less)}.' if less else ''))
 
+# %% ../nbs/60_report.ipynb #3ec9ed49
 def _and(words): return words[0] if len(words)<2 else f'{", ".join(words[:-1])} and {words[-1]}'
 
 # %% ../nbs/60_report.ipynb #f6ad6cf0
 colours = ['#3d85c6','#e0823d','#3a9e6d','#c65b8f','#8e72c9','#a8892c','#3fa0b3','#b5564a','#7d8b99','#5f9e2e']
+
 _style = {'svg.fonttype': 'none', 'svg.hashsalt': 'kdnb', 'font.sans-serif': ['DejaVu Sans'], 'font.size': 9.5,
           'figure.facecolor': 'none', 'axes.facecolor': 'none', 'axes.prop_cycle': cycler(color=colours),
           'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 'medium', 'legend.frameon': False,
@@ -131,6 +144,7 @@ def picture(axs, # What a plot function returned
     return (f'<svg viewBox="0 0 {w:g} {h:g}" role="img" aria-label="{html.escape(alt)}" '
             f'style="max-width:{1.6*w:.0f}px">' + re.sub(r'\n\s*', '\n', body).strip())
 
+# %% ../nbs/60_report.ipynb #33598ee6
 def _axes(w=4.7, h=2.8): return plt.subplots(figsize=(w,h), layout='constrained')[1]
 
 # %% ../nbs/60_report.ipynb #62161d16
@@ -151,6 +165,7 @@ def plot_stages(stages, # Rows of `Record.stages`
 
 # %% ../nbs/60_report.ipynb #388e9ef8
 _around = [(s*x,s*y) for s in (1,2.2,3.6) for x,y in ((5,4),(5,-4),(-5,4),(-5,-4),(0,6),(0,-6),(7,0),(-7,0))]
+
 _sides = {1: ('left','bottom'), -1: ('right','top'), 0: ('center','center')}
 
 def label_points(ax, # Axes that are otherwise ready
@@ -169,10 +184,13 @@ def label_points(ax, # Axes that are otherwise ready
         taken.append(_put_label(t, at))
         if abs(at[0])+abs(at[1])>12: ax.annotate('', xy, at, textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.5, color=c or '#888888', shrinkA=0))
 
+# %% ../nbs/60_report.ipynb #ed8966fe
 def _put_label(t, at):
     t.set(position=at, ha=_sides[np.sign(at[0])][0], va=_sides[np.sign(at[1])][1])
     return t.get_window_extent()
+
 def _common(a, b): return max(0, min(a.x1,b.x1)-max(a.x0,b.x0))*max(0, min(a.y1,b.y1)-max(a.y0,b.y0))
+
 def _outside(a, b): return a.width*a.height-_common(a, b)
 
 # %% ../nbs/60_report.ipynb #0d57a9b8
@@ -202,6 +220,7 @@ def _over_seeds(rows, key):
     y = np.array([o[:min(map(len, curves))] for o in curves], float)
     return np.arange(1, y.shape[1]+1),y.mean(0),y.min(0),y.max(0)
 
+# %% ../nbs/60_report.ipynb #b30a2269
 def plot_curves(stages, # Rows of `Record.stages`, with `curves`
     key='accuracy', # What of every epoch
     scale=1., label='', ax=None):
@@ -216,6 +235,7 @@ def plot_curves(stages, # Rows of `Record.stages`, with `curves`
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return ax
 
+# %% ../nbs/60_report.ipynb #41313b81
 _logged = {'accuracy': (100.,'validation accuracy (%)'), 'valid_loss': (1.,'validation loss'),
            'train_loss': (1.,'training loss')}
 
@@ -232,10 +252,15 @@ def _learning(stages):
 def _text(s):
     "Text for the page: numbers stay with their units"
     return html.escape(str(s or '')).replace(' %', '\u00a0%')
+
 def _panels(parts): return '<div class=panels>' + '\n'.join(parts) + '</div>'
+
+# %% ../nbs/60_report.ipynb #aca45e3d
 def _colour(i, n=0):
     "The colour of the `i`-th of `n`"
     return colours[i%len(colours)] if n<=len(colours) else to_hex(plt.get_cmap('turbo')(.08+.84*i/(n-1)))
+
+# %% ../nbs/60_report.ipynb #0247c965
 def _key(names):
     "Which colour is whose"
     dots = [f'<span><i style="background:{_colour(i, len(names))}"></i>{html.escape(str(n))}</span>'
@@ -250,6 +275,7 @@ def html_table(df, # `DataFrame`, or rows as dicts
     body = df.to_html(border=0, index=index, na_rep='–', float_format='{:.4g}'.format, justify='inherit', classes=[])
     return f'<div class=wide>{body}</div>'
 
+# %% ../nbs/60_report.ipynb #cb4ad019
 def _scatter(ax, df):
     "Points of `df` (x, y, label): labels that repeat are colours, others are written beside their points"
     labels = df['label'] if 'label' in df else pd.Series('', df.index)
@@ -263,12 +289,14 @@ def _scatter(ax, df):
     return [o for o in names if colour and len(names)>1],[]
 
 def _draw_table(o): return html_table(o.data)
+
 def _draw_curve(o): return picture(plot_breakpoint(o.data, _axes()), o.title)
 
 def _name_axes(ax, o):
     ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y')); ax.grid(alpha=.3)
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
+# %% ../nbs/60_report.ipynb #044ce32f
 def _draw_scatter(o):
     ax = _axes()
     names,written = _scatter(ax, o.data)
@@ -277,6 +305,7 @@ def _draw_scatter(o):
     label_points(ax, zip(o.data.x, o.data.y), written)
     return picture(ax, o.title) + (_key(names) if names else '')
 
+# %% ../nbs/60_report.ipynb #24cc276d
 def _draw_lines(o):
     ax = _axes()
     for i,(name,df) in enumerate(o.data.items()):
@@ -286,6 +315,7 @@ def _draw_lines(o):
     _name_axes(ax, o)
     return picture(ax, o.title) + (_key(o.data) if len(o.data)>1 else '')
 
+# %% ../nbs/60_report.ipynb #92c24605
 def _draw_embedding(o):
     labels = sorted(set(o.data.label), key=lambda v: (str(type(v)), v))
     def one(name, df):
@@ -303,6 +333,7 @@ def _rgba(colour, alpha):
     rgb = [int(colour[i:i+2], 16) for i in (1,3,5)]
     return np.dstack([*(np.full(alpha.shape, c) for c in rgb), 255*alpha]).round().astype(np.uint8)
 
+# %% ../nbs/60_report.ipynb #cdd13df1
 def plot_log_alpha_map(log_alpha, # log α, (epochs, groups)
     T, # Threshold
     ax=None, n_bins=48):
@@ -319,6 +350,7 @@ def plot_log_alpha_map(log_alpha, # log α, (epochs, groups)
     ax.set(xlabel='epoch', ylabel='log α'); ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return ax
 
+# %% ../nbs/60_report.ipynb #86063bcc
 def _draw_log_alpha(o):
     groups,T = o.data['groups'],o.data['threshold']
     if len(groups)>12:
@@ -341,6 +373,7 @@ def _png(pixels, alt, **style):
     return (f'<img alt="{html.escape(alt)}" width={img.width} height={img.height} style="{css}" '
             f'src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">')
 
+# %% ../nbs/60_report.ipynb #418a1f99
 def _pooled(w, most=160):
     "The matrix `w` with at most `most` rows and columns: means over equal blocks"
     for axis in (0,1):
@@ -349,6 +382,7 @@ def _pooled(w, most=160):
             w = np.add.reduceat(w, at[:-1], axis)/np.diff(at).reshape((-1,1) if axis==0 else (1,-1))
     return w
 
+# %% ../nbs/60_report.ipynb #770bdf6b
 def weight_image(w): # Weights (out, in); 0 is gone
     "Red is positive, blue negative, what is gone is transparent: (H, W, 4) bytes"
     w = np.asarray(w, float)
@@ -357,6 +391,7 @@ def weight_image(w): # Weights (out, in); 0 is gone
     alpha = np.where(size>0, .12+.88*np.clip(size/top, 0, 1), 0)
     return np.where((sign<0)[...,None], _rgba('#2f7fd1', alpha), _rgba('#d9493a', alpha))
 
+# %% ../nbs/60_report.ipynb #1d2ff40f
 def _draw_weights(o):
     def one(name, w):
         w = np.asarray(w)
@@ -368,6 +403,7 @@ def _draw_weights(o):
 
 def _as_bytes(x, low, high): return np.clip(255*(x-low)/max(high-low, 1e-12), 0, 255).round().astype(np.uint8)
 
+# %% ../nbs/60_report.ipynb #9f4a18d6
 def _draw_maps(o):
     def cell(name, i, x):
         x = np.asarray(x)
@@ -382,6 +418,7 @@ def _draw_maps(o):
     note = f'<p class=note>From dark to bright: {html.escape("; ".join(ranges))}.' if ranges else ''
     return f'<div class=wide><table class=maps><tr>{head}<tr>{"<tr>".join(rows)}</table></div>{note}'
 
+# %% ../nbs/60_report.ipynb #3f3ca583
 _draw = dict(table=_draw_table, curve=_draw_curve, scatter=_draw_scatter, lines=_draw_lines, log_alpha=_draw_log_alpha,
              weights=_draw_weights, embedding=_draw_embedding, maps=_draw_maps)
 
@@ -421,6 +458,7 @@ gap:1rem 1.2rem;margin:.6rem 0}
 .kdnb pre{background:#8881;border-radius:.5rem;padding:.8rem;overflow-x:auto;font-size:.875rem;color:inherit;
 white-space:pre}
 '''
+
 _page_css = ''':root{color-scheme:light dark;--paper:#fff}
 @media (prefers-color-scheme:dark){:root{--paper:#14171b}}
 .kdnb .wide,.kdnb pre{background:linear-gradient(90deg,var(--paper) 40%,transparent) 0 0/2.4rem 100% no-repeat local,
@@ -462,13 +500,16 @@ def _tiles(stages):
         one('bytes', 'size', lambda v: human(v, 'B'), 'larger', 'smaller', 'as large'),
         one('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms', 'slower', 'faster', 'as fast')]) + '</div>'
 
+# %% ../nbs/60_report.ipynb #d349b56e
 _sums = 'weights','params','macs','bytes'
+
 def _by_path(rows, known=()):
     "Layers by path; what stands where a layer of `known` stood (fc1.0, fc1.1 for fc1) is that layer"
     found = {}
     for o in rows: found.setdefault(next((k for k in known if o['path'].startswith(f'{k}.')), o['path']), []).append(o)
     return {p: max(o, key=lambda l: l['params']) | {k: sum(l[k] for l in o) for k in _sums} for p,o in found.items()}
 
+# %% ../nbs/60_report.ipynb #a369ee50
 def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
     "A dict of text for each layer, before → after"
     before = _by_path(layers.get('before') or [])
@@ -488,6 +529,7 @@ def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
                 | {'parameters': show('params', p), 'MACs': show('macs', p), 'size': show('bytes', p, _bytes)})
     return [row(p) for p in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total')]
 
+# %% ../nbs/60_report.ipynb #77af4cd8
 def how_to_load(record): # `Record`
     "The lines that load the network of a run"
     return load_lines(record.path/'model.safetensors', record.in_shape, build=not record.loads)
@@ -495,6 +537,8 @@ def how_to_load(record): # `Record`
 def _facts(name, facts):
     rows = ''.join(f'<tr><td>{html.escape(str(k))}<td>{html.escape(_plain(v))}' for k,v in facts.items())
     return f'<div><table><tr><th>{name}<th>{rows}</table></div>'
+
+# %% ../nbs/60_report.ipynb #bbce6df8
 def _plain(v):
     def inner(o): return f'({_plain(o)})' if isinstance(o, (list,tuple,dict)) else _plain(o)
     if isinstance(v, dict): return ', '.join(f'{k}: {inner(o)}' for k,o in v.items())
@@ -502,34 +546,41 @@ def _plain(v):
     return f'{v:.10g}' if isinstance(v, float) and len(str(v))>10 else str(v)
 
 def _seeds(seeds): return f'seed{"s" if len(seeds)>1 else ""} {", ".join(map(str, seeds))}'
+
 def _title(record): return f'{record.recipe} on {record.data}'
 
 # %% ../nbs/60_report.ipynb #2d765ae7
 _meaning = ('Weights: of linear layers and convolutions, those that are not zero. MACs: multiply-accumulates for one '
             'image. Latency: for a batch, on one thread, stages in turn: median, and ± half the distance of the quartiles.')
+
 def _note(r):
     what = f'{r.n_test:,} test images' if r.has_test else f'{r.n_test:,} VALIDATION images (there is no test set)'
     return (f'Accuracy after the last epoch on the {what}, on which nothing was chosen; {_seeds(r.seeds)}'
             + (', mean ± standard deviation.' if len(r.seeds)>1 else '.'))
+
 def _say(s): return f'<p class=say>{s}</p>'
 
+# %% ../nbs/60_report.ipynb #f695a290
 def _stages(r):
     return [_tiles(r.stages), '<h2>Stages</h2>', html_table(stage_rows(r.stages)),
             f'<p class=note>{_note(r)} {_meaning}</p>', picture(plot_stages(r.stages), 'test accuracy of each stage'),
             _say('A dot is a seed, the line across is their mean.') if len(r.seeds)>1 else ''] if r.stages else []
 
+# %% ../nbs/60_report.ipynb #8eb560d4
 def _layers(r):
     if not (rows := layer_rows(r.layers)): return []
     order = ('Before → after. ' if r.layers.get('before') else '') + (f'Seed {r.seeds[0]}. ' if len(r.seeds)>1 else '')
     return ['<h2>Layer by layer</h2>', html_table(rows),
             f'<p class=note>{order}MACs for one image; size with biases and buffers.</p>']
 
+# %% ../nbs/60_report.ipynb #0b659952
 def _curves(r):
     if not (pictures := _learning(r.stages)): return []
     band = '; a line is the mean of the seeds, a band their range' if len(r.seeds)>1 else ''
     return ['<h2>Learning</h2>', pictures,
             _say(f'Means of every epoch; accuracy and validation loss are of the validation set{band}.')]
 
+# %% ../nbs/60_report.ipynb #d100907f
 def _how(r):
     use = [f'<h2>Use it</h2><pre>{html.escape(how_to_load(r))}</pre>'] if r.layers and (r.path/'model.safetensors').exists() else []
     return use + ['<h2>How it was made</h2><div class=facts>',
@@ -537,6 +588,7 @@ def _how(r):
                   _facts('versions', r.versions), _facts('machine', r.machine),
                   f'</div><p class=note>Written by kdnb {__version__}.</p>']
 
+# %% ../nbs/60_report.ipynb #4ddc990a
 def report(record): # `Record`, or the folder of a run
     "What a run did, as a `Page`: from its folder alone"
     r = record if hasattr(record, 'stages') else Record(record)
@@ -545,6 +597,7 @@ def report(record): # `Record`, or the folder of a run
         return Page(_title(r), '\n'.join([head, *_stages(r), *map(exhibit_html, r.exhibits.values()), *_layers(r),
                                           *_curves(r), *_how(r)]))
 
+# %% ../nbs/60_report.ipynb #54c2f3b8
 @contextmanager
 def _in_style():
     "Pictures are made in the page's style, and none stays open"
@@ -560,6 +613,7 @@ def _in_style():
 @patch
 def _repr_html_(self:Record): return report(self)._repr_html_()
 
+# %% ../nbs/60_report.ipynb #4d45eb3c
 @patch
 def report(self:Record):
     "Write `report.html` into the run's folder and return its path"
@@ -573,12 +627,14 @@ def _differ(records):
     return [{'': k} | {n: _plain(o.get(k, '–')) for n,o in zip(_names(records), facts)}
             for k in keys if len({_plain(o.get(k, '–')) for o in facts})>1]
 
+# %% ../nbs/60_report.ipynb #cb7fe8e1
 def _names(records):
     "A short name for each record that no other has"
     for f in (lambda r: r.path.name, lambda r: '/'.join(r.path.parts[-2:]), lambda r: str(r.path)):
         if len(set(names := [f(r) for r in records]))==len(names): return names
     raise ValueError(f'{names[0]} is given more than once. Pass different runs.')
 
+# %% ../nbs/60_report.ipynb #a902dd6e
 def compare(*records): # `Record`s, or folders of runs
     "Several runs side by side, as a `Page`"
     records = [r if hasattr(r, 'stages') else Record(r) for r in records]

@@ -19,6 +19,7 @@ from .report import Page,_axes,_in_style,html_table,human,label_points,percent,p
 
 # %% ../nbs/61_sweep.ipynb #84fd642e
 _grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list)
+
 _kinds = {str: 'text', dict: 'table', list: 'list'}
 
 def _toml(path):
@@ -32,13 +33,13 @@ def _known(keys, known, what):
     if odd := [k for k in keys if k not in known]:
         raise ValueError(f'{what} has no {odd[0]!r}. There are {", ".join(known)}.')
 
+# %% ../nbs/61_sweep.ipynb #a0eda60b
 def _plain(k, v):
     "`v` as it comes back from a file: numbers, text, truth values and lists"
     try: return json.loads(json.dumps(v))
     except TypeError:
         raise ValueError(f'{k} holds {v!r}, but a grid is plain data: numbers, texts and lists of them. '
                          'Networks go by their names.') from None
-
 
 # %% ../nbs/61_sweep.ipynb #9482666c
 class Grid:
@@ -79,6 +80,7 @@ class Grid:
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
         return key, (f'{",".join(f"{k}={_short(v)}" for k,v in values.items())[:80]}-{key[:8]}', args)
 
+# %% ../nbs/61_sweep.ipynb #3e5542e9
 def _same(o):
     "`o` with 4 for 4.0: what is equal gets one checksum"
     if isinstance(o, dict): return {k: _same(v) for k,v in o.items()}
@@ -95,6 +97,7 @@ def _kernel():
     try: return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     except OSError: return str(uuid.getnode())
 
+# %% ../nbs/61_sweep.ipynb #ab3cd346
 class _Lock:
     "The file `path`, locked (`held`) until `close` or until this process ends, if nobody else holds it"
     def __init__(self, path, wait=False):
@@ -124,6 +127,7 @@ def _optuna():
     except ImportError: raise ModuleNotFoundError('A sweep needs Optuna: pip install "kdnb[sweep]"') from None
     return optuna
 
+# %% ../nbs/61_sweep.ipynb #7a732aa5
 def _journal(path):
     "Optuna's storage in the file `path`"
     from optuna.storages.journal import JournalFileBackend,JournalFileOpenLock
@@ -142,10 +146,12 @@ def _journal(path):
     turn.parent.mkdir(parents=True, exist_ok=True)
     return _optuna().storages.JournalStorage(JournalFileBackend(str(path), Lock(str(path))))
 
+# %% ../nbs/61_sweep.ipynb #e0873303
 def _text(path):
     try: return path.read_text()
     except OSError: return ''
 
+# %% ../nbs/61_sweep.ipynb #f9832b37
 def _cut_half_line(path):
     with open(path, 'rb+') as f:
         if not f.seek(0, 2): return
@@ -154,6 +160,7 @@ def _cut_half_line(path):
         f.seek(0)
         f.truncate(f.read().rfind(b'\n')+1)
 
+# %% ../nbs/61_sweep.ipynb #d6d61b2f
 def _database(url):
     "Optuna's storage in the database at `url`"
     sqlite = url.startswith('sqlite')
@@ -171,6 +178,7 @@ def _database(url):
         event.listen(storage.engine, 'begin', lambda c: c.exec_driver_sql('BEGIN IMMEDIATE'))
     return storage
 
+# %% ../nbs/61_sweep.ipynb #a6b701ab
 def _open(storage): return (_database if '://' in str(storage) else _journal)(str(storage))
 
 # %% ../nbs/61_sweep.ipynb #6967fe8e
@@ -244,6 +252,7 @@ def lacking(self:_Worker, retry_failed=False):
     cut_off = lambda t: t.state==self.State.FAIL and (retry_failed or 'error' not in t.user_attrs)
     return {k: now.get(k) for k in self.todo if k not in now or cut_off(now[k])}
 
+# %% ../nbs/61_sweep.ipynb #31497274
 @patch
 def add(self:_Worker, retry_failed=False):
     "Give every combination that lacks one a trial"
@@ -256,6 +265,7 @@ def add(self:_Worker, retry_failed=False):
                 attempt=old['attempt']+1, kills=0 if 'error' in old else old['kills']+('killed' in old))
             self.study.add_trial(_optuna().trial.create_trial(state=self.State.WAITING, user_attrs=new))
 
+# %% ../nbs/61_sweep.ipynb #85d69bff
 @patch
 def end(self:_Worker, trial, state, value=None, **attrs):
     "Write down how `trial` has ended, unless it was given to another"
@@ -264,6 +274,7 @@ def end(self:_Worker, trial, state, value=None, **attrs):
         self.storage.set_trial_state_values(self.id(trial), state, None if value is None else [value])
     except self.Finished: pass
 
+# %% ../nbs/61_sweep.ipynb #37034e1a
 @patch
 def claim(self:_Worker):
     "A trial that nobody runs, and its lock"
@@ -284,6 +295,7 @@ def _take(self:_Worker, t, lock):
     else: lock.note('')
     return mine
 
+# %% ../nbs/61_sweep.ipynb #5759fbd9
 @patch
 def _bury(self:_Worker, t, lock):
     "End the running trial `t` if its worker is dead"
@@ -308,6 +320,7 @@ def run(self:Grid,
     run = ask_recipe(self.function, self.dls(), args, path=path, data=self.data, show=show)
     return [_plain(o['name'], {k: v for k,v in o.items() if isinstance(v, (str,int,float))}) for o in run.stages]
 
+# %% ../nbs/61_sweep.ipynb #3cd55dd6
 def _result(stages, stage=None):
     "The rows of `stages` that count: those of `stage`, or of the last"
     rows = [o for o in stages if o['name']==(stage or stages[-1]['name'])]
@@ -315,6 +328,7 @@ def _result(stages, stage=None):
         raise ValueError(f'There is no stage {stage!r}. There are {", ".join({o["name"]: 0 for o in stages})}.')
     return rows
 
+# %% ../nbs/61_sweep.ipynb #7c307639
 @patch
 def run(self:_Worker, t, lock):
     "Run the trial `t`, which is ours"
@@ -353,6 +367,7 @@ def work(self:_Worker):
         self.tell()
         if self.parent and os.getppid()!=self.parent: return
 
+# %% ../nbs/61_sweep.ipynb #2aa128f0
 @patch
 def tell(self:_Worker, new=True):
     "A line for each trial that has come to its end since the last time; without `new` only how many have"
@@ -372,6 +387,7 @@ def _gpus():
     seen = os.environ.get('CUDA_VISIBLE_DEVICES')
     return seen.split(',') if seen else [str(i) for i in range(torch.cuda.device_count())]
 
+# %% ../nbs/61_sweep.ipynb #00f298f4
 @patch
 def spawn(self:_Worker, i):
     "Start worker `i`"
@@ -381,12 +397,14 @@ def spawn(self:_Worker, i):
     return subprocess.Popen([sys.executable, '-W', 'ignore::FutureWarning', '-c',
                              'from kdnb.sweep import _main; _main()', job], env=env)
 
+# %% ../nbs/61_sweep.ipynb #585842c8
 def _main():
     "What a process of `_Worker.spawn` does"
     grid,*args = json.loads(sys.argv[1])
     try: _Worker(Grid(grid), *args).work()
     except KeyboardInterrupt: sys.exit(130)
 
+# %% ../nbs/61_sweep.ipynb #25f0ff46
 @patch
 def supervise(self:_Worker, n):
     "Keep `n` processes at work until each has found that nothing is left"
@@ -416,8 +434,10 @@ def pareto(df, # A row per network
 # %% ../nbs/61_sweep.ipynb #a8791229
 _sizes = dict(weights='weights that are not zero', params='parameters', macs='multiplications for an image',
               bytes='bytes', latency_ms='latency of a batch (ms)')
+
 def _column(n): return f'{n} (grid)' if n in _sizes else n     # beside what is measured
 
+# %% ../nbs/61_sweep.ipynb #ce9047e1
 class SweepResult:
     "What a sweep has found: `trials` has a row for each combination and seed, `stages` one for each of their stages"
     def __init__(self, grid, trials, out): # `Grid`; `{checksum: trial}` as Optuna has them; folder of the sweep
@@ -450,6 +470,7 @@ class SweepResult:
         whole = [k for k in ('weights','params','macs','bytes') if k in df and (df[k]==df[k].round()).all()]
         return df.astype(dict.fromkeys(whole, int)).assign(pareto=pareto(df))
 
+# %% ../nbs/61_sweep.ipynb #ae35fed1
 @patch
 def plot(self:SweepResult,
     size='weights', # What is small: weights, params, macs, bytes or latency_ms
@@ -487,6 +508,7 @@ def _says(self:SweepResult):
 def __repr__(self:SweepResult):
     return '\n'.join([self._says(), *(f'{o["name"]}: {o.error}' for _,o in self.of('failed').iterrows())])
 
+# %% ../nbs/61_sweep.ipynb #71846116
 def _rows(df):
     "The rows of `SweepResult.table` as text"
     shown = dict(weights=('weights', human), macs=('MACs', human), bytes=('size', lambda v: human(v, 'B')),
@@ -496,6 +518,7 @@ def _rows(df):
             | {name: '–' if np.isnan(o[k]) else f(o[k]) for k,(name,f) in shown.items() if k in df}
             | {'front': '●' if o.pareto else ''} for _,o in df.reset_index().iterrows()]
 
+# %% ../nbs/61_sweep.ipynb #c47ea086
 @patch
 def page(self:SweepResult):
     "Sentence, picture, table and what failed, as a `Page`"
@@ -512,9 +535,11 @@ def page(self:SweepResult):
     parts += ['<h2>How it was made</h2>', html_table([{'setting': k, 'value': str(v)} for k,v in about.items()])]
     return Page(title, '\n'.join(parts))
 
+# %% ../nbs/61_sweep.ipynb #7d556d5a
 @patch
 def _repr_html_(self:SweepResult): return self.page()._repr_html_()
 
+# %% ../nbs/61_sweep.ipynb #140cd571
 @patch
 def save(self:SweepResult):
     "Write `sweep.csv` and `sweep.html` into the folder of the sweep"

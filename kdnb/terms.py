@@ -30,6 +30,7 @@ def check_weight(w, what='weight'):
                          'or a schedule such as SchedCos(1., .1).')
     return w
 
+# %% ../nbs/05_terms.ipynb #421bb87d
 def weight_at(w, pct):
     "Weight `w` at training progress `pct`"
     return float(w(pct)) if callable(w) else w
@@ -39,6 +40,7 @@ def is_training(learn):
     "Is this fit one that trains, not `lr_find` or a prediction?"
     return not {'lr_finder','gather_preds'} & vars(learn).keys()     # `hasattr` would search the model, too
 
+# %% ../nbs/05_terms.ipynb #595b13a9
 class QuickCallback(Callback):
     "A callback that costs nothing at the events it has no method for"
     training = property(lambda self: self.learn.training)     # asked for at every event, and found without a search
@@ -51,6 +53,7 @@ class QuickCallback(Callback):
         if name[0]=='_': object.__setattr__(self, name, value)
         else: super().__setattr__(name, value)
 
+# %% ../nbs/05_terms.ipynb #bc9eb102
 class TidyCallback(QuickCallback):
     "A callback of training that shows `columns` and leaves the learner as it found it, also after an error"
     order,run_valid,_only_train_loop = 0,False,True
@@ -139,9 +142,11 @@ def mean(self:LossTerm, name):
     "Mean of the term `name` over the samples of this epoch for which it was asked"
     return float(self._sums[name])/self._n[name] if name in self._sums else 0.
 
+# %% ../nbs/05_terms.ipynb #fc20d4a7
 @patch
 def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weights}
 
+# %% ../nbs/05_terms.ipynb #4beff815
 @patch
 def before_train(self:LossTerm):
     super(LossTerm, self).before_train()
@@ -162,6 +167,7 @@ def _set_learn(self, v):
         self.detach()
         self.__dict__['_learn'] = None
         raise
+
 LossTerm.learn = property(lambda self: self._learn, _set_learn)
 
 # %% ../nbs/05_terms.ipynb #1fb7a3de
@@ -193,6 +199,7 @@ def _pass_over(self:LossTerm):
     self._idle = True
     if not is_training(self.learn): raise ValueError(_nothing)     # `lr_find`, which stays at the beginning
 
+# %% ../nbs/05_terms.ipynb #0e5921b6
 @patch
 def after_train(self:LossTerm):
     terms = [c for c in self.learn.cbs if isinstance(c, LossTerm)]
@@ -278,6 +285,7 @@ def regroup(opt, groups, i, own=None):
 # %% ../nbs/05_terms.ipynb #5a1c07e4
 def _ids(groups): return [{id(p) for p in g} for g in groups]
 
+# %% ../nbs/05_terms.ipynb #827fde40
 @patch
 def _split(self:LossTerm):
     "Give the term a group of its own again, in an optimiser that had one"
@@ -288,6 +296,7 @@ def _split(self:LossTerm):
     regroup(opt, groups, i, own)
     opt.own_hypers = None
 
+# %% ../nbs/05_terms.ipynb #0f28628e
 @patch
 def _merge(self:LossTerm):
     "Let the term's own group be part of the group in which the learner's splitter has its parameters"
@@ -309,6 +318,7 @@ def attach(self:LossTerm):
     if self.own_group and learn.opt is not None: self._split()
     if not self.own_group and len(self.params(learn.model)): learn.save,learn.load = partial(save_bare, learn),partial(load_bare, learn)
 
+# %% ../nbs/05_terms.ipynb #5a639a3d
 @patch
 def detach(self:LossTerm):
     "Taken from the learner: undo `attach`"
@@ -323,6 +333,7 @@ def detach(self:LossTerm):
         if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
     if self.own_group and learn.opt is not None: self._merge()
 
+# %% ../nbs/05_terms.ipynb #8f53f91f
 @patch
 def before_fit(self:LossTerm):
     super(LossTerm, self).before_fit()
@@ -335,6 +346,7 @@ def brought_by(learn):
     terms = [c for c in learn.cbs if isinstance(c, LossTerm) and c._attached and not c.own_group]
     return {t: ps for t in terms if (ps := list(t.params(learn.model)))}
 
+# %% ../nbs/05_terms.ipynb #8c94d791
 @contextmanager
 def _bare_opt(learn):
     "While it lasts, the optimiser of `learn` knows nothing of what terms have brought"
@@ -352,6 +364,7 @@ def _states_of(opt, ps):
     "What `opt` keeps of each of `ps`"
     return [[deepcopy(s[p]) if p in s else None for p in ps] for s in param_states(opt)]
 
+# %% ../nbs/05_terms.ipynb #ce827112
 def save_bare(learn, file, **kwargs):
     "`learn.save` without what terms have brought, which they keep"
     with _bare_opt(learn): path = type(learn).save(learn, file, **kwargs)

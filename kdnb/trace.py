@@ -27,6 +27,7 @@ def labels_of(t): # Any tensor
     size = [1 if t.layout==torch.strided and t.stride(d)==0 else n for d,n in enumerate(t.shape)]
     return torch.zeros(size, dtype=torch.int32, device='cpu').expand(t.shape)
 
+# %% ../nbs/03a_trace.ipynb #2a57e212
 def put_labels(t, labels, axis):
     "Label `t` with `labels` (n,) along `axis`, the same along all other axes"
     shape = [1]*t.ndim
@@ -36,12 +37,14 @@ def put_labels(t, labels, axis):
 # %% ../nbs/03a_trace.ipynb #8e69d1d6
 def _spans(l, d): return l.shape[d]>1 and l.stride(d)!=0
 
+# %% ../nbs/03a_trace.ipynb #1627264e
 def _small(l):
     "Labels without the repetitions along expanded axes"
     for d in range(l.ndim):
         if l.shape[d]>1 and l.stride(d)==0: l = l.narrow(d, 0, 1)
     return l
 
+# %% ../nbs/03a_trace.ipynb #c935b4cc
 def varies(l, d):
     "Do labels `l` change along axis `d`?"
     return _spans(l, d) and bool(((s := _small(l))!=s.narrow(d, 0, 1)).any())
@@ -50,26 +53,31 @@ def _labelled(l): return bool((_small(l)>0).any())
 
 # %% ../nbs/03a_trace.ipynb #61ff34cc
 norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+
 _holding = {nn.GroupNorm: '{} normalises over them', nn.MultiheadAttention: '{} splits them into heads',
             nn.RNNBase: '{} reads or makes them', nn.RNNCellBase: '{} reads or makes them', nn.Embedding: '{} makes them'}
 
 def is_depthwise(m): return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels==m.out_channels
 
+# %% ../nbs/03a_trace.ipynb #e1144d72
 def n_channels(m):
     "How many channels layer `m` makes and reads"
     for made,read in (('out_features','in_features'), ('out_channels','in_channels')):
         if hasattr(m, made): return getattr(m, made),getattr(m, read)
     return (m.num_parameters if isinstance(m, nn.PReLU) else m.num_features,)*2
 
+# %% ../nbs/03a_trace.ipynb #5647f161
 def channel_axis(m):
     "The axis of channels in what layer `m` reads and makes"
     return -1-len(getattr(m, 'kernel_size', ())) if isinstance(m, weighted) else 1
 
+# %% ../nbs/03a_trace.ipynb #8e94f05c
 def spanned_axis(t):
     "The only axis along which tensor `t` is longer than 1, or None"
     axes = [d for d,n in enumerate(t.shape) if n>1]
     return axes[0] if len(axes)==1 else None
 
+# %% ../nbs/03a_trace.ipynb #48614f23
 def over_weight(mask, m, reads=False):
     "A mask of the channels that `m` makes (or reads), in a shape that broadcasts over its weight"
     w,mask = m.weight,mask.to(m.weight.device)
@@ -79,7 +87,9 @@ def over_weight(mask, m, reads=False):
 
 # %% ../nbs/03a_trace.ipynb #c8e87f02
 OUTPUT = "they are the network's output"
+
 WIDTHS = 'layers of other widths join them (a padded shortcut, a broadcast)'
+
 LOST = 'the way from their makers to their readers cannot be followed exactly'
 
 class Trace(TorchDispatchMode):
@@ -160,6 +170,7 @@ def _computes(m, x, *args, **kwargs):
     except Exception: return True
     finally: m.weight.copy_(w)
 
+# %% ../nbs/03a_trace.ipynb #50e389c9
 @patch
 def layer(self:Trace, path, m, out, x, *args, **kwargs):
     "Note what layer `m` reads and makes, and label its output"
@@ -177,11 +188,13 @@ def layer(self:Trace, path, m, out, x, *args, **kwargs):
 
 # %% ../nbs/03a_trace.ipynb #fa1e0406
 _rules = {}
+
 def follows(*names):
     "The rule of the operations `names`"
     def put(f): _rules.update(dict.fromkeys(names, f)); return f
     return put
 
+# %% ../nbs/03a_trace.ipynb #8b871074
 @patch
 def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     out,kwargs = func(*args, **(kwargs or {})),kwargs or {}
@@ -199,7 +212,10 @@ def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     return out
 
 def _outputs(out): return [o for o in tree_leaves(out) if isinstance(o, torch.Tensor)]
+
+# %% ../nbs/03a_trace.ipynb #4b16de38
 def _inputs(named): return [o for o in tree_leaves(list(named.values())) if isinstance(o, torch.Tensor)]
+
 def _unknown(trace, func, named, out):
     for o in _inputs(named): trace.hold(labels_of(o), f'{func.overloadpacket.__name__} reads them')
     return tree_map_only(torch.Tensor, lambda o: torch.zeros(o.shape, dtype=torch.int32, device='cpu'), out)
@@ -260,6 +276,7 @@ def tear(self:Trace, l, axes):
     self._row[l.flatten().long()] = row.expand(l.shape).flatten()
     self.balance(l, row, f'the code views them as {"×".join(str(l.shape[d]) for d in axes)}')
 
+# %% ../nbs/03a_trace.ipynb #7267bfdf
 @patch
 def rows(self:Trace, l):
     "The row in which each of the labels `l` was when a view split its axis"
@@ -267,6 +284,7 @@ def rows(self:Trace, l):
         if l.shape[d]>1 and l.stride(d)==0: return self.rows(l.narrow(d, 0, 1)).expand(l.shape)
     return self._row[l.long()]
 
+# %% ../nbs/03a_trace.ipynb #789d864b
 @follows('native_channel_shuffle','channel_shuffle')
 def _shuffle(trace, func, named, out):
     l = labels_of(named['self'])
@@ -292,6 +310,7 @@ def _pointwise(trace, func, named, out):
     if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None: trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
     return tree_map_only(torch.Tensor, lambda o: l, out)
 
+# %% ../nbs/03a_trace.ipynb #c902b0d7
 @follows('new_empty','new_zeros','new_ones','new_full')
 def _new(trace, func, named, out):
     "As large as channels that it is made beside, or of size 1 there"
@@ -301,11 +320,13 @@ def _new(trace, func, named, out):
         if not varies(l, d): l = l.narrow(d, 0, 1)
     return l.expand(out.shape)
 
+# %% ../nbs/03a_trace.ipynb #9bf61590
 @follows('copy_')
 def _copy(trace, func, named, out):
     l = labels_of(named['src']).expand(out.shape)
     return trace.hold(l, LOST) if out._base is not None else l
 
+# %% ../nbs/03a_trace.ipynb #97588441
 @patch
 def merge(self:Trace, out, ts):
     "Labels of `out`, computed element by element from the tensors `ts`"
@@ -323,6 +344,8 @@ def merge(self:Trace, out, ts):
     return (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
 
 def _spanned(l, axes): return [d for d in axes if _spans(l, d)]
+
+# %% ../nbs/03a_trace.ipynb #f6268af5
 @patch
 def _names(self:Trace, t):
     found = next((n for n,p in self.model.named_parameters() if p is t or p is t._base), None)
@@ -349,6 +372,7 @@ def _layer_norm(trace, func, named, out):
     if any(varies(l, d) for d in range(l.ndim-n, l.ndim)): l = trace.hold(l, f'{trace._where or "layer_norm"} normalises over them')
     return l,*(torch.zeros(o.shape, dtype=torch.int32, device='cpu') for o in out[1:])
 
+# %% ../nbs/03a_trace.ipynb #cd29d912
 @follows('glu')
 def _glu(trace, func, named, out):
     l,dim = labels_of(named['self']),named.get('dim', -1)
@@ -367,6 +391,7 @@ def _spatial(trace, func, named, out):
     for d in range(2, l.ndim): l = l.narrow(d, 0, 1)
     return tree_map_only(torch.Tensor, lambda o: l.expand(o.shape), out)
 
+# %% ../nbs/03a_trace.ipynb #995ef60d
 @follows('constant_pad_nd')
 def _pad(trace, func, named, out):
     l,pad = labels_of(named['self']),named['pad']
@@ -387,6 +412,7 @@ def _matmul(trace, func, named, out):
     if _labelled(a) and _labelled(b): a,b = trace.hold(a, WIDTHS),trace.hold(b, WIDTHS)
     return (b.narrow(-2, 0, 1) if _labelled(b) else a.narrow(-1, 0, 1)).expand(out.shape)
 
+# %% ../nbs/03a_trace.ipynb #b0dcdf98
 @follows('*scaled_dot_product')
 def _attention(trace, func, named, out):
     q,k,v,*rest = _inputs(named)
@@ -408,6 +434,7 @@ def output_tensors(out, seen=None):
     elif not isinstance(out, (list,tuple,set,deque)): out = list(getattr(out, '__dict__', {}).values())
     return [t for o in out for t in output_tensors(o, seen)]
 
+# %% ../nbs/03a_trace.ipynb #f0b58792
 @patch
 def run(self:Trace, xb, training=False):
     "Follow labels through one call of the network"
@@ -428,6 +455,7 @@ def run(self:Trace, xb, training=False):
             if f is not None: m.forward = f
     for o in output_tensors(out): self.hold(labels_of(o), OUTPUT)
 
+# %% ../nbs/03a_trace.ipynb #6dc53f36
 @patch
 def label_tensors(self:Trace):
     "Parameters and buffers outside of known layers that have one axis, such as a layer scale, have labels of their own"
@@ -437,12 +465,14 @@ def label_tensors(self:Trace):
         self.note('tensors', name, self.new_labels(name, t.numel()))
         self.mark(t, self.parts['tensors',name], spanned_axis(t))
 
+# %% ../nbs/03a_trace.ipynb #907a0b31
 @patch
 def _aside(self:Trace, f, *args, **kwargs):
     quiet,self._quiet = self._quiet,True
     try: return f(*args, **kwargs)
     finally: self._quiet = quiet
 
+# %% ../nbs/03a_trace.ipynb #cbf3db75
 @patch
 def _known(self:Trace, path, m):
     def forward(*args, f=m.forward, **kwargs):
@@ -452,6 +482,7 @@ def _known(self:Trace, path, m):
         return out
     return forward
 
+# %% ../nbs/03a_trace.ipynb #0841ac32
 @patch
 def _held(self:Trace, path, m, why):
     name = f'{type(m).__name__} {path}'
@@ -473,11 +504,13 @@ def components(pairs, n):
     a,b = pairs.cpu().numpy()
     return torch.from_numpy(connected_components(coo_matrix((np.ones(len(a)), (a,b)), (n,n)), directed=False)[1]).long()
 
+# %% ../nbs/03a_trace.ipynb #657d21c9
 @patch(as_prop=True)
 def classes(self:Trace):
     "The class of each label: labels of one class live and die together"
     return components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
 
+# %% ../nbs/03a_trace.ipynb #44cceff9
 @patch(as_prop=True)
 def stays(self:Trace):
     "`{class: why it cannot go}`"
@@ -488,6 +521,7 @@ def stays(self:Trace):
         if kind=='makers' and len(ids)>1 and len(c := of[ids.long()].unique())==1: found.setdefault(int(c), LOST)
     return found
 
+# %% ../nbs/03a_trace.ipynb #99c45317
 @patch
 def table(self:Trace):
     "`DataFrame` of where channels are made, scaled and read: how many, in how many classes, and why some stay"
@@ -495,6 +529,7 @@ def table(self:Trace):
     def row(kind, path, l): c = of[l[l>0].long()].unique().tolist(); return dict(kind=kind, path=path, channels=len(l), classes=' '.join(_ranges(c)), stays=', '.join({stays[o]: 0 for o in c if o in stays}))
     return pd.DataFrame([row(kind, path, l) for (kind,path),l in self.parts.items()]).set_index('path')
 
+# %% ../nbs/03a_trace.ipynb #bbd7d68b
 def _ranges(ns):
     "Numbers as `1–4 7`"
     runs = []
@@ -503,6 +538,7 @@ def _ranges(ns):
         else: runs.append([n,n])
     return [f'{a}–{b}' if b>a else f'{a}' for a,b in runs]
 
+# %% ../nbs/03a_trace.ipynb #d0fb80c5
 @patch
 def hold_unseen(self:Trace):
     "Layers that did not run, since another input, or targets, would take their way: what they could read stays"
@@ -511,6 +547,7 @@ def hold_unseen(self:Trace):
         if not isinstance(m, weighted+norms) or path in self.ran or m in inside or isinstance(m, norms) and n_channels(m)[0]==1: continue
         for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]: self.hold(labels, f'{path} did not run, and may read them')
 
+# %% ../nbs/03a_trace.ipynb #7fb01271
 @torch.no_grad()
 def trace_channels(model, # Any module
     xb): # Tuple of its inputs, two samples or more

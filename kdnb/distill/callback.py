@@ -68,6 +68,7 @@ def undisturbed(model):
         try: yield
         finally: random.setstate(state)
 
+# %% ../../nbs/12_distill.callback.ipynb #d7279ca0
 class KnowledgeDistillation(LossTerm):
     "Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss"
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
@@ -137,6 +138,7 @@ def _outputs(self:KnowledgeDistillation, *models):
     "What `models` answer to one validation batch"
     with undisturbed(self.model): return tuple(hear(m, [], self.dls, self.logits)[0] for m in models)
 
+# %% ../../nbs/12_distill.callback.ipynb #d9ea4120
 @patch
 def _choose_terms(self:KnowledgeDistillation):
     "Terms that nobody has named: those of the task; if that is not certain, training will say so"
@@ -150,6 +152,7 @@ def _choose_terms(self:KnowledgeDistillation):
     else: self._decided = now
     self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
 
+# %% ../../nbs/12_distill.callback.ipynb #748d8e48
 @patch
 def _meet(self:KnowledgeDistillation):
     "Let the adapter see how the data of teacher and student differ"
@@ -172,6 +175,7 @@ def _probe(self:KnowledgeDistillation):
 @patch
 def _who_counts(self:KnowledgeDistillation): return next(type(t).__name__ for t in self.terms.values() if t.needs_index)
 
+# %% ../../nbs/12_distill.callback.ipynb #ceb776f7
 @patch
 def _labels(self:KnowledgeDistillation):
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
@@ -179,6 +183,7 @@ def _labels(self:KnowledgeDistillation):
                          'each sample in its batch. Use image_dls or from_arrays.')
     return y.as_subclass(torch.Tensor)
 
+# %% ../../nbs/12_distill.callback.ipynb #3d2f2a37
 @patch
 def _prepare(self:KnowledgeDistillation):
     "Build the terms' heads, once for a model, and make them part of it"
@@ -201,6 +206,7 @@ def _prepare(self:KnowledgeDistillation):
                              'trainable parts of the terms. Give the callback to the Learner before the model is wrapped.')
         self.model.add_module(HEADS, self.heads)
 
+# %% ../../nbs/12_distill.callback.ipynb #13ebbe64
 @patch
 def _replace(self:KnowledgeDistillation, new):
     "Let the network `new` take the student's place"
@@ -212,6 +218,7 @@ def _replace(self:KnowledgeDistillation, new):
     self._replaced = dict(model=self.model, opt=self.opt),wrap.splitter,new
     self.learn.model,self.learn.opt,wrap.splitter = new,None,_body_and_projector
 
+# %% ../../nbs/12_distill.callback.ipynb #2bfdc066
 @patch
 def _undo_replace(self:KnowledgeDistillation):
     "Put the student back that `_replace` has taken out, if its successor was not trained"
@@ -223,6 +230,7 @@ def _undo_replace(self:KnowledgeDistillation):
 
 def _body_and_projector(model): return [p for m in (unwrap(model).body,unwrap(model).projector) for p in m.parameters()]
 
+# %% ../../nbs/12_distill.callback.ipynb #c266feeb
 @patch
 def _check_teacher(self:KnowledgeDistillation):
     if self.teacher is None:
@@ -246,6 +254,7 @@ def before_train(self:KnowledgeDistillation):
         i = self.epoch % self.n_views
         self.dls.train.dataset,self._now = self._views[i],self._said[i]
 
+# %% ../../nbs/12_distill.callback.ipynb #4cdfad74
 @patch
 def _begin(self:KnowledgeDistillation):
     "Once a fit: check, switch the teacher to evaluation, set the hooks"
@@ -273,12 +282,14 @@ def _begin(self:KnowledgeDistillation):
     self._checked,self._judged = False,set()
     self._after = [m.after_backward for m in self.heads.modules() if hasattr(m, 'after_backward')]
 
+# %% ../../nbs/12_distill.callback.ipynb #0bd776ee
 @patch
 def before_batch(self:KnowledgeDistillation):
     if self.needs_index: self._take_index()
     if not len(self.yb) and (mix := _mixer(self.learn)):
         raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
 
+# %% ../../nbs/12_distill.callback.ipynb #08b8dff9
 @patch
 def _take_index(self:KnowledgeDistillation):
     "The places of this batch's samples; those of an earlier batch would be taken for them"
@@ -291,6 +302,7 @@ def _take_index(self:KnowledgeDistillation):
 
 def _mixer(learn): return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
+# %% ../../nbs/12_distill.callback.ipynb #bcdac989
 @patch
 def values(self:KnowledgeDistillation, names):
     f_s,(z_t,f_t) = self._ears[0].take(),self._listen()
@@ -305,6 +317,7 @@ def values(self:KnowledgeDistillation, names):
         res[k] = self.terms[k](o)
     return res
 
+# %% ../../nbs/12_distill.callback.ipynb #6a6a713f
 @patch
 def _judge(self:KnowledgeDistillation, name, o):
     "Once a fit, before the term `name` compares logits: are they and the targets of its kind?"
@@ -312,18 +325,21 @@ def _judge(self:KnowledgeDistillation, name, o):
         self.adapter.check(o.term, o.z_s, o.z_all, o.y if len(self.yb) else None)
     self._judged.add(name)
 
+# %% ../../nbs/12_distill.callback.ipynb #5c03d203
 @patch
 def _targets(self:KnowledgeDistillation, term):
     if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
     raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
                      'Use terms that compare with the teacher alone, such as KD, or a loader whose batches have targets.')
 
+# %% ../../nbs/12_distill.callback.ipynb #fc5406ed
 @patch
 def _ask(self:KnowledgeDistillation):
     "The teacher's logits for this batch, or what it returns, if none are known in that"
     xb = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in self.xb)
     return find_logits(self.teacher(*xb), self.logits)
 
+# %% ../../nbs/12_distill.callback.ipynb #2687e880
 @patch
 @torch.no_grad()
 def _listen(self:KnowledgeDistillation):
@@ -336,6 +352,7 @@ def _listen(self:KnowledgeDistillation):
     if not self._checked: self._check_answers(z_t, f_t)
     return z_t,f_t
 
+# %% ../../nbs/12_distill.callback.ipynb #5dd7d0a7
 @patch
 def _check_answers(self:KnowledgeDistillation, z_t, f_t):
     "Once a fit: answers must be finite, and stored ones must be answers to this batch"
@@ -349,11 +366,13 @@ def _check_answers(self:KnowledgeDistillation, z_t, f_t):
             raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
                              'Use cache=False.')
 
+# %% ../../nbs/12_distill.callback.ipynb #69085ab2
 @patch
 def after_backward(self:KnowledgeDistillation):
     self._replaced = None
     for f in self._after: f()
 
+# %% ../../nbs/12_distill.callback.ipynb #56c85637
 @patch
 def put_back(self:KnowledgeDistillation):
     super(KnowledgeDistillation, self).put_back()
@@ -376,6 +395,7 @@ def _number(self:KnowledgeDistillation):
     self._loader = dl,{k: getattr(dl, k) for k in ('index','dataset','after_batch')}
     dl.index = True
 
+# %% ../../nbs/12_distill.callback.ipynb #5f17c986
 @patch
 def _ask_all(self:KnowledgeDistillation):
     "The teacher's answers to every sample of each view, those of an earlier fit if nothing has changed"
@@ -469,6 +489,7 @@ def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which
 # %% ../../nbs/12_distill.callback.ipynb #5ea94258
 def _show(x, ax, title=None): show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
 
+# %% ../../nbs/12_distill.callback.ipynb #3a747b52
 @patch
 def show_distilled(self:Learner,
     teacher, # `Learner` or module
@@ -505,6 +526,7 @@ def _gaussians(kd):
     if not found: raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
     return found
 
+# %% ../../nbs/12_distill.callback.ipynb #26dd4a4a
 @torch.no_grad()
 def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
     model, # The network it trained
@@ -523,11 +545,13 @@ def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
             res[title] = F.interpolate(m[:n], size=xb[0].shape[2:], mode='bilinear')[:,0].cpu()
     return res
 
+# %% ../../nbs/12_distill.callback.ipynb #e227aa50
 @torch.no_grad()
 def sorted_variances(kd): # What `learn.distill` returned, with a VID term
     "The learnt variance of each of the teacher's channels (C,), sorted, for each pair"
     return {f'{s} → {t}': head.variance.sort().values.cpu() for s,t,head in _gaussians(kd)}
 
+# %% ../../nbs/12_distill.callback.ipynb #c543aea4
 def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
     learn, # The learner it trained
     n=3, # Number of images
@@ -544,6 +568,7 @@ def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
         if col: axs[0,col].set_title(title, fontsize=8)
     return axs
 
+# %% ../../nbs/12_distill.callback.ipynb #1de9f56c
 def plot_variances(kd, # What `learn.distill` returned, with a VID term
     figsize=None):
     "The learnt variance of each of the teacher's channels, sorted (Ahn et al. 2019, Figure 3); returns the axes"

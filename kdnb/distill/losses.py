@@ -21,6 +21,7 @@ def at_least_float32(o):
     if type(o) is not torch.Tensor: o = o.as_subclass(torch.Tensor)
     return o.float() if o.dtype in (torch.float16,torch.bfloat16) else o
 
+# %% ../../nbs/10_distill.losses.ipynb #674d72f7
 def in_float32(f):
     "Let the loss `f` compute in float32 at least, whatever comes in, and outside autocast"
     @wraps(f)
@@ -45,9 +46,12 @@ def check_T(T):
                          'What can is the weight of a term, KD(T=4)*SchedCos(1., .1).')
     if T is None or isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
+# %% ../../nbs/10_distill.losses.ipynb #d8752c14
 def class_dim(z): "The dimension of the classes"; return 1 if z.ndim>3 else -1
+
 def _rows(z): return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z
 
+# %% ../../nbs/10_distill.losses.ipynb #c4f3ed2c
 def _check_logits(z_s, z_t, least=2):
     "The logits of student and teacher as (N, C)"
     z_s,z_t,*shapes = _rows(z_s),_rows(z_t),tuple(z_t.shape),tuple(z_s.shape)
@@ -60,6 +64,7 @@ def _check_logits(z_s, z_t, least=2):
                          'compared. Use LogitsMSE, or compare features.')
     return z_s,z_t
 
+# %% ../../nbs/10_distill.losses.ipynb #ab8337f0
 def check_batch(f_s, f_t):
     "Student's and teacher's features must be of the same samples"
     if len(f_s)!=len(f_t):
@@ -67,6 +72,7 @@ def check_batch(f_s, f_t):
                          f'(shapes {tuple(f_s.shape)} and {tuple(f_t.shape)}): '
                          'pair layers whose first dimension is the sample.')
 
+# %% ../../nbs/10_distill.losses.ipynb #1d798340
 def _check_maps(*fs):
     for f in fs:
         if f.ndim!=4: raise ValueError(f'features have shape {tuple(f.shape)}, expected maps (B, C, H, W). '
@@ -99,6 +105,7 @@ def logits_mse(z_s, # Student's logits (B, C)
     "Mean of (z_s − z_t)² (Ba and Caruana 2014)"
     return F.mse_loss(*_check_logits(z_s, z_t, least=1))
 
+# %% ../../nbs/10_distill.losses.ipynb #731f78f4
 @in_float32
 def lwf(z_s, # Student's logits on the old task's classes (B, C)
     z_t, # Logits of the network that knew it (B, C)
@@ -123,6 +130,7 @@ def dkd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
     tckd,nckd = (F.kl_div(*o, reduction='batchmean', log_target=True) for o in ((right_s,right_t), (others_s,others_t)))
     return T**2*(alpha*tckd + beta*nckd)
 
+# %% ../../nbs/10_distill.losses.ipynb #58d05f81
 def _split(z, y):
     "Log probabilities of the class `y` and of all the others (B, 2), and among the others (B, C-1)"
     target = F.one_hot(y, z.shape[1]).bool()
@@ -212,6 +220,7 @@ def vectors(f):
     "A vector per sample (B, D): maps averaged over space, anything else flattened"
     return f.mean((2,3)) if f.ndim==4 else f.flatten(1)
 
+# %% ../../nbs/10_distill.losses.ipynb #faaff3b4
 @in_float32
 def pkt(v_s, # Student's vectors (B, D), or maps, which are averaged over space
     v_t, # Teacher's; D may differ
@@ -234,11 +243,13 @@ def rkd(v_s, # Student's vectors (B, D); maps are flattened
     return (distance*F.smooth_l1_loss(_distances(v_s), _distances(v_t))
             + angle*F.smooth_l1_loss(_angles(v_s), _angles(v_t)))
 
+# %% ../../nbs/10_distill.losses.ipynb #57b52b76
 def _distances(v):
     "Distances (B, B), over their mean"
     d,n = torch.cdist(v, v, compute_mode='donot_use_mm_for_euclid_dist'),len(v)
     return d/(d.sum()/max(n*(n-1), 1)).clamp(min=1e-12)
 
+# %% ../../nbs/10_distill.losses.ipynb #0e6fb081
 def _angles(v):
     "Cosines (B, B, B) at the first sample between the directions to the other two"
     e = unit(v - v[:,None], dim=2)

@@ -27,10 +27,13 @@ from .losses import *
 
 # %% ../../nbs/11_distill.methods.ipynb #639277f6
 usual_weights,_terms,_aliases = {},{},{}
+
 def _both(find):
     return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),find(teacher, data)))
+
 def _own(find): return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),))
 
+# %% ../../nbs/11_distill.methods.ipynb #77addb01
 class Term:
     "A distillation loss with a `weight` (a number, or a schedule over training progress)"
     weight,task = 1.,1.                      # `task`: usual weight of the task loss beside it
@@ -65,8 +68,10 @@ class Term:
         args = ', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k!='weight')
         return f'{type(self).__name__}({args})' + ('' if self.weight==1. else f'*{self.weight}')
 
+# %% ../../nbs/11_distill.methods.ipynb #7c0c786a
 def _product(a, b, pct): return weight_at(a, pct)*weight_at(b, pct)
 
+# %% ../../nbs/11_distill.methods.ipynb #ef58b3f7
 def _register(cls):
     name = cls.__name__
     if name in _terms and _terms[name].__module__==__name__!=cls.__module__: return     # the package's names stay
@@ -75,6 +80,7 @@ def _register(cls):
     else: usual_weights.setdefault(name, cls.usual)
     for o in vars(cls).get('aliases', ()): _aliases[o.lower()] = name
 
+# %% ../../nbs/11_distill.methods.ipynb #50579fa3
 class Terms:
     "A sum of terms"
     def __init__(self, *terms): self.terms = terms
@@ -100,24 +106,28 @@ class LogitTerm(Term, abstract=True):
     standardize,by_class = False,True
     def logits(self, o): return (standardize(o.z_s),standardize(o.z_t)) if self.standardize else (o.z_s,o.z_t)
 
+# %% ../../nbs/11_distill.methods.ipynb #8f60f2fe
 class KD(LogitTerm):
     "Soft targets at temperature `T` (Ming et al. 2020, eq. 2); usual weight .9, task .1"
     usual,softmax = .9,True
     def __init__(self, T=4., standardize=False): check_T(T); self.T,self.standardize = T,standardize
     def __call__(self, o): return kd(*self.logits(o), self.T)
 
+# %% ../../nbs/11_distill.methods.ipynb #0e093a59
 class BinaryKD(LogitTerm):
     "Soft targets of each label at temperature `T`, for several labels a sample; usual weight .9, task .1"
     usual = .9
     def __init__(self, T=1., standardize=False): check_T(T); self.T,self.standardize = T,standardize
     def __call__(self, o): return binary_kd(*self.logits(o), self.T)
 
+# %% ../../nbs/11_distill.methods.ipynb #48e16f1f
 class LogitsMSE(LogitTerm):
     "Squared distance of the logits (Ba and Caruana 2014)"
     aliases = 'logits',
     def __init__(self, standardize=False): self.standardize = standardize
     def __call__(self, o): return logits_mse(*self.logits(o))
 
+# %% ../../nbs/11_distill.methods.ipynb #91bda042
 class DKD(LogitTerm):
     "Decoupled distillation (Zhao et al. 2022); usual weight 1, rising over the first epochs"
     softmax = True
@@ -129,6 +139,7 @@ class DKD(LogitTerm):
         check_T(T); self.alpha,self.beta,self.T,self.standardize = alpha,beta,T,standardize
     def __call__(self, o): return dkd(*self.logits(o), o.y, self.alpha, self.beta, self.T)
 
+# %% ../../nbs/11_distill.methods.ipynb #aafa9c46
 class DIST(LogitTerm):
     "Relations between classes and between samples (Huang et al. 2022); usual weight 1 or 2"
     softmax = True
@@ -140,6 +151,7 @@ class DIST(LogitTerm):
         check_T(T); self.beta,self.gamma,self.T,self.standardize = beta,gamma,T,standardize
     def __call__(self, o): return dist(*self.logits(o), self.beta, self.gamma, self.T)
 
+# %% ../../nbs/11_distill.methods.ipynb #a5b21cd1
 class LwF(Term):
     "Learning without forgetting (Li and Hoiem 2016): keep the teacher's answers to an old task; usual weight 1"
     softmax,usual_layers = True,_own(penultimate)
@@ -180,11 +192,13 @@ class LayerTerm(Term, abstract=True):
         return fs
     def __call__(self, o): return sum(self.compare(*f) for f in self.features(o))
 
+# %% ../../nbs/11_distill.methods.ipynb #0285dc23
 def _stage_pairs(student, teacher, data):
     "Ends of the stages whose maps are equally large; the last maps, if there are none"
     try: return match_stages(student, teacher, data, show=False)
     except ValueError: return {last_map(student, data): last_map(teacher, data)}
 
+# %% ../../nbs/11_distill.methods.ipynb #ab1da61f
 class AT(LayerTerm):
     "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage; usual weight 1000"
     usual = 1000.
@@ -194,21 +208,25 @@ class AT(LayerTerm):
         super().__init__(layers, teacher_layers); self.p,self.squared = p,squared
     def compare(self, f_s, f_t): return attention(f_s, f_t, self.p, self.squared)
 
+# %% ../../nbs/11_distill.methods.ipynb #786980b6
 class NST(LayerTerm):
     "Neuron selectivity transfer (Huang and Wang 2017); usual weight 50"
     usual = 50.
     def compare(self, f_s, f_t): return nst(f_s, f_t)
 
+# %% ../../nbs/11_distill.methods.ipynb #6bc85587
 class SP(LayerTerm):
     "Similarity preserving (Tung and Mori 2019), on the last map; usual weight 3000"
     usual,usual_layers,aliases = 3000.,_both(last_map),('similarity',)
     def compare(self, f_s, f_t): return similarity(f_s, f_t)
 
+# %% ../../nbs/11_distill.methods.ipynb #1790133e
 class PKT(LayerTerm):
     "Probabilistic knowledge transfer (Passalis and Tefas 2018), on the penultimate vector; usual weight 30000"
     usual,usual_layers = 30000.,_both(penultimate)
     def compare(self, f_s, f_t): return pkt(f_s, f_t)
 
+# %% ../../nbs/11_distill.methods.ipynb #5386d0b3
 class RKD(LayerTerm):
     "Relational distillation (Park et al. 2019), on the penultimate vector; usual weight 1"
     usual_layers = _both(penultimate)
@@ -224,8 +242,11 @@ class HeadTerm(LayerTerm, abstract=True):
     def prepare(self, o): return nn.ModuleList([self.head(*f) for f in self.features(o)])
     def __call__(self, o): return sum(self.compare(h, *f) for h,f in zip(o.head, self.features(o)))
 
+# %% ../../nbs/11_distill.methods.ipynb #08d9b6d6
 _mse = in_float32(F.mse_loss)
+
 def as_map(f): return f if f.ndim==4 else f.flatten(1)[:,:,None,None]
+
 def _bn(c, size): return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []   # a last batch of one value has no variance
 
 # %% ../../nbs/11_distill.methods.ipynb #614725c9
@@ -258,6 +279,7 @@ class FitNet(HeadTerm):
                              *_bn(c_t, size_t)*self.norm, *[nn.ReLU()]*self.relu)
     def compare(self, head, f_s, f_t): return _mse(head(as_map(f_s)), as_map(f_t))
 
+# %% ../../nbs/11_distill.methods.ipynb #67d5fc61
 def _resize(c_s, c_t, size_s, size_t):
     "A convolution from maps of `size_s` to maps of at least `size_t`"
     (h_s,w_s),(h_t,w_t) = size_s,size_t
@@ -283,6 +305,7 @@ class GaussianHead(nn.Module):
         var = self.variance[:,None,None]
         return .5*(var.log() + (t-mean)**2/var)
 
+# %% ../../nbs/11_distill.methods.ipynb #5ca75892
 class VID(HeadTerm):
     "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100 with the task at .1 or 1"
     usual,aliases = 10.,('VID-I',)
@@ -308,6 +331,7 @@ class VID(HeadTerm):
         return nn.Sequential(*layers)
     def compare(self, head, f_s, f_t): return head(f_s, f_t).mean()
 
+# %% ../../nbs/11_distill.methods.ipynb #4693c082
 def _grow(c_s, c_t, size):
     "Transposed convolutions from a 1×1 map to `size`: 1 → 4 → 8 → …"
     layers,n = [nn.ConvTranspose2d(c_s, c_t, 4)],4
@@ -365,6 +389,7 @@ class ContrastHead(nn.Module):
         (index,*vs),self._new = self._new,None
         for m,v in zip((self.memory_s,self.memory_t), vs): m[index] = unit(self.momentum*m[index] + (1-self.momentum)*v)
 
+# %% ../../nbs/11_distill.methods.ipynb #2c8e922c
 @torch.no_grad()
 @in_float32
 def _normaliser(v, memory, others, T):
@@ -372,17 +397,22 @@ def _normaliser(v, memory, others, T):
     return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
 
 def _ranks(): return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
+
+# %% ../../nbs/11_distill.methods.ipynb #ea4746b0
 def _gather(x):
     "The rows of `x` of all processes"
     if (n := _ranks())==1: return x
     xs = [torch.empty_like(x) for _ in range(n)]
     tdist.all_gather(xs, x.contiguous())
     return torch.cat(xs)
+
+# %% ../../nbs/11_distill.methods.ipynb #91d0e646
 def _average(x):
     "The mean of `x` over all processes"
     if (n := _ranks())>1: tdist.all_reduce(x)
     return x/n
 
+# %% ../../nbs/11_distill.methods.ipynb #6ea5e154
 class CRD(HeadTerm):
     "Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8"
     needs_index,usual,usual_layers = True,.8,_both(penultimate)
@@ -409,6 +439,7 @@ class ConnectorHead(nn.Module):
         f = self.conv(f)
         return f,self._rest[0].to(f.device)(f)
 
+# %% ../../nbs/11_distill.methods.ipynb #5e39b325
 def rest_of(teacher, path, f_s, f_t, logits=None):
     "A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, if it can take the student's maps `f_s`"
     if f_s.ndim!=4 or f_t.ndim!=4:
@@ -423,6 +454,7 @@ def rest_of(teacher, path, f_s, f_t, logits=None):
                         ) from None
     return rest
 
+# %% ../../nbs/11_distill.methods.ipynb #95f12ba5
 class SRRL(HeadTerm):
     "Softmax regression representation learning (Yang et al. 2021), on the last map; usual weight 1"
     usual_layers = _both(last_map)
@@ -461,12 +493,14 @@ class CrossLayerHead(nn.Module):
         a,b = same_size(a, b)
         return (at_least_float32(p(a)) - at_least_float32(b)).square().flatten(1).mean(1)
 
+# %% ../../nbs/11_distill.methods.ipynb #2889620c
 def _projector(f_s, f_t):
     "1×1, 3×3, 1×1 convolutions"
     c_s,c_t,size = f_s.shape[1],f_t.shape[1],same_size(f_s, f_t)[0].shape[2:]
     return nn.Sequential(nn.Conv2d(c_s, c_t, 1), *_bn(c_t, size), nn.ReLU(),
                          nn.Conv2d(c_t, c_t, 3, 1, 1), *_bn(c_t, size), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
 
+# %% ../../nbs/11_distill.methods.ipynb #e0bb137f
 class SemCKD(Term):
     "Semantic calibration across layers (Chen et al. 2021), on the ends of the stages; usual weight 400"
     usual = 400.
@@ -533,6 +567,7 @@ class SimKD(LayerTerm):
             layers += [nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm), *[nn.BatchNorm2d(b)]*self.norm, nn.ReLU()]
         return layers
 
+# %% ../../nbs/11_distill.methods.ipynb #9664ce0d
 def _reorder(rest, order):
     "Let the last layer of `rest` give the outputs `order` only, in that order"
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
@@ -544,6 +579,7 @@ def _reorder(rest, order):
         setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
 
+# %% ../../nbs/11_distill.methods.ipynb #f9ccec21
 def _chain(body, projector, head):
     "One plain module of three, which takes what `body` takes"
     takes = [n.target for n in body.graph.nodes if n.op=='placeholder']
@@ -554,6 +590,7 @@ def _chain(body, projector, head):
     g.output(g.call_module('head', (g.call_module('projector', (x,)),)))
     return fx.GraphModule(root, g, 'SimKDStudent')
 
+# %% ../../nbs/11_distill.methods.ipynb #5bf029f1
 @architecture
 def simkd_student(student, # What `create` noted of the student, `dict(name=..., kwargs=...)`
     teacher, # and of the teacher
@@ -578,6 +615,7 @@ def method_names(name): # Name of a term, such as 'SimKD', or a sum such as 'KD 
                          f'There are {", ".join(usual_weights)}, and sums such as \'KD + AT\'.')
     return [known[o.lower()] for o in parts]
 
+# %% ../../nbs/11_distill.methods.ipynb #820b6df2
 def named_term(name, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
     student, teacher, # Networks whose layers are looked up
     data, # `DataLoaders`, a batch, or a tuple of inputs

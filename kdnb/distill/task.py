@@ -52,6 +52,7 @@ def _parts(loss):
         parts += o if isinstance(o, (list,tuple)) else o.values() if isinstance(o, dict) else [o]
     return parts
 
+# %% ../../nbs/11a_distill.task.ipynb #1128c5c8
 def loss_kind(loss, # Any loss function
     depth=4): # How deep to look into what is wrapped around it
     "'classes', 'labels', 'values' or 'probabilities' (of labels), as the class of `loss` says, or of what it holds; or None"
@@ -90,12 +91,14 @@ def asks_yes_or_no(loss, # Loss function
 # %% ../../nbs/11a_distill.task.ipynb #9c813e7a
 def _plain(o): return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
 
+# %% ../../nbs/11a_distill.task.ipynb #e1d84c93
 def is_distribution(p, # Tensor with the classes in the dimension of `class_dim`
     eps=1e-3): # How far from 1 a sum may be
     "Is each row of `p` a distribution over the classes, nowhere negative and with sum 1?"
     if p.ndim<2 or p.shape[class_dim(p)]<2: return False
     return bool((p>=0).all() and ((p.float().sum(class_dim(p))-1).abs()<eps).all())
 
+# %% ../../nbs/11a_distill.task.ipynb #448bdf00
 def are_class_numbers(y, z):
     "Does `y` hold one whole number for each row of the logits `z`?"
     c = z.shape[class_dim(z)] if z.ndim>1 else 1
@@ -139,6 +142,7 @@ def targets(dls):
         b = (dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)).one_batch()
     return tuple(map(_plain, b[getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1):]))
 
+# %% ../../nbs/11a_distill.task.ipynb #9ceca6f3
 usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*.9)
 
 def check_targets(term, # A term
@@ -169,6 +173,7 @@ def probabilities_in(z): # A network's answers
     if is_distribution(z, eps): return 'probabilities'
     if (z<=0).all() and (z.float().logsumexp(class_dim(z)).abs()<eps).all(): return 'log-probabilities'
 
+# %% ../../nbs/11a_distill.task.ipynb #7def164a
 def log_of(p): # Probabilities
     "Logits of these probabilities"
     return p.float().clamp(min=torch.finfo(p.dtype).smallest_normal).log()
@@ -183,6 +188,7 @@ def class_names(dls, # `DataLoaders`, or None
     for o in reversed(list(v)) if several else [v]:
         if c is None or len(o)==c: return [str(k) for k in o]
 
+# %% ../../nbs/11a_distill.task.ipynb #6188c47b
 def class_order(names, # Names of the student's classes, or None
     known): # Names of the teacher's classes, or None
     "Where the teacher's outputs for the student's classes stand; None if they are in order, or unknown"
@@ -294,6 +300,7 @@ class TeacherAdapter:
 def _forget_compiled(net):
     if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in net.modules()): torch._dynamo.reset()
 
+# %% ../../nbs/11a_distill.task.ipynb #9c52a00a
 @patch
 def connect(self:TeacherAdapter, net):
     "From now on `net` is called with what the feed makes of its inputs"
@@ -301,6 +308,7 @@ def connect(self:TeacherAdapter, net):
     self._hook = unwrap(net).register_forward_pre_hook(lambda m, xb: self.feed(*xb)),net
     _forget_compiled(net)
 
+# %% ../../nbs/11a_distill.task.ipynb #0ce88d04
 @patch
 def disconnect(self:TeacherAdapter):
     if self._hook is None: return
@@ -324,6 +332,7 @@ def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
     with self.fed(teacher): outputs = ask()
     if all(isinstance(z, torch.Tensor) and z.ndim>1 for z in outputs): self._match(dls, *outputs)
 
+# %% ../../nbs/11a_distill.task.ipynb #cbf9a7be
 def _far(ours, theirs):
     "Do these normalisations differ by more than two samples of the same images do?"
     (m_s,s_s),(m_t,s_t) = ours,theirs
@@ -369,6 +378,7 @@ def check(self:TeacherAdapter, term, # A term that is about to compare
 @patch
 def compares(self:TeacherAdapter, term): "Does `term` compare logits?"; return term.softmax or isinstance(term, LogitTerm)
 
+# %% ../../nbs/11a_distill.task.ipynb #9a857ca4
 @patch
 def logits(self:TeacherAdapter, z, term):
     "The teacher's answers `z` as `term` expects them"

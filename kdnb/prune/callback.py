@@ -35,6 +35,7 @@ def _check(sparsity, criterion, by, scope, pattern):
     if pattern is not None: check_pattern(pattern)
     if pattern is not None and by!='weight': raise ValueError("a pattern is one of weights. Use by='weight'.")
 
+# %% ../../nbs/32_prune.callback.ipynb #e32b128a
 def prune_model(model, # Network, masked in place, or a `Learner`
     sparsity=.5, # Fraction of all weights (channels) that are 0 afterwards, or a function of the scores that gives it
     criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
@@ -51,6 +52,7 @@ def prune_model(model, # Network, masked in place, or a `Learner`
     if by=='weight' and layers is None and not ignore: say_share(s.model, s.weights)
     return _cut(s, sparsity, criterion, scope, rate, pattern)
 
+# %% ../../nbs/32_prune.callback.ipynb #f47289b4
 def _cut(s, sparsity, criterion, scope, rate=None, pattern=None):
     "Mask the least worthy units of the `Scoring` `s`; returns its network"
     worth = s.worth(criterion)
@@ -75,12 +77,15 @@ def fine_tune(self:Learner, *args, **kwargs):
     try: return _fine_tune(self, *args, **kwargs)
     finally: vars(self).pop('unfreeze', None)
 
+# %% ../../nbs/32_prune.callback.ipynb #1ff7de96
 def is_warmup(learn):
     "Is this the first fit of `fine_tune`, with a frozen body?"
     return 'unfreeze' in vars(learn)
 
 # %% ../../nbs/32_prune.callback.ipynb #10f0ca73
 def gradual(t): return 1-(1-t)**3
+
+# %% ../../nbs/32_prune.callback.ipynb #cf59827e
 schedules = ('one_shot','gradual','iterative')
 
 class Pruner(TidyCallback):
@@ -144,6 +149,7 @@ def before_train(self:Pruner):
         self.learn.add_cb(self._report)
     super(Pruner, self).before_train()
 
+# %% ../../nbs/32_prune.callback.ipynb #3d5ae536
 @patch
 def before_batch(self:Pruner):
     if not self.training or not self._trained or is_warmup(self.learn): return
@@ -153,6 +159,7 @@ def before_batch(self:Pruner):
     if n > self.done: self.cut(n)
     self._report.note()
 
+# %% ../../nbs/32_prune.callback.ipynb #d0363d70
 @patch
 def cut(self:Pruner, n):
     "Prune to where the `n`-th cut leads"
@@ -163,6 +170,7 @@ def cut(self:Pruner, n):
     _cut(Scoring(self.learn, **self.kwargs), s, **self.how)
     self.done = n
 
+# %% ../../nbs/32_prune.callback.ipynb #6ab90125
 def _say_frozen(learn, s):
     "Warn if weights that are pruned belong to frozen groups of the optimiser"
     frozen = [k for k in s.weights if (p := raw(s.model, k)) is not None and not p.requires_grad]
@@ -212,6 +220,7 @@ def say(self:_Report, learn, gone, n):
                   f'prune_model({call}) prunes the rest; train on after it. To avoid it, let `end` be sooner'
                   + (', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'))
 
+# %% ../../nbs/32_prune.callback.ipynb #a4745ea3
 @patch
 def after_cancel_fit(self:Pruner):
     "Which callback ends the fit?"
@@ -226,6 +235,7 @@ def after_fit(self:Pruner):
     self._report = None      # it stays until the others are done
     self.put_back()
 
+# %% ../../nbs/32_prune.callback.ipynb #159fa789
 @patch
 def put_back(self:Pruner):
     if not self._trained: unmask(self.model, self._put)     # it was a validation
@@ -239,6 +249,7 @@ class Level:
     "A network on the way down: `sparsity` (a fraction), number of `weights` left, metrics on the validation set"
     sparsity:float; weights:int; metrics:dict; model:nn.Module
 
+# %% ../../nbs/32_prune.callback.ipynb #a35e22d9
 class Levels(list):
     "Levels from dense to sparse"
     @property
@@ -248,12 +259,14 @@ class Levels(list):
     def __repr__(self): return repr(self.curve)
     def _repr_html_(self): return self.curve.to_html(index=False)
 
+# %% ../../nbs/32_prune.callback.ipynb #cff55c11
 def _level(learn, dl=None, layers=None):
     with learn.no_bar(),learn.no_logging(): values = learn.validate(dl=dl)
     ws = own_weights(learn, layers=layers)
     return Level(fraction_zero(ws), sum(int(w.count_nonzero()) for w in ws.values()),
                  dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values)), deepcopy(unwrap(learn.model)))
 
+# %% ../../nbs/32_prune.callback.ipynb #cdc63e1e
 class _Snapshot(Callback):
     "Keep network and optimiser as they are after `epoch` epochs"
     order,state = 90,None
@@ -270,11 +283,13 @@ class _Snapshot(Callback):
         learn.create_opt()
         learn.opt.load_state_dict(opt)
 
+# %% ../../nbs/32_prune.callback.ipynb #da705bcf
 def _gone(learn, ignore, layers):
     "Weights that are pruned, and all of them"
     ws,there = own_weights(learn, ignore, layers),masks(learn.model)
     return sum(int((there[k]==0).sum()) for k in ws if k in there),sum(w.numel() for w in ws.values())
 
+# %% ../../nbs/32_prune.callback.ipynb #35d09253
 def iterative_prune(learn, # Learner; trained, unless its weights are rewound
     sparsity=.79, # Fraction of the weights that go in the end
     rate=.2, # Fraction of what is left that goes each round

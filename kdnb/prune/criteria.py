@@ -33,10 +33,12 @@ from ..terms import LossTerm,brought_by
 def check_choice(what, given, choices):
     if given not in choices: raise ValueError(f'{what} is {given!r}, expected {" or ".join(map(repr, choices))}.')
 
+# %% ../../nbs/31_prune.criteria.ipynb #3b8d2149
 def add_up(n, parts): # Number of channels; pairs of the channel of each value, and the values
     "Sum of the values of each channel (n,)"
     return sum(v.new_zeros(n).index_add(0, unit.to(v.device), v) for unit,v in parts)
 
+# %% ../../nbs/31_prune.criteria.ipynb #3dcfce2e
 def _plain_loss(learn):
     "The learner's loss, also while MixUp or its like have put their own there; of a text model it sees the first output"
     f = next((cb.old_lf for cb in learn.cbs if hasattr(cb, 'old_lf') and learn.loss_func==getattr(cb, 'lf', None)), learn.loss_func)
@@ -46,6 +48,7 @@ def _outputs_first(m, v):
     "`v`, shaped like the weight of layer `m`, with a row for each of its outputs"
     return (v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1) if getattr(m, 'transposed', False) else v).flatten(1)
 
+# %% ../../nbs/31_prune.criteria.ipynb #2857a743
 def own_weights(learn, ignore=(), layers=None):
     "`prunable` of a learner's network, without what loss terms have brought to it, such as the heads of a distillation"
     brought = {id(p) for t in getattr(learn.splitter, 'terms', ()) for p in t.params(learn.model)}
@@ -102,12 +105,14 @@ def dls(self:Scoring):
         raise ValueError('this criterion needs training data. Pass a Learner, or `data=` DataLoaders.')
     return self.data
 
+# %% ../../nbs/31_prune.criteria.ipynb #068e141a
 @patch
 def batches(self:Scoring, n=None, shuffle=False):
     "The first `n` batches of the training set (all if None), in order or in a shuffled one that is always the same"
     dl = self.dls().train
     return islice(_shuffled(dl) if shuffle else in_order(dl), 1 if self.trial else n)
 
+# %% ../../nbs/31_prune.criteria.ipynb #6f1e6396
 @patch
 def loss(self:Scoring, b):
     "The training loss on batch `b`, of all its targets"
@@ -124,16 +129,19 @@ def mask_grads(self:Scoring, loss): # Scalar, computed with the weights under `d
     grads = torch.autograd.grad(loss, list(self._params().values()), allow_unused=True)
     return {k: torch.zeros_like(p) if g is None else p.detach()*g for (k,p),g in zip(self._params().items(), grads)}
 
+# %% ../../nbs/31_prune.criteria.ipynb #262a9674
 @patch
 def _params(self:Scoring):
     "What gradients are taken of: the parameter, or the mask of a weight that is computed"
     return {k: self._mask(k)[0][self._mask(k)[1]] if p is None else p for k in self.weights for p in [raw(self.model, k)]}
 
+# %% ../../nbs/31_prune.criteria.ipynb #bc239fe6
 @patch
 def _mask(self:Scoring, name):
     path,_,which = name.rpartition('.')
     return self.model.get_submodule(path)._buffers,f'{which}_mask'
 
+# %% ../../nbs/31_prune.criteria.ipynb #0d2d5774
 @patch
 @contextmanager
 def _masks_that_learn(self:Scoring):
@@ -180,11 +188,13 @@ def criterion(f=None, # Function of a `Scoring`; or its name in the register
     if not callable(f): return lambda g: _enter(g, f or g.__name__, by)
     return _enter(f, f.__name__, by)
 
+# %% ../../nbs/31_prune.criteria.ipynb #71798ca6
 def _enter(f, name, by):
     if by is not None: check_choice('by', by, ('weight','channel'))
     f.by,criteria[name] = by,f
     return f
 
+# %% ../../nbs/31_prune.criteria.ipynb #42a5c00c
 def check_criterion(criterion, by=None):
     "The function that `criterion` names, or is, if it can score `by`"
     f = criterion if callable(criterion) else criteria.get(criterion) if isinstance(criterion, str) else None
@@ -204,6 +214,7 @@ def magnitude(s, p=1):
     "Norm `p` of each unit's weights"
     return {k: v**(1/p) for k,v in s.sum({k: w.abs()**p for k,w in s.weights.items()}).items()}
 
+# %% ../../nbs/31_prune.criteria.ipynb #f8f3522e
 @criterion('random')
 def random_worth(s, seed=0):
     "Uniform numbers, the same for the same `seed`"
@@ -218,6 +229,7 @@ def _shuffled(dl):
     "Batches of `dl` in an order that is always the same, and takes nothing from the random numbers of training"
     with no_random(reproducible=False): yield from dl.new(shuffle=True)
 
+# %% ../../nbs/31_prune.criteria.ipynb #3003ef09
 @criterion
 def snip(s, n_batches=1):
     "|w · gradient of the loss| over the sum of all, gradients added up over `n_batches` of the shuffled training set"
@@ -228,6 +240,7 @@ def snip(s, n_batches=1):
     total = sum(v.double().sum() for v in worth.values())
     return {k: (v/total).to(v.dtype) for k,v in worth.items()} if total else worth
 
+# %% ../../nbs/31_prune.criteria.ipynb #56360d46
 @criterion
 def taylor(s, n_batches=None):
     "(w · gradient of the loss)², added up over the first `n_batches` of the training set, over all of it if None"
@@ -270,6 +283,7 @@ def bn_scale(s):
         res[g.name] = add_up(g.n, norms)
     return res
 
+# %% ../../nbs/31_prune.criteria.ipynb #fc4814f4
 @criterion(by='channel')
 def group_lasso(s):
     "√(number of weights) · L2 norm of the weights of a channel"
@@ -282,6 +296,7 @@ def _even(v, blocks):
     at = torch.stack([(blocks==b).nonzero()[:,0][v[blocks==b].argsort(stable=True)] for b in blocks.unique()])
     return v.clone().index_put((at,), v[at].mean(0).expand_as(at))
 
+# %% ../../nbs/31_prune.criteria.ipynb #eff34d3a
 @patch
 def _check(self:Scoring, f, worth):
     "Are these scores of our units?"
@@ -293,6 +308,7 @@ def _check(self:Scoring, f, worth):
     raise ValueError(f'the criterion {getattr(f, "__name__", f)!r} gives {said}, expected a tensor for each of '
                      f'{", ".join(list(units)[:3])}, …, of the same shape{f": {units[k]}" if k else ""}. Return s.sum(values).')
 
+# %% ../../nbs/31_prune.criteria.ipynb #31f78049
 @patch
 def worth(self:Scoring, criterion='magnitude'): # One of `criteria`, or a function of a `Scoring`
     "Worth of every unit, by name of weight or group; -inf for what is pruned already"
@@ -307,6 +323,7 @@ def worth(self:Scoring, criterion='magnitude'): # One of `criteria`, or a functi
     alive = self.sum({k: there.get(k, torch.ones_like(w)) for k,w in self.weights.items()})
     return {k: v.masked_fill(alive[k]==0, -math.inf) for k,v in worth.items()}
 
+# %% ../../nbs/31_prune.criteria.ipynb #1aec0089
 def scores(model, # Network, or a `Learner`
     criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
     data=None, # `DataLoaders`, for channels and for criteria that need data; the learner's
@@ -325,8 +342,10 @@ def check_sparsity(s, what='sparsity'):
                          + (f': for {s} % write {s/100:g}.' if isinstance(s, (int,float)) and 1<s<=100 else '.'))
     return s
 
+# %% ../../nbs/31_prune.criteria.ipynb #864afc25
 def n_of(fraction, n): return math.ceil(fraction*n*(1-1e-12))   # a whole number that rounding has lifted stays itself
 
+# %% ../../nbs/31_prune.criteria.ipynb #2066b581
 def _keep_best(v, n_gone):
     "Mask of all but the `n_gone` lowest of `v` (N,); of equals the first go first"
     if not n_gone: return torch.ones_like(v, dtype=torch.bool)
@@ -335,6 +354,7 @@ def _keep_best(v, n_gone):
     keep[equal[n_gone-int((v<at).sum()):]] = True
     return keep
 
+# %% ../../nbs/31_prune.criteria.ipynb #2805437a
 def select(worth, # `{name: scores}` from `scores`
     sparsity=1., # Fraction of all units that may go
     rate=None, # Fraction of the units left that go now; all that may go if None
@@ -357,6 +377,7 @@ def select(worth, # `{name: scores}` from `scores`
         if keep_one: keep = _keep_best(_best_last(flat, sizes), min(max(gone, now), n-len(sizes))).split(sizes)
     return {k: m.view_as(v) for (k,v),m in zip(worth.items(), keep)}
 
+# %% ../../nbs/31_prune.criteria.ipynb #325cee79
 def _best_last(flat, sizes):
     "`flat` with the best score of each of its parts raised above all others"
     flat = flat.clone()
@@ -375,6 +396,7 @@ def check_pattern(pattern):
     if not 0<n<m: raise ValueError(f"pattern is {pattern!r}, expected 'n:m' with n < m, such as '2:4'.")
     return n,m
 
+# %% ../../nbs/31_prune.criteria.ipynb #c866fb3f
 def select_pattern(worth, # `{name: scores}` of weights
     pattern): # 'n:m', such as '2:4': of every m weights in a row along the inputs, the best n stay
     "`{name: mask}` of the weights that stay; layers whose inputs are no multiple of m are left whole and left out"
@@ -407,15 +429,23 @@ def bn_scales(model):
     if not ws: raise ValueError(f'{type(model).__name__} has no BatchNorm with a scale to penalise.')
     return ws
 
+# %% ../../nbs/31_prune.criteria.ipynb #9247c6a3
 def l1(model): return sum(w.abs().sum() for w in prunable(model).values())
+
+# %% ../../nbs/31_prune.criteria.ipynb #c8fc38be
 def lasso(model):
     rows = (_outputs_first(unwrap(model).get_submodule(k.rpartition('.')[0]), w) for k,w in prunable(model).items())
     return sum(w.shape[1]**.5 * w.norm(dim=1).sum() for w in rows)
+
+# %% ../../nbs/31_prune.criteria.ipynb #6dda9dcc
 def slimming(model): return sum(w.abs().sum() for w in bn_scales(model))
+
+# %% ../../nbs/31_prune.criteria.ipynb #dcbe1209
 def polarization(model, t=1.2): # Weight of the L1 norm
     scales = torch.cat([w.flatten() for w in bn_scales(model)])
     return t*scales.abs().sum() - (scales-scales.mean()).abs().sum()
 
+# %% ../../nbs/31_prune.criteria.ipynb #5957c26d
 penalties = dict(l1=l1, group_lasso=lasso, slimming=slimming, polarization=polarization)
 
 @contextmanager
@@ -428,6 +458,7 @@ def _without_brought(learn):
     try: yield model
     finally: model.__dict__['_modules'] = modules
 
+# %% ../../nbs/31_prune.criteria.ipynb #418ed993
 class Penalty(LossTerm):
     "Add a penalty on the network's weights to the training loss"
     def __init__(self,

@@ -41,6 +41,7 @@ class Masked:
         plain.fold_masks()
         return plain.__reduce_ex__(1)   # later protocols insist on this very class
 
+# %% ../../nbs/30_prune.masks.ipynb #fb86bcaa
 def _leaf(v):
     "`v` without the history of tensors that were computed for the last batch, such as the weights that an LSTM lines up"
     if type(v) is list: return [_leaf(o) for o in v]
@@ -63,12 +64,15 @@ def _masked(name):
     return property(get, put, lambda self: self.__dict__.pop(name))
 
 def _plain_class(m): return type(m).__bases__[1] if isinstance(m, Masked) else type(m)
+
+# %% ../../nbs/30_prune.masks.ipynb #61330995
 def _computed(m, name):
     o = getattr(_plain_class(m), name, None)
     if isinstance(o, property): return o.fget(m)
     if name in m.__dict__: return m.__dict__[name]
     raise AttributeError(f'{type(m).__name__} has no attribute {name}')
 
+# %% ../../nbs/30_prune.masks.ipynb #d82160a1
 @cache
 def _masked_class(cls, names):
     return type(cls.__name__, (Masked,cls), {'__module__': cls.__module__, '__doc__': cls.__doc__, '_masked_names': names,
@@ -79,11 +83,13 @@ def _hook(m, name):
     "The hook that computes the tensor `name` of layer `m` before it runs, if torch knows it"
     return next((h for h in m._forward_pre_hooks.values() if _computes(h)==name), None)
 
+# %% ../../nbs/30_prune.masks.ipynb #2c8e7e4d
 def _computes(h):
     "The name of what the hook `h` computes, or None"
     if isinstance(h, _Adopted): return None
     return h.name if isinstance(h, (WeightNorm,SpectralNorm)) else h._tensor_name if isinstance(h, BasePruningMethod) else None
 
+# %% ../../nbs/30_prune.masks.ipynb #aa4c4481
 def acting(m, # Layer
     name='weight'): # One of its tensors
     "The tensor `name` of `m` as it acts in evaluation: computed by what computes it, and under its mask"
@@ -112,6 +118,7 @@ def fold_masks(self:Masked):
         self._parameters[n].data.copy_(value)
     if isinstance(self, nn.RNNBase): self._init_flat_weights()
 
+# %% ../../nbs/30_prune.masks.ipynb #8d97ea9b
 def _settle(m, name):
     "Make the tensor `name` of `m` a plain parameter in place of what computes it"
     h = _hook(m, name)
@@ -133,6 +140,7 @@ class _Adopted(BasePruningMethod):
     def __call__(self, module, inputs): pass
     def remove(self, module): module._parameters[self._tensor_name].data.mul_(module._buffers.pop(f'{self._tensor_name}_mask'))
 
+# %% ../../nbs/30_prune.masks.ipynb #7999777d
 def _adopt(m):
     "Turn what `torch.nn.utils.prune` has done to layer `m` into masks of this notebook"
     for k,h in m._forward_pre_hooks.items():
@@ -144,11 +152,13 @@ def _adopt(m):
         m._buffers[f'{n}_mask'] = m._buffers[f'{n}_mask'].to(m._parameters[n])
         _put_on(m, n)
 
+# %% ../../nbs/30_prune.masks.ipynb #c7fbf9c5
 def _put_on(m, name):
     "Give layer `m` the class that masks `name` as well"
     names = m._masked_names if isinstance(m, Masked) else frozenset()
     if name not in names: m.__class__ = _masked_class(_plain_class(m), names | {name})
 
+# %% ../../nbs/30_prune.masks.ipynb #da60fbfd
 @patch
 def give_masks(self:Masked, new, masks): # A layer like this one, perhaps smaller; `{name in the layer: mask}`
     "Put `masks` on `new`"
@@ -158,6 +168,7 @@ def give_masks(self:Masked, new, masks): # A layer like this one, perhaps smalle
 
 # %% ../../nbs/30_prune.masks.ipynb #1c474e12
 _norms = nn.LayerNorm,nn.RMSNorm
+
 def weight_names(m):
     "Names of the tensors of `m` itself that are weights: of two dimensions or more, no biases, no scales of a norm"
     if isinstance(m, weighted): return ['weight']
@@ -168,6 +179,7 @@ def weight_names(m):
         return p.ndim>1 and ('weight' in n or sum(s>1 for s in p.shape)>1)
     return [n for n,p in m._parameters.items() if is_weight(n, p)] + list(made)
 
+# %% ../../nbs/30_prune.masks.ipynb #db787c7d
 def _all_weights(model):
     "`(name, layer, name in the layer)` of all weights of the network; what computes them is passed over"
     inside = {o for m in model.modules() if is_parametrized(m) for o in m.parametrizations.modules()}
@@ -191,6 +203,7 @@ def paths_of(model, # Network
         res += found
     return list(dict.fromkeys(res))
 
+# %% ../../nbs/30_prune.masks.ipynb #99e7b10d
 def _not_there(model, o, what):
     if isinstance(o, nn.Module):
         return (f'{what} holds a {type(o).__name__} that is not in this {type(model).__name__}: is it one of a copy? '
@@ -217,6 +230,7 @@ def prunable(model, # Any module
 
 def _asked(model, layers): return [''] if isinstance(layers, str) and layers=='all' else paths_of(model, layers, 'layers')
 
+# %% ../../nbs/30_prune.masks.ipynb #958e97e5
 def _sound(name, m, n):
     "The weight, if there is something to prune in it"
     w = acting(m, n)
@@ -224,6 +238,7 @@ def _sound(name, m, n):
         raise ValueError(f'{name} has no shape yet ({type(m).__name__}). Run the network on a batch first.')
     return w if isinstance(w, torch.Tensor) and (w.is_floating_point() or w.is_complex()) and w.numel() else None
 
+# %% ../../nbs/30_prune.masks.ipynb #c46eeb04
 def _nothing(model, ignore, layers):
     others = [name for name,m,n in _all_weights(model) if layers is None and not isinstance(m, weighted)]
     return (f'{type(model).__name__} has no {"linear or convolution layer" if layers is None else "weight in `layers`"} to prune'
@@ -243,6 +258,7 @@ def mask_model(model, # Network to mask, in place; masks of `torch.nn.utils.prun
         else: m.register_buffer(f'{which}_mask', mask.to(acting(m, which).detach(), copy=True))
     return model
 
+# %% ../../nbs/30_prune.masks.ipynb #bbcfea95
 def _places(model, name, mask):
     "Layers that hold the parameter called `name`, which name it has there, and the checked mask"
     path,_,which = name.rpartition('.')
@@ -274,6 +290,7 @@ def raw(model, name):
     ps = unwrap(model).get_submodule(path)._parameters
     return ps.get(which, ps.get(f'{which}_orig') if isinstance(_hook(unwrap(model).get_submodule(path), which), BasePruningMethod) else None)
 
+# %% ../../nbs/30_prune.masks.ipynb #c753263d
 def unmask(model, names):
     "Take the masks of the parameters called `names` away, in place; they are as if never masked"
     for name in names:
@@ -283,6 +300,7 @@ def unmask(model, names):
         m._buffers.pop(f'{which}_mask', None)
         if not m.own_masks(): m.fold_masks()
 
+# %% ../../nbs/30_prune.masks.ipynb #ae56d069
 def fold(model):
     "Make masks permanent zeros, in place: plain layers, the same parameters (but new ones where they were computed). Returns `model`"
     for m in list(model.modules()):
@@ -297,11 +315,13 @@ def masks(model): # Network, or a state dict of one
         return {n: v for k,v in model.items() if (n := k.removesuffix('_mask'))!=k and _has_tensor(model, n)}
     return {f'{path}.{n}'.lstrip('.'): mask for path,m in unwrap(model).named_modules() for n,mask in _masks_of(m)}
 
+# %% ../../nbs/30_prune.masks.ipynb #4971e2d5
 def _masks_of(m):
     if isinstance(m, Masked): yield from m.own_masks().items()
     for h in m._forward_pre_hooks.values():
         if isinstance(h, BasePruningMethod) and not isinstance(h, _Adopted): yield h._tensor_name,m._buffers[f'{h._tensor_name}_mask']
 
+# %% ../../nbs/30_prune.masks.ipynb #7bd5d82d
 def _has_tensor(state, name):
     "Does the state dict hold the parameter called `name`, or what computes it?"
     path,_,which = name.rpartition('.')
@@ -313,6 +333,7 @@ def fraction_zero(ws): # `{name: weight}`
     n = sum(w.numel() for w in ws.values())
     return 1-sum(int(w.count_nonzero()) for w in ws.values())/n
 
+# %% ../../nbs/30_prune.masks.ipynb #f457c958
 def sparsity(model, # Network
     layers=None): # Layers that count, as in `prunable`: 'all', paths, modules or types; linear and convolution layers if None
     "Fraction of the weights of linear and convolution layers (of `layers`) that are 0"
@@ -320,6 +341,7 @@ def sparsity(model, # Network
     if layers is None: say_share(model, ws)
     return fraction_zero(ws)
 
+# %% ../../nbs/30_prune.masks.ipynb #60230a5a
 def say_share(model, ws):
     "Warn if the weights `ws` of linear and convolution layers are less than half of the parameters, and others are weights, too"
     model,n = unwrap(model),sum(w.numel() for w in ws.values())
@@ -330,6 +352,7 @@ def say_share(model, ws):
     warnings.warn(f'sparsity is a fraction of the weights of linear and convolution layers, {100*n/total:.0f} % of the '
                   f"parameters of this {type(model).__name__}. {kinds} hold others: layers='all' counts and prunes them, too.", stacklevel=3)
 
+# %% ../../nbs/30_prune.masks.ipynb #44468fe0
 def layer_sparsity(model, # Network
     layers=None): # As in `sparsity`
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
@@ -350,6 +373,7 @@ def load_masked(model, # Network, with masks or without
     net.load_state_dict({_our_name(k, state, net): v for k,v in state.items()})
     return model
 
+# %% ../../nbs/30_prune.masks.ipynb #7bb800b8
 def _our_name(k, state, net):
     "What is called `weight_orig` in the state of a network pruned by `torch.nn.utils.prune` is our `weight`"
     n = k.removesuffix('_orig')
@@ -378,8 +402,10 @@ def _qconfig(m):
     if 'qconfig' not in m.__dict__: raise AttributeError(f'{type(m).__name__} has no attribute qconfig')
     return m.__dict__['qconfig']
 
+# %% ../../nbs/30_prune.masks.ipynb #ee2356d4
 def _set_qconfig(m, v):
     warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: they stay as they are. "
                   'fold(model) makes the masks permanent; quantise that.', stacklevel=2)
     m.__dict__['qconfig'] = v
+
 Masked.qconfig = property(_qconfig, _set_qconfig, lambda m: m.__dict__.pop('qconfig'))

@@ -27,6 +27,7 @@ class _Equation:
         res = {i: share*r[i]/width for i,share in self.ins.items()}
         return res | {self.out: res.get(self.out, 0.)+1}
 
+# %% ../../nbs/33_prune.student.ipynb #edb56f96
 def _equations(model, groups):
     "An `_Equation` for every layer whose outputs are no network output"
     made = {p.path: g for g in groups for p in g.makers}
@@ -45,6 +46,7 @@ def _equations(model, groups):
         res.append(_Equation(max(int(m.weight.count_nonzero()), 1), per, made[path].name, rest, ins))
     return res
 
+# %% ../../nbs/33_prune.student.ipynb #8605616f
 def _solve(equations, r, free, steps=20):
     "Widths `r` of which those in `free` solve the `equations`, in the least squares of logarithms, nearest to `r`"
     r,start,free = dict(r),dict(r),list(free)
@@ -61,6 +63,7 @@ def _solve(equations, r, free, steps=20):
         if done: break
     return r
 
+# %% ../../nbs/33_prune.student.ipynb #13d54cce
 def _narrower(equations, r, free, most):
     "As `_solve`, but no width is above `most`"
     free = set(free)
@@ -70,6 +73,7 @@ def _narrower(equations, r, free, most):
         free -= wide
         r |= {g: float(most[g]) for g in wide}
 
+# %% ../../nbs/33_prune.student.ipynb #0a3e1569
 def _widths(model, groups, rounding):
     "`{group: channels}` of those that may be narrowed"
     equations,most = _equations(model, groups),{g.name: g.n for g in groups}
@@ -101,6 +105,7 @@ def design_student(pruned, # Pruned network: masked, or with zeros
             if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return student.train()
 
+# %% ../../nbs/33_prune.student.ipynb #dbbc83be
 def _last(g, n):
     "Outputs of the first maker of group `g` behind the first `n`, or behind the first of each block"
     blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
@@ -110,6 +115,7 @@ def _last(g, n):
     behind[blocks.argsort(stable=True)] = rank>=per
     return p.at[behind[p.unit]]
 
+# %% ../../nbs/33_prune.student.ipynb #f4c567a6
 def student_table(pruned, # Pruned network
     student): # What `design_student` made of it
     "Weights of each layer, dense, left and in the student, with fractions of the dense (Park and No 2022, Table 10)"

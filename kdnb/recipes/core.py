@@ -48,16 +48,21 @@ from ..processes import Processes,alone,join_processes,wait_for_all
 
 # %% ../../nbs/50_recipes.core.ipynb #de28794c
 RUN_FORMAT = 'kdnb-run-1'
+
 def versions(): return ({o: version(o) for o in ('torch','torchvision','fastai')}
                         | dict(kdnb=__version__, python=platform.python_version()))
+
+# %% ../../nbs/50_recipes.core.ipynb #8964a7fa
 def machine(): return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
                            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
 
+# %% ../../nbs/50_recipes.core.ipynb #1bdca7c9
 @dataclass
 class Exhibit:
     "Something that a report shows: its `kind` says how (see the report), `labels` name axes"
     name:str; kind:str; title:str; text:str; data:object; labels:dict = field(default_factory=dict)
 
+# %% ../../nbs/50_recipes.core.ipynb #ec58dfce
 def _read_run(path):
     "The checked `run.json` in folder `path`"
     try: o = json.loads((path/'run.json').read_text())
@@ -70,6 +75,7 @@ def _read_run(path):
                          'Choose another folder, or begin anew with force=True (--force).')
     return o
 
+# %% ../../nbs/50_recipes.core.ipynb #4c75147a
 class Record:
     "A run's folder, read"
     latency,latency_spread,sets,layers,verdict,loads,ends = {},{},{},{},None,True,(None,None)
@@ -93,11 +99,15 @@ class Record:
                 if s['name'] in ms: s[k] = ms[s['name']]
             s['role'] = next((role for role,name in zip(('before','after'), self.ends) if name==s['name']), None)
 
+# %% ../../nbs/50_recipes.core.ipynb #3065cd58
 _kept = ('recipe','data','seeds','settings','versions','machine','has_test','n_test','in_shape','bs','sets','latency','latency_spread',
          'layers','verdict','loads','ends')
+
 def _row(o): return {k: v for k,v in o.items() if k!='made_from'}
 
+# %% ../../nbs/50_recipes.core.ipynb #c201aee0
 _columns = 'test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms'
+
 @patch
 def table(self:Record):
     "The stages as a `DataFrame`, a row for each name: means over seeds, and the spread (standard deviation) of the test accuracy"
@@ -109,12 +119,14 @@ def table(self:Record):
     whole = [k for k in ('weights','params','macs','bytes') if (res[k]==res[k].round()).all()]
     return res.astype({k: int for k in whole})
 
+# %% ../../nbs/50_recipes.core.ipynb #40849673
 def accuracies(run, stages):
     "What the test accuracy is in each of `stages` that are there, in words"
     acc,seeds = run.table()['test_accuracy'],len(run.seeds)
     said = [f'{100*acc[stage]:.2f} % {words}' for stage,words in stages.items() if stage in acc]
     return ', '.join(said) + (f' (means of {seeds} seeds)' if seeds>1 else '')
 
+# %% ../../nbs/50_recipes.core.ipynb #54f9f511
 @patch
 def __repr__(self:Record):
     seeds = 'seed' if len(self.seeds)==1 else 'seeds'
@@ -126,6 +138,7 @@ recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdn
            'prue': 'kdnb.recipes.prue:prue',
            'sequential': 'kdnb.recipes.sequential:distill_then_prune',     # fastai has a `sequential`
            'vid': 'kdnb.recipes.vid:vid'}
+
 def recipe(name=None): # Its name; that of the function, with hyphens, if None
     "Decorator that makes a function known as a recipe"
     if callable(name): return recipe()(name)
@@ -150,12 +163,14 @@ def bring(module): # Name of a module that can be imported from here, or the pat
 
 def _same_file(module, path): return Path(getattr(module, '__file__', None) or '').resolve()==path.resolve()
 
+# %% ../../nbs/50_recipes.core.ipynb #6bf3187c
 def _run_file(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
+# %% ../../nbs/50_recipes.core.ipynb #9f29a74b
 def _import_here(name):
     "`name`, also from the folder where the command was given"
     sys.path.insert(0, str(Path.cwd()))
@@ -212,9 +227,11 @@ def _titles(given, title, is_one):
     return res
 
 def _is_method(o): return isinstance(o, (str,Term,Terms)) or not isinstance(o, (tuple,list))
+
 def _method_title(o):
     return ' + '.join(map(_method_title, o.terms)) if isinstance(o, Terms) else o if isinstance(o, str) else type(o).__name__
 
+# %% ../../nbs/50_recipes.core.ipynb #79439e2a
 def methods_by_title(given, # Name of a method, or term, or several, or a dict of them by title
     what='methods'): # What the setting is called
     "`{title: name or term}`"
@@ -226,12 +243,15 @@ def methods_by_title(given, # Name of a method, or term, or several, or a dict o
             raise ValueError(f"{what} is {name}, expected the name of a method, such as 'KD + AT', or a term, such as KD(T=4)*.9{hint}.")
     return res
 
+# %% ../../nbs/50_recipes.core.ipynb #ed336414
 def said_methods(methods): return [*methods] if all(isinstance(o, str) for o in methods.values()) else methods
 
+# %% ../../nbs/50_recipes.core.ipynb #def96c9a
 def term_for(method, student, teacher, data, *args, **kwargs): # Name or term; what `named_term` needs
     "The term that `method` is or names"
     return named_term(method, student, teacher, data, *args, **kwargs) if isinstance(method, str) else method
 
+# %% ../../nbs/50_recipes.core.ipynb #b9272a48
 def check_keeps(terms, recipe): # Term or sum; name of the recipe
     "`terms`, if none of them puts another network in the student's place"
     for o in terms.terms if isinstance(terms, Terms) else (terms,):
@@ -244,6 +264,7 @@ def _criterion_title(c):
     if isinstance(c, str): return c
     return next((k for k,f in criteria.items() if f is c), None) or getattr(getattr(c, 'func', c), '__name__', type(c).__name__)
 
+# %% ../../nbs/50_recipes.core.ipynb #82f384f3
 def criteria_by_title(given): # Name of a criterion, or a function of a `Scoring`, or several, or a dict of them by title
     "`{title: name or function}`, checked; one of your own comes as its function, so that its code is part of what a stage is made from"
     return {k: _criterion(c) for k,c in _titles(given, _criterion_title, lambda o: not isinstance(o, (tuple,list))).items()}
@@ -262,6 +283,7 @@ def check_settings(name, settings, defaults):
         if not _fits(v, defaults[k]): raise ValueError(f'{k} is {v!r}, expected something like {defaults[k]!r}.')
     return {**defaults, **settings}
 
+# %% ../../nbs/50_recipes.core.ipynb #b87f3f6b
 def _fits(v, default):
     "Is `v` of the kind of `default`, as far as plain data go?"
     if isinstance(default, dict): return isinstance(v, dict)
@@ -269,10 +291,12 @@ def _fits(v, default):
     if isinstance(default, str): return not isinstance(v, Number)
     return not isinstance(default, tuple) or all(_fits(o, default[0]) for o in (v if isinstance(v, (tuple,list,dict)) else [v]))
 
+# %% ../../nbs/50_recipes.core.ipynb #b8af44a8
 def name_of(network): # Name, module or `Learner`
     "What a record calls it"
     return network if isinstance(network, str) else type(unwrap(getattr(network, 'model', network))).__name__
 
+# %% ../../nbs/50_recipes.core.ipynb #3df61151
 def check_epochs(epochs, *what): # What each number is for
     "`epochs` as a tuple, if they are whole numbers, one for each of `what`"
     epochs = tuple(epochs) if isinstance(epochs, (tuple,list)) else (epochs,)
@@ -280,6 +304,7 @@ def check_epochs(epochs, *what): # What each number is for
         raise ValueError(f'epochs is {epochs}, expected {len(what)} whole numbers: for {", ".join(what)}.')
     return epochs
 
+# %% ../../nbs/50_recipes.core.ipynb #1e22e8be
 def check_seeds(seeds): # How many, or which
     if isinstance(seeds, int) and seeds>0: return tuple(range(seeds))
     if isinstance(seeds, (tuple,list,range)):
@@ -287,7 +312,9 @@ def check_seeds(seeds): # How many, or which
         if seeds and all(isinstance(o, int) and o>=0 for o in seeds) and len({*seeds})==len(seeds): return seeds
     raise ValueError(f'seeds is {seeds}, expected how many there are, or different whole numbers such as (0,1,2).')
 
+# %% ../../nbs/50_recipes.core.ipynb #e2dd6981
 _locks = {}     # of this process, by folder
+
 def _lock(path):
     try: import fcntl
     except ImportError: return
@@ -301,10 +328,12 @@ def _lock(path):
     except OSError: pass    # a drive without locks
     _locks[path] = f
 
+# %% ../../nbs/50_recipes.core.ipynb #35f8deaf
 def release(path): # Folder of a run
     "Let other processes write the run in `path`; `finish` does it, and this does after an error"
     if f := _locks.pop(Path(path).resolve(), None): f.close()
 
+# %% ../../nbs/50_recipes.core.ipynb #29a2af2e
 def _claim(path, recipe, force):
     "Make the folder `path` ours, if a run of `recipe` can begin or go on there; what is written down of it, or None"
     if path.exists() and not path.is_dir(): raise FileExistsError(f'{path} is a file. Choose another folder.')
@@ -328,6 +357,7 @@ def _claim(path, recipe, force):
                          'Choose another folder, or begin anew with force=True.')
     return o
 
+# %% ../../nbs/50_recipes.core.ipynb #ee86fa20
 class Run(Record):
     "Named stages in a folder: trains them, measures them, writes them down"
     def __init__(self,
@@ -389,6 +419,7 @@ def _said(o):
     if isinstance(o, (nn.Module,Learner)): return name_of(o)
     return getattr(o, '__name__', None) or re.sub(' at 0x[0-9a-f]+', '', str(o))
 
+# %% ../../nbs/50_recipes.core.ipynb #f264f75f
 def _sets(dls):
     "How many samples the loaders hold, in batches of which size, and a checksum of both with images, labels and transforms"
     return {f'{k} set': dict(samples=len(dl.dataset), bs=dl.bs, content=fingerprint(dl)[:12])
@@ -404,6 +435,7 @@ def _other_data(was, now):
         elif a['bs']!=b['bs']: yield f'the {k} has batches of {b["bs"]}, had {a["bs"]}'
         elif a!=b: yield f'the {k} has other images, labels or transforms'
 
+# %% ../../nbs/50_recipes.core.ipynb #95191b68
 def _other_values(was, now):
     "What differs between two dicts of plain data, in words; names that only one of them has are passed over"
     for k in (o for o in was if o in now):
@@ -425,6 +457,7 @@ def _take_up(self:Run):
     if differ or not grows: self._refuse('; '.join(differ))
     self.versions,self.machine = old['versions'],old['machine']
 
+# %% ../../nbs/50_recipes.core.ipynb #7054729e
 @patch
 def _refuse(self:Run, why):
     release(self.path)
@@ -434,6 +467,7 @@ def _refuse(self:Run, why):
                      'begin anew with force=True. Without model.safetensors the folder counts as unfinished: move that file '
                      'away to train only what has changed.')
 
+# %% ../../nbs/50_recipes.core.ipynb #3553f505
 @patch
 def _write(self:Run, last=False):
     "Write `run.json`, if there is something new; of a finished run only at the end"
@@ -450,6 +484,7 @@ def fused_adam(params, **kwargs):
     "torch's fused Adam with torch's defaults; it takes about a third off the step of a small network"
     return OptimWrapper(params, torch.optim.Adam, fused=True, **kwargs)
 
+# %% ../../nbs/50_recipes.core.ipynb #42ad4b75
 def network_for(dls, # Data whose images it must take
     name, # Name of an architecture, or a module, which is copied
     seed=0, # Of the random weights
@@ -464,11 +499,13 @@ def network_for(dls, # Data whose images it must take
                          'Build it for that shape, e.g. create(name, dls).') from None
     return model
 
+# %% ../../nbs/50_recipes.core.ipynb #1428568b
 @patch
 def network(self:Run, name, dls=None, **kwargs):
     "`network_for` the run's data, with the random weights of the seed"
     return network_for(dls or self.dls, name, self.seed, **kwargs)
 
+# %% ../../nbs/50_recipes.core.ipynb #c3858565
 @patch
 def learner(self:Run, model, opt_func=fused_adam, dls=None, metrics=accuracy, loss_func=None, **kwargs):
     "A `Learner` on the run's data, from the run's seed; the network of an earlier stage is copied, so that it stays"
@@ -501,6 +538,7 @@ def _parts(learn, cbs, args):
              'wd of the learner': _short(learn.wd)} | {f'callback {type(c).__name__}': _short([c, *_named_code([c])]) for c in own}
             | {k: _short(v) for k,v in args.items()})
 
+# %% ../../nbs/50_recipes.core.ipynb #8e0e886b
 def _named_code(cbs):
     "The functions of criteria that `cbs` call by a name, kdnb's own left out"
     names = {v for c in cbs for o in (vars(c), *vars(c).values()) if isinstance(o, dict) for v in o.values() if isinstance(v, str)}
@@ -518,6 +556,7 @@ def set_result(model, # Network as it is before a training
         _set_layers(unwrap(model), tensors)
     set_tensors(model, tensors | {k: v for k,v in tensors_in(model).items() if k in gone})
 
+# %% ../../nbs/50_recipes.core.ipynb #769194e3
 def _set_layers(model, tensors):
     "Cut the layers of `model` to the shapes of `tensors`, and mask what is masked there"
     there,device = masks(tensors),next(model.parameters()).device
@@ -530,6 +569,7 @@ def _set_layers(model, tensors):
     odd = sorted(k for k in tensors_in(model).keys()^tensors.keys() if not k.startswith(f'{HEADS}.'))
     if odd: raise ValueError(f'the trained network has other layers than the one that its training begins with ({odd[0]}).')
 
+# %% ../../nbs/50_recipes.core.ipynb #acbfbcd4
 def _cut(model, key, t):
     "Let the tensor called `key`, and what is one with it, have the shape of `t`"
     path,_,name = key.rpartition('.')
@@ -544,6 +584,7 @@ def _as_saved(model):
     "`model`, or a copy with its masks folded in: zeros instead of weights and masks"
     return fold(deepcopy(model)) if any(isinstance(m, Masked) for m in model.modules()) else model
 
+# %% ../../nbs/50_recipes.core.ipynb #4991402a
 @patch
 def _measure(self:Run, model, of, dls=None):
     dls,dense,model = dls or self.dls,of or model,_as_saved(model)
@@ -552,6 +593,7 @@ def _measure(self:Run, model, of, dls=None):
                 weights=weights, weights_kept=weights/n_weights(dense), params=n_params(model), macs=macs(model, dls)[''],
                 bytes=n_bytes(model))
 
+# %% ../../nbs/50_recipes.core.ipynb #0d4f697e
 @patch
 def _record(self:Run, id_, mark, stage, parts):
     "What is written down of the stage, if it was made from the same things; else None, and what differs is said"
@@ -566,8 +608,10 @@ def _record(self:Run, id_, mark, stage, parts):
 
 @patch
 def _of_seed(self:Run): return f' of seed {self.seed}' if len(self.seeds)>1 else ''
+
 def _short(o): return o if o is None or isinstance(o, (bool,int,float,str)) else f'#{fingerprint(o)[:12]}'
 
+# %% ../../nbs/50_recipes.core.ipynb #1b3da014
 def _changes(record, parts):
     "What a stage is made from now, and was not before, in words"
     was,said = record.get('made_from'),[]
@@ -578,6 +622,7 @@ def _changes(record, parts):
         said.append(f'{k} is {b!r}, was {a!r}' if not hidden else f'no {k}' if b is None else f'another {k}' if a else f'a new {k}')
     return ', '.join(said) or 'something else that goes into it'
 
+# %% ../../nbs/50_recipes.core.ipynb #91c19775
 @patch
 def _enter(self:Run, id_, record, model):
     "Add the stage to the run"
@@ -589,11 +634,13 @@ def _enter(self:Run, id_, record, model):
     self._write()
     return model
 
+# %% ../../nbs/50_recipes.core.ipynb #554424b4
 @patch
 def _keep(self:Run, id_, record, parts):
     if self.rank==0: atomic_write(self.path/'stages'/f'{id_}.json', json.dumps(record | dict(made_from=parts), default=str))
     return record
 
+# %% ../../nbs/50_recipes.core.ipynb #117d75ad
 @patch
 def enter(self:Run,
     stage, # Name of the stage
@@ -607,6 +654,7 @@ def enter(self:Run,
     if not record: record = self._keep(id_, dict(name=stage, seed=self.seed, mark=mark, **self._measure(model, of), **more), parts())
     return self._enter(id_, record, model)
 
+# %% ../../nbs/50_recipes.core.ipynb #e886246d
 @patch
 def fit(self:Run,
     stage, # Name of the stage
@@ -640,6 +688,7 @@ def fit(self:Run,
     if self.rank==0: shutil.rmtree(self._checkpoints(id_, mark), ignore_errors=True)
     return self._enter(id_, record, model)
 
+# %% ../../nbs/50_recipes.core.ipynb #3231efa2
 @patch
 def teacher(self:Run,
     given, # Trained `Learner`, or the network to train: a name or a module
@@ -654,6 +703,7 @@ def teacher(self:Run,
 @patch
 def _checkpoints(self:Run, id_, mark): return self.path/'checkpoints'/f'{id_}-{mark[:12]}'
 
+# %% ../../nbs/50_recipes.core.ipynb #928687f2
 @patch
 def _restore(self:Run, state, learn, cbs):
     "Give network and callbacks what they had after training; False if that cannot be"
@@ -666,6 +716,7 @@ def _restore(self:Run, state, learn, cbs):
     set_callback_memory(cbs, o['callbacks'])
     return True
 
+# %% ../../nbs/50_recipes.core.ipynb #4cac7b43
 @patch
 def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
     here = self._checkpoints(id_, mark)
@@ -687,6 +738,7 @@ def nesterov_sgd(params, mom=.9, **kwargs):
 
 def _dropped(lr, drops, factor, pct): return lr*factor**sum(pct>=d for d in drops)
 
+# %% ../../nbs/50_recipes.core.ipynb #a6dbffbc
 @patch
 def fit_drops(self:Learner,
     n_epoch, # Epochs
@@ -713,6 +765,7 @@ def fit_in_drops(run, # `Run`
     learn = run.learner(model, opt_func=nesterov_sgd, dls=dls, loss_func=loss_func)
     return run.fit(stage, learn, n_epoch, lr, 'fit_drops', drops=drops, factor=factor, wd=wd, **kwargs)
 
+# %% ../../nbs/50_recipes.core.ipynb #1901615f
 def untrained(dls, # Data whose images it must take
     teacher, # Name of a network, module, or trained `Learner`
     seed=0): # Of the random weights
@@ -742,6 +795,7 @@ def value(self:Run,
     wait_for_all()
     return known()['value']
 
+# %% ../../nbs/50_recipes.core.ipynb #4e31d01f
 @patch
 def exhibit(self:Run,
     name, # Name, one for each exhibit
@@ -757,6 +811,7 @@ def exhibit(self:Run,
     if not self.finished: self._save_exhibit(id_, e)
     self._write()
 
+# %% ../../nbs/50_recipes.core.ipynb #3ac58cc0
 @patch
 def _save_exhibit(self:Run, id_, e):
     path = self.path/'exhibits'/f'{id_}.safetensors'
@@ -768,10 +823,12 @@ def _save_exhibit(self:Run, id_, e):
 def _rows(model, dls):
     plain = lambda v: v if isinstance(v, (int,str)) else str(v) if isinstance(v, (tuple,list)) else int(v)
     return [{'path': n, **{k: plain(v) for k,v in o.items()}} for n,o in cost(model, dls, latency=False).iterrows()]
+
 def _latencies(models, dls):
     ms = latency(models, dls)
     return dict(ms=[float(o) for o in ms], spread=[getattr(o, 'spread', None) for o in ms])
 
+# %% ../../nbs/50_recipes.core.ipynb #f120ae54
 @patch
 def finish(self:Run,
     model, # The network that the run has made; of the first seed
@@ -791,6 +848,7 @@ def finish(self:Run,
     release(self.path)
     return self
 
+# %% ../../nbs/50_recipes.core.ipynb #858a5ba8
 @patch
 def _sum_up(self:Run, model, of):
     times = self.value('latency', _latencies, [*map(_as_saved, self.models.values())], self.dls)
@@ -806,4 +864,3 @@ def _sum_up(self:Run, model, of):
     summary = dict(recipe=self.recipe, data=self.data, seed=self.seeds[0], seeds=self.seeds, versions=self.versions,
                    stages=[{k: o.get(k) for k in keys} for o in self.stages])
     atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
-

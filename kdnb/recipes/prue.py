@@ -52,11 +52,13 @@ def _middle(student, teacher, dls):
     pairs = list(match_stages(student, teacher, dls, show=False).items())
     return dict(pairs[len(pairs)//2:][:1])
 
+# %% ../../nbs/53_recipes.prue.ipynb #d8a6dae2
 def _tau(method):
     "τ of a method that is called 'Logits(τ)', or None"
     m = re.fullmatch(r'Logits\((\d*\.?\d+)\)', method) if isinstance(method, str) else None
     return float(m[1]) if m else None
 
+# %% ../../nbs/53_recipes.prue.ipynb #a84fc9a9
 def _term(method, s, student, teacher, dls):
     "Terms and weight of the labels of `method`, a name or a term"
     if isinstance(method, (Term,Terms)): return method,None
@@ -118,6 +120,7 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     run.verdict = f"The student's test accuracy is {accuracies(run, stages)}."
     return run.finish(run.models[best], of=teachers['teacher'])
 
+# %% ../../nbs/53_recipes.prue.ipynb #6adef0a1
 def _refuse(dls, nets, s):
     "Say what will not do before anything is trained"
     built = {k: o.model if isinstance(o, Learner) else network_for(dls, o) for k,o in nets.items()}
@@ -133,6 +136,7 @@ def _smoothed(alpha, c):
 
 def _soft(dl, model): return dict(uncertainty=uncertainty(model, dl))
 
+# %% ../../nbs/53_recipes.prue.ipynb #48a35346
 def _teachers(run, teacher, epochs, s):
     "The teacher, its counterpart with smoothed labels and its pruned versions, by stage"
     soft = partial(_soft, run.dls.train)
@@ -151,6 +155,7 @@ def _teachers(run, teacher, epochs, s):
 
 def _soft_pruned(dl, criterion, sparsity, model): return _soft(dl, model) | dict(criterion=criterion, sparsity=sparsity)
 
+# %% ../../nbs/53_recipes.prue.ipynb #c9715685
 def _lessons(run, nets, teachers, epochs, s):
     "What the student learns in each stage: (name of a teacher, its network, terms, weight of the labels)"
     soft = KD(T=s['T'])*s['lam'],1-s['lam']
@@ -165,6 +170,7 @@ def _assistant(run, assistant, dense, soft, n_epoch, s):
     kd = KnowledgeDistillation(dense, *soft, cache=run.cache)
     return fit_in_drops(run, 'assistant', run.network(assistant), n_epoch, s, cbs=[kd], of=dense)
 
+# %% ../../nbs/53_recipes.prue.ipynb #6b421c28
 def _best(run):
     "Of the first seed's students the best on the validation set, among those of teachers pruned by PrUE if there are any"
     rows = [o for o in run.stages if 'taught_by' in o and o['seed']==run.seeds[0]]
@@ -179,6 +185,7 @@ def _students(record):
     res = pd.DataFrame({'taught_by': g.taught_by.first(), 'student accuracy (%)': 100*g.test_accuracy.mean()})
     return res.assign(spread=100*g.test_accuracy.std()) if len(record.seeds)>1 else res
 
+# %% ../../nbs/53_recipes.prue.ipynb #c3bce576
 def teachers_table(record): # `Record` or `Run` of `prue`
     "Teachers: weights left, accuracy and uncertainty, and the accuracy of their students (Tables 3 and 4)"
     df = pd.DataFrame([o for o in record.stages if 'uncertainty' in o]).set_index('name')
@@ -187,6 +194,7 @@ def teachers_table(record): # `Record` or `Run` of `prue`
     return pd.DataFrame({'weights left (%)': 100*df.weights_kept, 'accuracy (%)': 100*df.test_accuracy,
                          'uncertainty (10⁻²)': 100*df.uncertainty}).join(st).round(2)
 
+# %% ../../nbs/53_recipes.prue.ipynb #10af9fff
 def methods_table(record): # `Record` or `Run` of `prue`
     "Accuracy of the student by method, PrUE's sparsities among them: mean and spread over seeds (Table 5)"
     st = _students(record).drop(columns='taught_by')
@@ -200,6 +208,7 @@ def _r(x, y):
     if len(x)<3 or x.nunique()<2 or y.nunique()<2: return 'no r that could be computed'
     return f'r = {np.corrcoef(x, y)[0,1]:.2f}'
 
+# %% ../../nbs/53_recipes.prue.ipynb #204c57b0
 def _scatter(run):
     df = teachers_table(run)
     x,y = df['uncertainty (10⁻²)'],df['student accuracy (%)']
@@ -208,6 +217,7 @@ def _scatter(run):
     run.exhibit('uncertainty', 'scatter', pd.DataFrame(dict(x=x, y=y, label=df.index)), 'Uncertain teachers and their students',
                 text, x='uncertainty of the teacher on the training set (10⁻²)', y='test accuracy of the student (%)')
 
+# %% ../../nbs/53_recipes.prue.ipynb #8869a341
 def _lines(run):
     "Students' accuracy against the teacher's sparsity, by criterion, from the unpruned teacher on"
     df = pd.DataFrame([o for o in run.stages if 'taught_by' in o])
@@ -218,6 +228,7 @@ def _lines(run):
     return {c: pd.DataFrame([point(0., 'teacher'), *(point(100*s, k) for k,(o,s) in at.items() if o==c)])
             for c in run.settings['criteria']}
 
+# %% ../../nbs/53_recipes.prue.ipynb #1f1419e7
 def _predictions(run, teachers, s):
     "The picture of the teachers' answers to three classes"
     y = predictions(teachers['teacher'], run.test)[-1]
@@ -233,6 +244,7 @@ def _predictions(run, teachers, s):
                 't-SNE of the probabilities for images of three classes from the test set; δ is the uncertainty on the training '
                 'set. t-SNE stretches each cluster to what fits, so compare shapes, not sizes.')
 
+# %% ../../nbs/53_recipes.prue.ipynb #133b8ff0
 def _show(run, teachers, s):
     run.exhibit('teachers', 'table', teachers_table(run), 'Teachers and their students (as Tables 3 and 4 of Wang et al. 2022)',
                 f"All students learn softened logits (τ = {s['T']:g}, λ = {s['lam']:g}); spread is the standard deviation over seeds.")

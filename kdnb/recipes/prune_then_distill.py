@@ -60,6 +60,7 @@ def _lessons(own, sparsities, pairs):
               mismatched=[o for o in sparsities if o!=own] if own is not None else [])
     return sorted((t for p in pairs for t in by[p]), key=lambda t: -1 if t is None else t)
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #f13ad01e
 def _check(s, student):
     for o in s['sparsities']: check_sparsity(o, 'each of sparsities')
     if not s['sparsities'] or min(s['sparsities'])==0 or max(s['sparsities'])==1:
@@ -107,6 +108,7 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     run.verdict = _verdict(run, best := _best(run))
     return run.finish(run.models[best], of=teachers[0])
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #16a30355
 def _refuse(dls, teacher, student, terms):
     "Say what will not do before anything is trained"
     model = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
@@ -122,6 +124,7 @@ def _masks(model, sparsity, criterion, rate, dls):
 def _soft(dl, dense, model):
     return dict(uncertainty=uncertainty(model, dl), smoothness=smoothness(dense, model, dl) if dense else 0.)
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #915e3bb2
 def _teachers(run, teacher, epochs, s):
     "The teacher and what pruning makes of it, `{sparsity: network}`"
     if isinstance(teacher, Learner): dense = run.enter('teacher', teacher.model, **_soft(run.dls.train, None, teacher.model))
@@ -138,6 +141,7 @@ def _teachers(run, teacher, epochs, s):
 
 def _designed(sparsity): return f'ST{100*sparsity:.4g}'
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #485523c4
 def _makers(run, teacher, student, teachers):
     "`{name of a student: (sparsity it is made for or None, function that makes it)}`"
     def design(pruned): set_seed(run.seed, reproducible=True); return design_student(pruned, run.dls)
@@ -147,6 +151,7 @@ def _makers(run, teacher, student, teachers):
     make = like if student=='self' else partial(run.network, student)
     return {'student': (None, make)}
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #0ce76792
 def _teach(run, name, make, teachers, t, n_epoch, s):
     "Train the student `name` with the teacher of sparsity `t`, or alone"
     who = None if t is None else f'pruned {t:.4g}' if t else 'teacher'
@@ -161,11 +166,14 @@ def _lesson(dl, student, taught_by, teacher_sparsity, teacher, model):
     said = dict(agreement=agreement(model, teacher, dl)) if teacher else {}
     return dict(student=student, taught_by=taught_by or 'nobody', teacher_sparsity=teacher_sparsity) | said
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #88cbe81d
 def _best(run):
     "Of the first seed's smallest students, those of pruned teachers if there are any, the best on the validation set"
     rows = [o for o in run.stages if 'student' in o and o['seed']==run.seeds[0]]
     rows = [o for o in rows if o['taught_by'].startswith('pruned')] or rows
     return min(rows, key=lambda o: (o['params'], -o['valid_accuracy']))['name']
+
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #50a3f4da
 def _verdict(run, stage):
     o = next(o for o in run.stages if o['name']==stage)
     name = o['student']
@@ -185,6 +193,7 @@ def taught_table(record): # `Record` or `Run` of `prune_then_distill`
     res.insert(0, 'teacher accuracy (%)', [teachers.get(o) for o in res.index.get_level_values(1)])
     return (100*res).round(2).rename_axis(['student','taught by'])
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #70f00a5a
 def rounds_table(record): # `Record` or `Run` of `prune_then_distill`
     "Teacher and pruned teachers: weights left, accuracy, uncertainty (Wang et al. 2022) and smoothness (equation 7)"
     df = pd.DataFrame([o for o in record.stages if 'student' not in o]).set_index('name')
@@ -195,6 +204,7 @@ def rounds_table(record): # `Record` or `Run` of `prune_then_distill`
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #882b8faf
 def _kind(taught_by): return dict(nobody='alone', teacher='from the unpruned teacher').get(taught_by, 'from pruned teachers')
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #b71ac44b
 def _sentence(run):
     df = pd.DataFrame([o for o in run.stages if 'student' in o])
     acc = 100*df.test_accuracy.groupby(df.taught_by.map(_kind)).mean()
@@ -203,6 +213,7 @@ def _sentence(run):
     return (f'Mean over all students and {len(run.seeds)} seed{"s"*(len(run.seeds)>1)}: {means}. '
             f'One image more or less is {100/run.n_test:.2f} points.')
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #c8053626
 def _lines(run, designed):
     "Accuracy against size (designed students, from their own teachers) or against the teacher's sparsity (a given student)"
     df = pd.DataFrame([o for o in run.stages if 'student' in o])
@@ -218,6 +229,7 @@ def _lines(run, designed):
     res = pd.DataFrame(dict(y=100*g.mean(), err=100*g.std().fillna(0))).reset_index()
     return {k: o[['x','y','err']].reset_index(drop=True) for k,o in res.groupby('kind')}
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #0e1b0cc5
 def _show(run, teachers, student):
     designed,pairs = student=='designed',run.settings['pairs']
     where = ('Table 12' if 'mismatched' in pairs else 'Tables 4 and 5') if designed else 'Table 2' if student=='self' else 'Tables 1 and 3'
@@ -237,6 +249,7 @@ def _show(run, teachers, student):
             run.exhibit(name, 'table', student_table(pruned, small), f'{name}, layer by layer (as Table 10 of Park and No 2022)',
                         'Weights of the teacher, those left in it, and those of the student made for it.')
 
+# %% ../../nbs/52_recipes.prune_then_distill.ipynb #1ab879ea
 def _curve(run):
     df = pd.DataFrame([o for o in run.stages if 'student' not in o])
     return pd.DataFrame(dict(sparsity=1-df.weights_kept, weights=df.weights, accuracy=df.test_accuracy))

@@ -52,6 +52,7 @@ def channel_fraction(sparsity): # Fraction of the weights
     "The fraction of channels with which about the fraction `sparsity` of the weights goes"
     return 1-(1-sparsity)**.5
 
+# %% ../../nbs/54_recipes.sequential.ipynb #fc685210
 class _TuneLast:
     "Fine-tune the last layer of a learner's network, for `sweep_sparsity`"
     def __init__(self, n_epoch, lr): self.n_epoch,self.lr = n_epoch,lr
@@ -59,6 +60,7 @@ class _TuneLast:
         learn.model = only_last(learn.model, learn.dls)
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(self.n_epoch, self.lr, cbs=BnFreeze())
 
+# %% ../../nbs/54_recipes.sequential.ipynb #015f6262
 def _sweep(run, name, model, s, **kwargs):
     "Accuracy on the validation set at every level"
     tune = _TuneLast(s['sweep_epochs'], s['tune_lr']) if s['sweep_epochs'] else None
@@ -74,6 +76,7 @@ def _cut(run, model, sparsity, s, **kwargs):
     run._begin()      # some criteria look at a batch that is drawn
     return prune_model(deepcopy(model), sparsity, s['criterion'], run.dls, **kwargs)
 
+# %% ../../nbs/54_recipes.sequential.ipynb #188225b3
 def _small(run, student, sparsity, n_epoch, s, teacher):
     "Remove channels, fine-tune, shrink"
     fraction = channel_fraction(sparsity)
@@ -111,6 +114,7 @@ def distill_then_prune(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     curves = _curves(run, t, students, s)
     return run.finish(_compress(run, t, students, curves, best, epochs[2], s), of=students[run.seeds[0]])
 
+# %% ../../nbs/54_recipes.sequential.ipynb #90207567
 def _check(dls, teacher, student, s):
     "Say what will not do before anything is trained"
     for m in s['method'].values():
@@ -129,6 +133,7 @@ def _check(dls, teacher, student, s):
 
 def _term(method, student, teacher, dls, s): return term_for(method, student, teacher, dls, options=dict(KD=dict(T=s['T'])))
 
+# %% ../../nbs/54_recipes.sequential.ipynb #499ee061
 def _distil(run, name, method, teacher, student, n_epoch, s):
     "A student by `method`, called `name`; its labels count .1 beside 'KD' alone (the usual weights .9 and .1), else as usual"
     model = run.network(student)
@@ -140,6 +145,7 @@ def _best(run, methods):
     df = pd.DataFrame([o for o in run.stages if o['name'] in methods])
     return df.groupby('name', sort=False).valid_accuracy.mean().idxmax()
 
+# %% ../../nbs/54_recipes.sequential.ipynb #bfc7b34b
 def _curves(run, teacher, students, s):
     "The curves of teacher, student and the student's channels, a `DataFrame` each with all seeds"
     kwargs = dict(criterion=s['criterion'], scope=s['scope'])
@@ -151,6 +157,7 @@ def _curves(run, teacher, students, s):
             res['student, channels'].append(_sweep(run, 'channels', students[seed], s, criterion=s['criterion'], by='channel'))
     return {k: pd.concat(dfs, ignore_index=True) for k,dfs in res.items()}
 
+# %% ../../nbs/54_recipes.sequential.ipynb #6f088fb1
 def _compress(run, teacher, students, curves, best, n_epoch, s):
     "Prune to the breakpoints, fine-tune, show; returns the network to keep"
     found = {k: find_breakpoint(curves[k]).sparsity for k in ('teacher','student')}
@@ -178,11 +185,13 @@ def compression_table(record): # `Record` or `Run` of `distill_then_prune`
                         'MACs': g.macs.mean().round().astype(int)})
     return res if len(record.seeds)>1 else res.drop(columns='spread')
 
+# %% ../../nbs/54_recipes.sequential.ipynb #a842c471
 def _sentence(run, table, stage):
     row = table.loc[stage]
     return (f'{stage}: {row["accuracy (%)"]:.1f} % with {int(row["weights"]):,} weights, {row["percentage decrease (%)"]:.1f} % fewer than '
             f'the teacher ({table.loc["teacher","accuracy (%)"]:.1f} %).')
 
+# %% ../../nbs/54_recipes.sequential.ipynb #016825d9
 def _show(run, curves, best, s):
     table,last = compression_table(run),'small' if s['channels'] else 'tuned'
     run.verdict = ' '.join(_sentence(run, table, o) for o in dict.fromkeys(('tuned',last)))

@@ -90,6 +90,7 @@ def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     _show(run, run.models['sparse'])
     return run.finish(run.models['thin' if singles else 'small'], of=run.models['student'])
 
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #bcde6b0f
 def _checked(terms, student, teacher, dls):
     methods_by_title(terms, 'terms')
     check_terms(check_keeps(term_for(terms, student, teacher, dls), 'vbgs_kd'), student, teacher, dls)
@@ -97,6 +98,7 @@ def _checked(terms, student, teacher, dls):
 
 def _plain(model, data): return shrink(to_deterministic(model), data)
 
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #99a61e93
 def _show(run, sparse):
     groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).numpy() for n in run.log_alphas[0]}
     run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',

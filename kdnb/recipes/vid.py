@@ -71,6 +71,7 @@ class _Job:
     def network(self, dls, seed=0):
         return network_for(dls, 'mlp', seed, hidden=self.hidden) if self.hidden else network_for(dls, self.student, seed)
 
+# %% ../../nbs/55_recipes.vid.ipynb #846bd064
 def _plan(experiments, student, s):
     "`{stage: _Job}` for the experiments"
     def every(k): return {'Student': None} | {m: None if isinstance(o, str) else o for m,o in methods_by_title(s[k], k).items()}
@@ -84,8 +85,10 @@ def _plan(experiments, student, s):
     return {o.stage: o for o in jobs}
 
 def _several(o): return tuple(o) if isinstance(o, (tuple,list)) else (o,)
+
 def _taught(job): return job.method not in ('Student','fine-tuning')
 
+# %% ../../nbs/55_recipes.vid.ipynb #d983acef
 def _variants(job, s):
     "`(λ1, {term: λ2})` with which a job is done: the first of each, or all"
     if not _taught(job): return [(1., {})]
@@ -103,6 +106,7 @@ def mlp_pairs(student, # The architecture 'mlp'
     if places[0] is None: raise ValueError(f'{type(teacher).__name__} has no maps: the teacher of an MLP should be convolutional.')
     return dict(zip((n for n,_ in student.named_children() if n.startswith('act')), dict.fromkeys(places[:1] + places[1:][-3:])))
 
+# %% ../../nbs/55_recipes.vid.ipynb #2dd73da3
 def with_classes(model, # Any network that ends in a linear layer
     c, # Number of classes
     data): # `DataLoaders` or a batch
@@ -113,6 +117,7 @@ def with_classes(model, # Any network that ends in a linear layer
     if arch := getattr(model, 'arch', None): model.arch = dict(name=arch['name'], kwargs=arch['kwargs'] | dict(c=c))
     return model
 
+# %% ../../nbs/55_recipes.vid.ipynb #55de9911
 def _term(job, student, teacher, data, s, weights=None):
     if job.term is not None: return job.term
     layers = mlp_pairs(student, teacher, data) if job.kind=='mlp' else s['layers']
@@ -167,6 +172,7 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     run.verdict = ' '.join([*told, f'Kept is “{kept}”, the best on the validation set.'])
     return run.finish(run.models[kept], known.get('distil'))
 
+# %% ../../nbs/55_recipes.vid.ipynb #edc87bb5
 def _check_experiments(experiments, source):
     if experiments is None: return tuple(o for o in _experiments if o!='transfer' or source is not None)
     experiments = _several(experiments)
@@ -177,6 +183,7 @@ def _check_experiments(experiments, source):
         raise ValueError("'transfer' needs source=, the other data or a network trained on them.")
     return experiments
 
+# %% ../../nbs/55_recipes.vid.ipynb #b350c876
 def _check_sizes(dls, sizes, quick=False):
     "`sizes`, if the training set can be cut so; the usual ones if None"
     if not isinstance(dls, ArrayDataLoaders):
@@ -191,6 +198,7 @@ def _check_sizes(dls, sizes, quick=False):
                              'the size of the smallest class.')
     return sizes
 
+# %% ../../nbs/55_recipes.vid.ipynb #573e912f
 def _check(dls, teacher, student, source, plan, s):
     "Say what will not do before anything is trained"
     check_weight(s['clip'], 'clip')
@@ -208,10 +216,12 @@ def _check(dls, teacher, student, source, plan, s):
         model = job.network(dls)
         if _taught(job): check_terms(_term(job, model, nets[job.kind], dls, s), model, nets[job.kind], dls)
 
+# %% ../../nbs/55_recipes.vid.ipynb #b43c637d
 def _knows(dls, given):
     "The network that is given, if it takes the images; a new one by its name"
     return network_for(dls, given.model if isinstance(given, Learner) else given)
 
+# %% ../../nbs/55_recipes.vid.ipynb #0e189b1d
 def _untrained(dls, teacher, source, s):
     "The network that is to know the source, trained if it is given so"
     if isinstance(source, (Learner,nn.Module)): return _knows(dls, source)
@@ -224,6 +234,7 @@ def _untrained(dls, teacher, source, s):
         raise ValueError("the teacher is no name, so it is not known which network shall learn the source. Pass source_teacher='resnet20'.")
     return network_for(source, name)
 
+# %% ../../nbs/55_recipes.vid.ipynb #6653c5c3
 def _teachers(run, teacher, student, source, plan, epochs, s):
     "Networks that know something: 'distil' and 'mlp' the run's data, 'transfer' the source, 'student' the source too"
     res,kinds = {},{o.kind for o in plan.values()}
@@ -244,6 +255,7 @@ def _teachers(run, teacher, student, source, plan, epochs, s):
 # %% ../../nbs/55_recipes.vid.ipynb #c0cb1757
 def _loaders(run, job): return run.dls.few(job.n) if job.n else run.dls
 
+# %% ../../nbs/55_recipes.vid.ipynb #10fc7d6b
 def _train(run, job, known, epochs, s, watched):
     "Do the job, once for each of its λs; what the pictures need, if it is the one that is watched"
     dls,n_epoch = _loaders(run, job),epochs[dict(distil=1, mlp=2, transfer=3)[job.kind]]
@@ -264,11 +276,13 @@ def _train(run, job, known, epochs, s, watched):
         fit_in_drops(run, stage, model, n_epoch, s, job.which, dls=dls, cbs=cbs, more=more)
     return found
 
+# %% ../../nbs/55_recipes.vid.ipynb #7bb849a4
 def _network(run, job, known):
     if job.method!='fine-tuning': return job.network(run.dls, run.seed)
     set_seed(run.seed)
     return with_classes(known['student'], n_classes(run.dls), run.dls)
 
+# %% ../../nbs/55_recipes.vid.ipynb #57b59451
 def _best(run):
     "The first seed's stage whose network is kept: of the student with all images, the best on the validation set"
     rows = [o for o in run.stages if o.get('method') and o['seed']==run.seeds[0] and o['kind']!='maps']
@@ -294,6 +308,7 @@ def _rows(record, experiment):
     best = [i[2] for i in mean.groupby(level=[0,1], sort=False).idxmax()]
     return df[df.name.isin(best)].assign(column=df[col])
 
+# %% ../../nbs/55_recipes.vid.ipynb #81360fda
 def vid_table(record, # `Record` or `Run` of `vid`
     experiment='samples'): # 'samples', 'sizes', 'mlp' or 'transfer'
     "Test accuracy (%) of each method, mean and spread over seeds, as in the tables of Ahn et al. 2019"
@@ -307,6 +322,7 @@ def vid_table(record, # `Record` or `Run` of `vid`
         res = pd.concat([pd.DataFrame([top], ['Teacher'], res.columns), res])
     return res.rename_axis(index='method')
 
+# %% ../../nbs/55_recipes.vid.ipynb #1d1b9bda
 _titles = dict(samples='Few images (as Tables 1 and 7 of Ahn et al. 2019)', sizes='Small students (as Tables 2 and 8 of Ahn et al. 2019)',
                mlp='From a CNN to an MLP (as Tables 4 and 12 of Ahn et al. 2019)', transfer='From other data (as Tables 3 and 5 of Ahn et al. 2019)')
 
@@ -323,6 +339,7 @@ def _says(df):
 def _sentence(run, df):
     return _says(df) + f' {len(run.seeds)} seed{"s"*(len(run.seeds)>1)}; one image more or less is {100/run.n_test:.2f} points.'
 
+# %% ../../nbs/55_recipes.vid.ipynb #2ece4ca1
 def _show(run, experiment):
     df = _rows(run, experiment)
     run.exhibit(experiment, 'table', vid_table(run, experiment), _titles[experiment], 'Test accuracy (%). ' + _sentence(run, df))
@@ -333,6 +350,7 @@ def _show(run, experiment):
     run.exhibit(f'{experiment}_lines', 'lines', lines, f'{_titles[experiment]}: accuracy', _sentence(run, df),
                 x='training images', y='test accuracy (%)')
 
+# %% ../../nbs/55_recipes.vid.ipynb #607a8abe
 def _show_maps(run, seen, teacher, n_epoch, s):
     "Heat maps during training, those of a student without a teacher, and the variances at the end"
     (kd,watch),job = seen,_Job('distil', 'VID-I', run.settings['student'])

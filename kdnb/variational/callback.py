@@ -26,6 +26,7 @@ def noise_params(model):
     own = 'gamma','gamma_logvar','weight_logvar','bias_logvar'
     return [p for m in model.modules() if isinstance(m, (Gate,NoisyLayer)) for n,p in m._parameters.items() if n in own and p is not None]
 
+# %% ../../nbs/22_variational.callback.ipynb #42681a1c
 def train_size(dls):
     "Number of training samples"
     try: return len(dls.train.dataset)
@@ -54,6 +55,7 @@ def _check_number(w, what):
     if callable(w): raise ValueError(f'{what} is a schedule, expected a number. `weight` takes a schedule.')
     check_weight(w, what)
 
+# %% ../../nbs/22_variational.callback.ipynb #4a749fa1
 def _by_gate(model, weights):
     "`{gate: weight}` of `{path: weight}`"
     gates = noise_groups(model)
@@ -61,6 +63,7 @@ def _by_gate(model, weights):
         raise ValueError(f'gamma_weight names {sorted(odd)[0]!r}. The gates of this network: {", ".join(gates)}.')
     return {gates[n]: w for n,w in weights.items()}
 
+# %% ../../nbs/22_variational.callback.ipynb #6598ae10
 class VariationalSparsifier(LossTerm):
     "Add the KL of a variational network, divided by the training set's size, to the loss (Ming et al. 2020, eq. 7)"
     own_group,_alone,_lr = True,False,None
@@ -133,18 +136,22 @@ def before_step(self:VariationalSparsifier):
     self._own,self._lr = groups[0],groups[0]['lr']
     self._own['lr'] = groups[-1]['lr']*self.gamma_lr
 
+# %% ../../nbs/22_variational.callback.ipynb #f89c6a71
 @patch
 def _put_lr_back(self:VariationalSparsifier):
     if self._lr is not None: self._own['lr'] = self._lr
     self._lr = None
 
+# %% ../../nbs/22_variational.callback.ipynb #3b28ffa1
 @patch
 def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()
 
+# %% ../../nbs/22_variational.callback.ipynb #94d42fba
 @patch
 def before_batch(self:VariationalSparsifier):
     if self.training and self.cooldown and not self.closed and self.progress>=self.cooldown[0]: self._close()
 
+# %% ../../nbs/22_variational.callback.ipynb #ad6249af
 @patch
 def _close(self:VariationalSparsifier):
     "Close the groups that are noise at the present valley"
@@ -152,11 +159,13 @@ def _close(self:VariationalSparsifier):
     for n,m in noise_groups(self._noisy).items():
         if isinstance(m, Gate): m.close(masks[n])
 
+# %% ../../nbs/22_variational.callback.ipynb #20513fe9
 @patch
 def after_step(self:VariationalSparsifier):
     self._put_lr_back()
     for p,cap in self._caps: p.data.clamp_(max=cap)
 
+# %% ../../nbs/22_variational.callback.ipynb #0fb1aeec
 @patch
 def put_back(self:VariationalSparsifier):
     super(VariationalSparsifier, self).put_back()
@@ -170,6 +179,7 @@ def columns(self:VariationalSparsifier):
                groups=lambda: float(sum(o.sum() for o in masks().values())))
     return super(VariationalSparsifier, self).columns() | own
 
+# %% ../../nbs/22_variational.callback.ipynb #b396119d
 def cut_fraction(model, # Variational network
     masks): # `{gate or layer of single weights: mask}` of what stays
     "Fraction of the weights of variational layers that `masks` cut"
@@ -178,6 +188,7 @@ def cut_fraction(model, # Variational network
                if isinstance(m, GroupLayer) else float(masks[m].sum()) for m in layers)
     return 1-left/sum(m.weight.numel() for m in layers)
 
+# %% ../../nbs/22_variational.callback.ipynb #c7f0bdb7
 @patch
 def after_epoch(self:VariationalSparsifier):
     if not (self._trained and is_training(self.learn)): return
@@ -195,6 +206,7 @@ def after_epoch(self:VariationalSparsifier):
                    'Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
     elif self.n_epoch>1: self._warn('γ is frozen with the body of the network: nothing is being pruned. Call learn.unfreeze() first.')
 
+# %% ../../nbs/22_variational.callback.ipynb #8907b0fe
 @patch
 def _warn(self:VariationalSparsifier, message):
     "Once a fit"
@@ -229,6 +241,7 @@ def plot_log_alpha(log_alphas, # `VariationalSparsifier.log_alphas`
     axs[0].set_ylabel('groups'); axs[0].set_yscale('log')
     return axs
 
+# %% ../../nbs/22_variational.callback.ipynb #0371fc91
 def plot_kept(log_alphas, # `VariationalSparsifier.log_alphas`
     T=None, # Threshold; the valley after the last epoch if None
     ax=None, figsize=(7,2.6)):
@@ -242,16 +255,19 @@ def plot_kept(log_alphas, # `VariationalSparsifier.log_alphas`
     ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
+# %% ../../nbs/22_variational.callback.ipynb #7da8fc30
 def _picture(w):
     "Weights as a matrix, outputs down: a kernel is one number, its norm"
     w = w.detach().cpu()
     return w if w.ndim==2 else w.flatten(2).norm(dim=2)
 
+# %% ../../nbs/22_variational.callback.ipynb #2e14d34f
 def _unread(w, reader):
     "Rows of `w` that the next layer of a chain does not read"
     alive = reader.weight.detach().cpu().ne(0).transpose(0, 1).flatten(1).any(1)
     return ~alive.view(len(w), -1).any(1) if len(alive)%len(w)==0 else torch.zeros(len(w), dtype=torch.bool)
 
+# %% ../../nbs/22_variational.callback.ipynb #a2e3cb30
 def weight_pictures(model, # Masked network (`to_deterministic`)
     layers=None): # Paths of linear layers and convolutions; all if None
     "`{layer: array}` of the weights as they act, outputs down, inputs across: 0 where cut, a kernel is one number, its norm"
@@ -262,6 +278,7 @@ def weight_pictures(model, # Masked network (`to_deterministic`)
     for n in res.keys()&chain.keys(): res[n][_unread(res[n], chain[n])] = 0
     return {n: w.numpy() for n,w in res.items()}
 
+# %% ../../nbs/22_variational.callback.ipynb #ae3c2099
 def plot_weights(model, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
     layers=None, # Paths of linear layers and convolutions; all if None
     figsize=None):
@@ -292,6 +309,7 @@ def plot_threshold(curve, # `threshold_curve`
     if T is not None: ax.axvline(T, c='k', lw=1, ls=':')
     return ax,right
 
+# %% ../../nbs/22_variational.callback.ipynb #d875e16b
 class ThresholdExplorer:
     "A slider over the threshold on log α, with what is left at each: groups, weights, validation accuracy"
     def __init__(self,

@@ -19,13 +19,16 @@ from .layers import (Gate,Gates,GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLa
 
 # %% ../../nbs/21_variational.convert.ipynb #48b0fddc
 def _linears(m): return type(m) is nn.Linear
+
 def _dense(m): return _linears(m) or type(m) is nn.Conv2d and m.groups==1
+
 def _width(m): return m.in_features if isinstance(m, nn.Linear) else m.in_channels
 
 def _each(model, which):
     "A gate for each layer's inputs"
     return {p: Gate(_width(m)) for p,m in model.named_modules() if which(m)}
 
+# %% ../../nbs/21_variational.convert.ipynb #fa544b47
 def _coupled(model, data):
     "One gate for each group of coupled channels, wherever they are read, and one for positions of linear layers"
     parts,stays = {p: [] for p,m in model.named_modules() if _dense(m)},[]
@@ -46,8 +49,10 @@ def _coupled(model, data):
     if stays: warnings.warn(f'no gates for the channels of {"; ".join(stays)}.')
     return {path: _axis(_width(model.get_submodule(path)), ps) for path,ps in parts.items() if ps}
 
+# %% ../../nbs/21_variational.convert.ipynb #39710a1b
 def _one_to_one(part, n): return part[0].n==n==len(part[1].unique())
 
+# %% ../../nbs/21_variational.convert.ipynb #3e8786a3
 def _axis(n, parts):
     "The gate itself if it is alone and in order"
     every = torch.arange(n)
@@ -89,6 +94,7 @@ def _gates(model, data, groups):
         gates = {}
     return (groups,gates) if gates or not (default and linears) else ('neurons',_each(model, _linears))
 
+# %% ../../nbs/21_variational.convert.ipynb #1393cc5a
 def _say_share(model, data):
     "Warn if most weights of `model` will stay whatever happens"
     layers,gated = [m for m in model.modules() if isinstance(m, weighted)],variational_layers(model)
@@ -129,6 +135,7 @@ def to_variational(model, # Trained network, or the `Learner` that holds it and 
     if asked is None: _say_share(model, data)
     return model
 
+# %% ../../nbs/21_variational.convert.ipynb #4bad2234
 def _convert(m, gate, noise, single):
     "Make layer `m` noisy, in place"
     linear,dev = isinstance(m, nn.Linear),m.weight
@@ -154,11 +161,13 @@ def threshold(log_alpha, # Tensor, or the tensors of several layers in a list or
     if high<0 or low>0: return 0.
     return _gap(v, low, high) if how=='gap' else _valley(v, low, high)
 
+# %% ../../nbs/21_variational.convert.ipynb #540b1c1f
 def _valley(v, low, high):
     grid = torch.linspace(low, high, 201, dtype=v.dtype)
     density = sum(torch.exp(-(grid[:,None]-part)**2/2).sum(1) for part in v.split(10_000))
     return grid[density<=density.min()*(1+1e-9)].mean().item()
 
+# %% ../../nbs/21_variational.convert.ipynb #2d70d8a5
 def _gap(v, low, high):
     v = v[(v>=low) & (v<=high)]
     if len(v)<2: return ((low+high)/2).item()
@@ -176,6 +185,7 @@ def _limits(las, model, T):
     gates = {n: o for n,o in las.items() if isinstance(model.get_submodule(n), Gate)}
     return dict.fromkeys(las, 3.) | dict.fromkeys(gates, threshold(gates, T or 'valley') if gates else None)
 
+# %% ../../nbs/21_variational.convert.ipynb #fa483ee5
 def kept(model, # Variational network
     T=None): # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
     "`{path of a gate: mask}` of the groups that stay, those with log α below `T`"
@@ -226,6 +236,7 @@ def threshold_curve(model, # Variational network
                          accuracy=accuracy_on(small, dl), **groups))
     return pd.DataFrame(rows).set_index('T')
 
+# %% ../../nbs/21_variational.convert.ipynb #92367280
 def accuracy_threshold(model, # Variational network
     dl, # Validation data; never the test set
     max_drop=.002, # Accuracy that may be lost, a fraction
@@ -244,6 +255,7 @@ def weight_variance(layer):
     var = w**2 + (0. if layer.weight_logvar is None else layer.weight_logvar.double().exp())
     return (var*layer.scales(square)[0] - (w*layer.scales(lambda g: g.mean.double())[0])**2).to(layer.weight)
 
+# %% ../../nbs/21_variational.convert.ipynb #ab767b38
 def weight_bits(model, # Variational network
     T=None): # Threshold on log α, see `kept`
     "`DataFrame` of weights kept, bits for each and bytes in all, a row per variational layer and a total"

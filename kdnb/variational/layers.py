@@ -21,6 +21,7 @@ def group_kl(log_alpha, # log σ²/μ² of each group, any shape
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
 
+# %% ../../nbs/20_variational.layers.ipynb #dc62f290
 _half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
 
 def _exact_kl(la):
@@ -35,6 +36,7 @@ def _exact_kl(la):
 # %% ../../nbs/20_variational.layers.ipynb #470fc632
 def log_alpha(mu, logvar): return logvar - torch.log(mu**2 + 1e-8)
 
+# %% ../../nbs/20_variational.layers.ipynb #c6b016fd
 class GroupKL(torch.autograd.Function):
     "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
     @staticmethod
@@ -47,6 +49,7 @@ class GroupKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
 
+# %% ../../nbs/20_variational.layers.ipynb #0c6a1a31
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
@@ -61,6 +64,7 @@ class Draw(torch.autograd.Function):
 
 def _to_shape(g): return g if g.ndim==1 else g.sum(0)
 
+# %% ../../nbs/20_variational.layers.ipynb #7017961b
 class HalfSquare(torch.autograd.Function):
     "½Σp² over many tensors, as one node: its gradient is p, one pass over each"
     @staticmethod
@@ -75,6 +79,7 @@ def _recomputing():
     "Does a backward pass run this layer once more (activation checkpointing)?"
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
 
+# %% ../../nbs/20_variational.layers.ipynb #1d6f78a9
 class Gate(nn.Module):
     "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers that share a gate see one draw in a pass"
     def __init__(self, n):
@@ -144,6 +149,7 @@ class AddNoise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g,g*ctx.saved_tensors[0]
 
+# %% ../../nbs/20_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
     "Mixed into `nn.Linear` and `nn.Conv2d`; `_add_noise` makes a plain layer noisy in place, `_settle` plain again"
     def _product(self, x, weight, bias):
@@ -170,6 +176,7 @@ class NoisyLayer:
         self.__dict__.pop('noise', None)
         self.__class__ = type(self).__bases__[1]
 
+# %% ../../nbs/20_variational.layers.ipynb #d3c1abdd
 class GroupLayer(NoisyLayer):
     "A layer with gates on its inputs or outputs"
     def _add_noise(self, noise='group', inputs=None, outputs=None):
@@ -214,12 +221,14 @@ def _gate_on(axis, n_in, n_out):
     if axis not in ('inputs','outputs'): raise ValueError(f"axis is {axis!r}, expected 'inputs' or 'outputs'.")
     return {axis: Gate(n_in if axis=='inputs' else n_out)}
 
+# %% ../../nbs/20_variational.layers.ipynb #39056984
 class GroupLinear(GroupLayer, nn.Linear):
     "`nn.Linear` with a gate on its inputs (`axis='inputs'`) or outputs; `noise` is 'group' or 'full'"
     def __init__(self, in_features, out_features, bias=True, noise='group', axis='inputs'):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self._add_noise(noise, **_gate_on(axis, in_features, out_features))
 
+# %% ../../nbs/20_variational.layers.ipynb #1e73f001
 class GroupConv2d(GroupLayer, nn.Conv2d):
     "`nn.Conv2d` with a gate on its filters (`axis='outputs'`) or on its inputs; `noise` is 'group' or 'full'"
     def __init__(self, in_channels, out_channels, kernel_size, *args, noise='group', axis='outputs', **kwargs):
@@ -241,12 +250,14 @@ class VDLayer(NoisyLayer):
         if not self.training: return mean
         return AddNoise.apply(mean, self._product(x**2, self._var('weight'), None))
 
+# %% ../../nbs/20_variational.layers.ipynb #f684f57f
 class VDLinear(VDLayer, nn.Linear):
     "`nn.Linear` under sparse variational dropout (Molchanov et al. 2017, eq. 14)"
     def __init__(self, in_features, out_features, bias=True):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self._add_noise()
 
+# %% ../../nbs/20_variational.layers.ipynb #34e4b390
 class VDConv2d(VDLayer, nn.Conv2d):
     "`nn.Conv2d` under sparse variational dropout (Molchanov et al. 2017, eq. 14)"
     def __init__(self, *args, **kwargs):
@@ -258,16 +269,19 @@ def variational_layers(model):
     "`{path: layer}` of noisy layers"
     return {n: m for n,m in model.named_modules() if isinstance(m, NoisyLayer)}
 
+# %% ../../nbs/20_variational.layers.ipynb #b4e22a3a
 def noise_groups(model):
     "`{path: module}` of all that has a `log_alpha`: gates, and layers with one α per weight"
     return {n: m for n,m in model.named_modules() if isinstance(m, (Gate,VDLayer))}
 
+# %% ../../nbs/20_variational.layers.ipynb #f057d4dd
 def log_alphas(model):
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
 def _all(layers, *names): return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
 
+# %% ../../nbs/20_variational.layers.ipynb #f3a9615a
 class KL:
     "What `kl` says of a network, again and again: its layers are looked up once"
     def __init__(self, model, weight=None):
@@ -287,6 +301,7 @@ class KL:
         for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
         return groups,theta
 
+# %% ../../nbs/20_variational.layers.ipynb #521fb511
 def kl(model, # Variational network
     weight=None): # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
