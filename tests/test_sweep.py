@@ -266,7 +266,7 @@ def test_a_grid_over_what_stages_have_too(quick, tmp_path):
 wrongs = [(dict(recipe='magic'), "no recipe 'magic'"), (dict(recipe='sweep_recipes:magic'), 'no recipe sweep_recipes:magic'),
           (dict(grid=dict(lam=[])), 'expected a list'), (dict(grid=dict(lam=.5)), 'expected a list'), (dict(grid=dict(lamda=[1])), "no 'lamda'"),
           (dict(settings=dict(path='x')), "no 'path'"), (dict(settings=dict(lam=1)), 'in .settings. and in .grid.'),
-          (dict(gird={}), "no 'gird'"), (dict(data='no such set'), 'no such set'), (dict(loaders=dict(bs=0, size=3)), 'size'),
+          (dict(gird={}), "no 'gird'"), (dict(data='no such set'), 'no such set'), (dict(loaders=dict(bs=0, siez=3)), 'siez'),
           (dict(grid=dict(teacher=[nn.Linear(1,1)])), 'plain data'), (dict(grid=[1]), 'table'), (dict(data=3), 'text')]
 @pytest.mark.parametrize('change,says', wrongs, ids=[str(i) for i in range(len(wrongs))])
 def test_wrong_grids_are_refused_before_anything_starts(tmp_path, change, says):
