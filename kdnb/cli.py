@@ -150,6 +150,8 @@ def _sweep_parser(commands, text):
     c.add_argument('--storage', required=True, metavar='FILE|URL', help='what all workers share: a file or a database')
     c.add_argument('--out', type=Path, default=Path('runs/sweep'), metavar='FOLDER', help='for the runs (runs/sweep)')
     c.add_argument('--workers', type=int, default=1, metavar='N', help='processes here; 0 shows what there is (1)')
+    c.add_argument('--minutes', type=float, metavar='M', help='stop after so long; the next sweep goes on')
+    c.add_argument('--first', type=int, metavar='N', help='only the first N combinations')
     c.add_argument('--retry-failed', action='store_true', help='try again what ended with an error')
     c.add_argument('--quiet', action='store_true', help='no progress bars')
 
@@ -288,5 +290,5 @@ def _show_folder(args):
 def run_sweep(args):
     from kdnb.sweep import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,
-                retry_failed=args.retry_failed))
+                retry_failed=args.retry_failed, minutes=args.minutes, first=args.first))
     return 0

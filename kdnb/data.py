@@ -382,6 +382,13 @@ def _measure(im):
     turned = im.getexif().get(0x112, 1)>4    # a camera held upright
     return im.size[::-1 if turned else 1],im.mode in ('1','L','LA','La')
 
+# %% ../nbs/00_data.ipynb #a1be2932
+def _edges(size):
+    "`(height, width)` of a `size` that is a number of pixels or already two"
+    hw = [size]*2 if np.ndim(size)==0 else size
+    if len(hw)==2 and all(isinstance(o, (int,np.integer)) and o>0 for o in hw): return tuple(hw)
+    raise ValueError(f'size is {size!r}, expected the pixels of an edge, such as 14, or (height, width).')
+
 # %% ../nbs/00_data.ipynb #0ddc107b
 def _read_images(files, size=None):
     "The images as one array (N, C, H, W) of bytes; `size` is a number or `(height, width)`"
@@ -394,7 +401,7 @@ def _read_images(files, size=None):
             (a,f),*_,(b,g) = sorted(sizes.items())
             raise ValueError(f'the images have {len(sizes)} sizes, from {a[0]}×{a[1]} ({f.name}) to {b[0]}×{b[1]} '
                              f'({g.name}). Pass the one they are to have, such as size=64.')
-        h,w = next(iter(sizes))[::-1] if size is None else (size,size) if isinstance(size, int) else size
+        h,w = next(iter(sizes))[::-1] if size is None else _edges(size)
         def pixels(im):
             im = ImageOps.exif_transpose(im).convert(mode)
             return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR))
@@ -436,6 +443,17 @@ def folder_dls(path, # Folder of images, or its table of labels
 # %% ../nbs/00_data.ipynb #41ebef55
 def _tv(name): import torchvision.datasets as d; return getattr(d, name)
 
+# %% ../nbs/00_data.ipynb #e0e88fff
+def _resize(x, size):
+    "Images of bytes (N, H, W) or (N, C, H, W) at `size`: their middle, averaged (beyond their own size, interpolated)"
+    (h,w),(H,W) = _edges(size),x.shape[-2:]
+    s = min(H/h, W/w)
+    a,b = round(h*s),round(w*s)
+    x = torch.as_tensor(x)[..., (H-a)//2:(H+a)//2, (W-b)//2:(W+b)//2]
+    x = x[:,None] if x.ndim==3 else x
+    mode = 'area' if s>=1 else 'bilinear'
+    return torch.cat([F.interpolate(o.float(), (h,w), mode=mode).round().byte() for o in x.split(2000)])
+
 # %% ../nbs/00_data.ipynb #d3a3a70a
 _cifar_names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
@@ -449,14 +467,16 @@ image_sets = dict(digits=(_digits, None), mnist=(lambda p: _mnist(p, _tv('MNIST'
 def image_dls(name='digits', # One of `image_sets`, or the path of a folder as in `folder_dls`
     bs=64, # Samples in a batch
     path=None, # Folder that holds the data; `KDNB_DATA` if None
+    size=None, # Pixels of an edge, or `(height, width)`; the images' own if None
     **kwargs):
     "`ArrayDataLoaders` of a known image set, with its own test set at `dls.test`"
     if name not in image_sets:
-        if Path(name).exists(): return folder_dls(name, bs=bs, **kwargs)
+        if Path(name).exists(): return folder_dls(name, size, bs=bs, **kwargs)
         raise ValueError(f'no image set is called {str(name)!r}, and no folder either. The sets are '
                          f'{", ".join(image_sets)}; for your own images pass a folder, or use `from_arrays`.')
     read,vocab = image_sets[name]
     x,y,xt,yt = read(data_path(path))
+    if size is not None: x,xt = _resize(x, size),_resize(xt, size)
     return from_arrays(x, y, test=(xt,yt), bs=bs, vocab=vocab, **kwargs)
 
 # %% ../nbs/00_data.ipynb #f0c8c51e

@@ -63,6 +63,34 @@ def test_a_corrupt_file_is_named(data_dir, tmp_path):
     f.write_bytes(f.read_bytes()[:-1]+b'x')
     with pytest.raises(ValueError, match='t10k-labels-idx1-ubyte.gz is corrupt'): image_dls('mnist', path=tmp_path)
 
+def test_known_sets_come_in_any_size():
+    "Each new pixel is the mean of those it covers; of another shape the middle stays; beyond its size an image is interpolated"
+    whole = image_dls('digits')
+    for size,hw in ((4,(4,4)), ((4,2),(4,2)), ([2,8],(2,8)), (12,(12,12))):
+        dls = image_dls('digits', size=size)
+        assert dls.in_shape==(1,*hw) and [len(o.dataset) for o in dls.loaders]==[1295,143,359] and dls.train.dataset.x.dtype==torch.uint8
+        assert torch.equal(dls.test.dataset.y, whole.test.dataset.y)
+    x = whole.test.dataset.x.float()
+    half,strip = (image_dls('digits', size=o).test.dataset.x for o in (4,(4,2)))
+    assert torch.equal(half[:,0], torch.stack([x[:,0,i::2,j::2] for i in (0,1) for j in (0,1)]).mean(0).round().byte())
+    assert torch.equal(strip, half[...,1:3])
+    assert torch.equal(image_dls('digits', size=8).test.dataset.x, whole.test.dataset.x)
+    for bad in (0, -1, 2.5, '14', (4,), (4,4,4), (4,0)):
+        with pytest.raises(ValueError, match='expected the pixels of an edge'): image_dls('digits', size=bad)
+
+def test_a_folder_is_resized_by_name_too(tmp_path):
+    from PIL import Image
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(20): Image.new('L', (8,8), i).save(tmp_path/c/f'{i}.png')
+    assert image_dls(tmp_path, size=4).in_shape==folder_dls(tmp_path, size=4).in_shape==(1,4,4)
+    with pytest.raises(ValueError, match="size is 'small', expected the pixels"): image_dls(tmp_path, size='small')
+
+@pytest.mark.mnist
+def test_mnist_at_half_the_edge(data_dir):
+    a,b = image_dls('fashion_mnist').test.dataset.x,image_dls('fashion_mnist', size=14).test.dataset.x
+    assert torch.equal(b, F.avg_pool2d(a.float(), 2).round().byte())
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='Set KDNB_DATA'): image_dls('cifar10_jpeg', path=tmp_path)
 
