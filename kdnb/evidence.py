@@ -162,11 +162,13 @@ def printed(paper, # As in results/papers.csv: 'VBGS-KD', 'prune-then-distill', 
     table=None, # 'Table 3'; all if None
     path=None): # Folder of results
     "What a paper has printed"
-    df = pd.read_csv(results_folder(path)/'papers.csv', keep_default_na=False, na_values={'value': [''], 'std': ['']})
+    df = pd.read_csv(results_folder(path)/'papers.csv', keep_default_na=False, na_values={'std': ['']})
     if paper not in set(df.paper): raise ValueError(f'there are no printed results of {paper!r}. There are {", ".join(df.paper.unique())}.')
     df = df[df.paper==paper]
     if table is not None and table not in set(df.table): raise ValueError(f'there is no {table!r} of {paper}. There are {", ".join(df.table.unique())}.')
-    return (df if table is None else df[df.table==table]).drop(columns='paper').reset_index(drop=True)
+    df = (df if table is None else df[df.table==table]).drop(columns='paper').reset_index(drop=True)
+    numbers = pd.to_numeric(df.value, errors='coerce')
+    return df.assign(value=numbers if numbers.notna().all() else numbers.astype(object).where(numbers.notna(), df.value))    # '20.1M' stays
 
 # %% ../nbs/62_evidence.ipynb #84953f80
 def spread(values, # One number for each seed
