@@ -1161,6 +1161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kdnb.recipes.vbgs_kd._plain': ('recipes.vbgs_kd.html#_plain', 'kdnb/recipes/vbgs_kd.py'),
                                       'kdnb.recipes.vbgs_kd._show': ('recipes.vbgs_kd.html#_show', 'kdnb/recipes/vbgs_kd.py'),
                                       'kdnb.recipes.vbgs_kd.epochs_for': ('recipes.vbgs_kd.html#epochs_for', 'kdnb/recipes/vbgs_kd.py'),
+                                      'kdnb.recipes.vbgs_kd.layer_widths': ('recipes.vbgs_kd.html#layer_widths', 'kdnb/recipes/vbgs_kd.py'),
                                       'kdnb.recipes.vbgs_kd.vbgs_kd': ('recipes.vbgs_kd.html#vbgs_kd', 'kdnb/recipes/vbgs_kd.py')},
             'kdnb.recipes.vid': { 'kdnb.recipes.vid.LikelihoodWatch': ('recipes.vid.html#likelihoodwatch', 'kdnb/recipes/vid.py'),
                                   'kdnb.recipes.vid.LikelihoodWatch.__init__': ( 'recipes.vid.html#likelihoodwatch.__init__',
