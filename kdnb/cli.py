@@ -40,8 +40,9 @@ networks:
 
 data:
   digits (1,797 real images, no download), mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100, tiny_imagenet;
-  or a folder of your own: train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth becomes the test set;
-  or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is understood.
+  or a folder of your own: train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth
+  becomes the test set; or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is
+  understood.
 
 recipes, methods and criteria of your own:
   --recipe my.py:my_recipe runs a function of yours, --recipe name one that is decorated with @recipe. A file that is
