@@ -4,7 +4,7 @@ READY  := .venv/.installed
 PEERS  := bench/.peers/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lab nbs readme results bench clean
+.PHONY: help demo test lab nbs readme evidence tables results bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,12 @@ nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAG
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/nbs.py --readme
+
+evidence: $(READY)  ## go on with the grids in results/: make evidence [MINUTES=60] [JOBS=2] [PAPERS="prue vid"]
+	$(BIN)/python -W ignore::FutureWarning -c "from kdnb.evidence import gather; print(gather($(or $(MINUTES),60), $(or $(JOBS),2), '$(PAPERS)'.split()).to_string(index=False))"
+
+tables: $(READY)  ## compute tables and figures again from the rows in results/
+	$(BIN)/python .ci/nbs.py --only rows
 
 results: $(READY)  ## train for the numbers in results/
 	$(BIN)/python results/vbgs_kd.py

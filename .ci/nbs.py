@@ -22,9 +22,16 @@ def keep(out):
     if 'class="fastprogress"' in html: out.data = {'text/html': html}
     return out.get('name') != 'stderr' and not re.search(r'^\s*$|<progress|<style>\s*progress', html)
 
-def run(fn, flags):
-    "Run the cells of `fn` that `nbdev-test --flags` would; the others keep the outputs they have"
-    todo = {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
+def marked(fn, directive):
+    "Places of the cells with `directive`, and of those before them that import"
+    cells = [o for o in read_nb(fn).cells if o.cell_type == 'code']
+    found = [o.idx_ for o in cells if directive in o.directives]
+    return {o.idx_ for o in cells if found and o.idx_ < found[0] and 'import *' in o.source and 'export' not in o.directives} | {*found}
+
+def run(fn, flags, only=None):
+    "Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the outputs they have"
+    todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
+    if only and not todo: return
     print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return
     nb = nbformat.read(fn, 4)
@@ -56,10 +63,11 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
     p.add_argument('--flags', default='', help='cells to run too: "slow gpu"')
+    p.add_argument('--only', metavar='DIRECTIVE', help='only cells with this directive, such as rows, and the imports before them')
     p.add_argument('--readme', action='store_true', help='run nothing')
     a = p.parse_args()
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
-    for fn in fns: run(fn, a.flags.split())
-    if a.readme or INDEX in fns: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    for fn in fns: run(fn, a.flags.split(), a.only)
+    if a.readme or INDEX in fns and not a.only: (ROOT/'README.md').write_text(readme(), encoding='utf-8')

@@ -20,7 +20,7 @@ from .report import Page,_axes,_in_style,html_table,human,label_points,percent,p
 
 # %% ../nbs/61_sweep.ipynb #84fd642e
 _grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list,
-                  device=str, priority=int, best_epoch=bool, note=str)
+                  device=str, priority=int, best_epoch=bool, note=str, folder=str)
 
 _kinds = {str: 'text', dict: 'table', list: 'list', int: 'whole number', bool: 'truth value'}
 
@@ -47,7 +47,7 @@ def _plain(k, v):
 class Grid:
     "What a sweep runs: every combination of the lists in `[grid]`, with the same recipe, data and `[settings]`"
     def __init__(self, grid): # Dict, or path of a TOML file
-        d = _plain('The grid', grid if isinstance(grid, dict) else _toml(grid))
+        d = _plain('The grid', grid if isinstance(grid, dict) else dict(folder=str(Path(grid).parent)) | _toml(grid))
         _known(d, _grid_keys, 'A grid')
         if missing := {'recipe','data','grid'}-d.keys():
             raise ValueError(f'The grid says no {", ".join(sorted(missing))}.')
@@ -58,7 +58,8 @@ class Grid:
         self.settings,self.lists,self.loaders = d['settings'],d['grid'],d['loaders']
         self.device,self.priority,self.best_epoch,self.note = d['device'],d['priority'],d['best_epoch'],d['note']
         check_choice('device', self.device, ('','cpu','cuda'))
-        for o in d['imports']: bring(o)
+        self.folder = Path(d['folder'])
+        for o in d['imports']: bring(self._here(o))
         may = settable(self.function)
         for o in (self.settings,self.lists): _known(o, may or o, self.recipe)
         for k,v in self.lists.items():
@@ -69,7 +70,12 @@ class Grid:
     @property
     def function(self):
         "The recipe; besides the recipes' names `module:function` is understood"
-        return find_recipe(self.recipe)
+        return find_recipe(self._here(self.recipe))
+
+    def _here(self, name):
+        "`name`, found in the grid's own folder if it is that of a Python file there"
+        file = self.folder/(name.rpartition(':')[0] or name)
+        return str(self.folder/name) if file.suffix=='.py' and file.is_file() else name
 
     def dls(self): return image_dls(self.data, **self.loaders)
 

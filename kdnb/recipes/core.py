@@ -6,7 +6,7 @@
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'recipe', 'bring', 'find_recipe',
            'ask_recipe', 'settable', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps', 'criteria_by_title',
            'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for',
-           'StageBar', 'set_result', 'TestEveryEpoch', 'testing_every_epoch', 'nesterov_sgd', 'fit_in_drops',
+           'StageBar', 'set_result', 'EveryEpochTested', 'testing_every_epoch', 'nesterov_sgd', 'fit_in_drops',
            'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
@@ -720,7 +720,7 @@ def _restore(self:Run, state, learn, cbs):
     return True
 
 # %% ../../nbs/50_recipes.core.ipynb #8d21482b
-class TestEveryEpoch(Callback):
+class EveryEpochTested(Callback):
     "Keep the test accuracy after each epoch in `test_accuracies`"
     order,run_valid = 65,False    # behind the recorder, before the checkpoint
     def __init__(self, dl): # Loader of the test set
@@ -745,7 +745,7 @@ def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
         for o in here.parent.glob(f'{id_}-*'):     # of settings that were changed
             if o!=here: shutil.rmtree(o)
     start,extra = time.perf_counter(),[Checkpoint(here, stage, write=self.rank==0)]
-    if self.test_every_epoch: extra.append(tested := TestEveryEpoch(self.test_of(learn.dls)))
+    if self.test_every_epoch: extra.append(tested := EveryEpochTested(self.test_of(learn.dls)))
     if self.show: extra.append(StageBar(stage))
     if self.n_processes>1: extra.append(Processes())
     getattr(learn, fit)(n_epoch, lr, cbs=extra, **kwargs)
