@@ -128,7 +128,9 @@ class LossTerm(TidyCallback):
     def __getstate__(self): return {**self.__dict__, '_files': {}}
     def params(self,
         model:nn.Module, # The learner's network
-    ) -> list[nn.Parameter]: "Parameters of `model` that belong to this term"; return []
+    ) -> list[nn.Parameter]:
+        "Parameters of `model` that belong to this term"
+        return []
     def values(self,
         names:Iterable, # Some of the terms' names
     ) -> dict[str,torch.Tensor]:
@@ -241,7 +243,8 @@ class TermSplitter:
     "Parameter groups of `splitter`, and the parameters that loss terms bring"
     def __init__(self,
         splitter:Callable, # The learner's own: network to groups of parameters
-    ): self.splitter,self.terms = splitter,[]
+    ):
+        self.splitter,self.terms = splitter,[]
     def __call__(self, model):
         groups = L(self.splitter(model))
         if not isinstance(groups[0], (list,L)): groups = L([groups])
