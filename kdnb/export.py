@@ -18,6 +18,7 @@ from safetensors import SafetensorError,safe_open
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from .channels import index_layer,plain_copy,set_layer,set_sizes
 from .checkpoint import atomic_write
@@ -37,7 +38,7 @@ def tensors_of(
 def save_model(
     model:nn.Module|Learner, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
     path:str|Path, # File to write (`.safetensors`)
-    dls:object=None, # Note classes, input shape and normalisation of these `DataLoaders`; those of the `Learner` if None
+    dls:DataLoaders|None=None, # Note classes, input shape and normalisation of these `DataLoaders`; those of the `Learner` if None
     arch:dict|None=None, # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
 ) -> Path:
     """Save weights and what is needed to build the network again: no pickle, no code
@@ -83,7 +84,7 @@ class Preprocess:
     @classmethod
     def of(cls,
         header:dict, # Of a saved model
-    ) -> object:
+    ) -> 'Preprocess|None':
         """What `header` says, or None if it says nothing of images
 
         Raises `ValueError` if it says something else than kdnb writes."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn,fx
 import torch.nn.functional as F
 import torch.distributed as tdist
+from fastai.data.core import DataLoaders
 from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
 from ..measure import evaluating
 from ..models import architecture,create
@@ -50,7 +51,7 @@ class Term:
     def usual_layers(cls,
         student:nn.Module, # Network whose layers are looked up
         teacher:nn.Module, # The other one
-        data:object, # `DataLoaders`, a batch, or a tuple of inputs
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
         layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
     ) -> tuple:
         "Arguments of the constructor: the layers it looks at where it is asked for by name, none"
@@ -237,7 +238,7 @@ class LayerTerm(Term, abstract=True):
     def usual_layers(cls,
         student:nn.Module, # Network whose layers are looked up
         teacher:nn.Module, # The other one
-        data:object, # `DataLoaders`, a batch, or a tuple of inputs
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
         layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
     ) -> tuple:
         "The pairs `layers`, or those of `match_stages`"
@@ -731,7 +732,7 @@ class SemCKD(Term):
     def usual_layers(cls,
         student:nn.Module, # Network whose layers are looked up
         teacher:nn.Module, # The other one
-        data:object, # `DataLoaders`, a batch, or a tuple of inputs
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
         layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
     ) -> tuple:
         "The layers of both sides, ends of stages"
@@ -875,9 +876,9 @@ def method_names(
 # %% ../../nbs/11_distill.methods.ipynb #820b6df2
 def named_term(
     name:str, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
-    student:nn.Module, # Networks whose layers are looked up
+    student:nn.Module, # Network whose layers are looked up
     teacher:nn.Module, # The other one
-    data:object, # `DataLoaders`, a batch, or a tuple of inputs
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
     layers:dict|None=None, # `{student's layer: teacher's layer}` for terms on several maps; those of `match_stages` if None
     weights:dict|None=None, # Weights other than `usual_weights`, by name of the term
     options:dict|None=None, # More arguments of the terms, by name: `{'VID': dict(depth=2)}`

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
 from fastai.callback.mixup import MixHandler
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
 from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
@@ -26,7 +27,7 @@ from ..data import ArrayDataset
 from ..features import unwrap
 from ..measure import evaluating,inputs
 from .losses import class_dim
-from .methods import DKD,KD,BinaryKD,LogitTerm,LogitsMSE
+from .methods import DKD,KD,BinaryKD,LogitTerm,LogitsMSE,Term
 
 # %% ../../nbs/11a_distill.task.ipynb #6dd6dd20
 _kinds = dict(
@@ -151,7 +152,7 @@ def task_of(
 
 # %% ../../nbs/11a_distill.task.ipynb #cb10b2f2
 def targets(
-    dls:object, # `DataLoaders`
+    dls:DataLoaders, # `DataLoaders`
 ) -> tuple:
     "Targets of the validation batch whose inputs `inputs` gives, a tuple"
     with no_random(reproducible=False):
@@ -162,7 +163,7 @@ def targets(
 usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*.9)
 
 def check_targets(
-    term:object, # A term
+    term:Term, # A term
     z:torch.Tensor, # The student's outputs
     y:torch.Tensor, # Targets
 ) -> None:
@@ -176,7 +177,7 @@ def check_targets(
 
 # %% ../../nbs/11a_distill.task.ipynb #3145e947
 def check_classes(
-    dls:object, # `DataLoaders`
+    dls:DataLoaders, # `DataLoaders`
 ) -> None:
     "ValueError, if the targets of `dls` are not one class number for each sample"
     y = next(iter(targets(dls)), None)
@@ -204,7 +205,7 @@ def log_of(
 
 # %% ../../nbs/11a_distill.task.ipynb #ead67559
 def class_names(
-    dls:object, # `DataLoaders`, or None
+    dls:DataLoaders, # `DataLoaders`, or None
     c:int|None=None, # Number of outputs; any if None
 ) -> list[str]|None:
     "Names of the classes that the outputs stand for, or None if they are not known"
@@ -233,7 +234,7 @@ def class_order(
 
 # %% ../../nbs/11a_distill.task.ipynb #0f1e6303
 def normalisation(
-    dls:object, # `DataLoaders`, or None
+    dls:DataLoaders, # `DataLoaders`, or None
 ) -> tuple|None:
     "`(mean, std)` of the images of `dls` before they were normalised, `(0, 1)` if they are not; None if that is not known"
     tfms = getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', ())
@@ -276,8 +277,8 @@ class Feed:
 
 # %% ../../nbs/11a_distill.task.ipynb #b72e8842
 def feed_of(
-    source:object, # The teacher's `DataLoaders`, or None
-    dls:object, # The student's
+    source:DataLoaders|None, # The teacher's `DataLoaders`, or None
+    dls:DataLoaders, # The student's
     tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants
 ) -> Feed|None:
     """The `Feed` for a teacher that was trained on `source`, or None if it is given what the student is given
@@ -294,7 +295,7 @@ def feed_of(
 
 # %% ../../nbs/11a_distill.task.ipynb #f2e3e51a
 def image_shape(
-    dls:object, # `DataLoaders`
+    dls:DataLoaders, # `DataLoaders`
 ) -> tuple|None:
     "Shape (C, H, W) of the images of `dls`, or None if it has none at hand"
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
@@ -374,7 +375,7 @@ def disconnect(self:TeacherAdapter) -> None:
 # %% ../../nbs/11a_distill.task.ipynb #673425fd
 @patch
 def meet(
-    self:TeacherAdapter, dls:object, # The student's `DataLoaders`
+    self:TeacherAdapter, dls:DataLoaders, # The student's `DataLoaders`
     teacher:nn.Module, # The teacher's network
     ask:Callable|None=None, # Function that gives outputs of student and teacher for a batch; None if nobody compares them by class
 ) -> None:
@@ -416,7 +417,7 @@ def _match(self:TeacherAdapter, dls, z_s, z_t):
 # %% ../../nbs/11a_distill.task.ipynb #a2dcebfe
 @patch
 def check(
-    self:TeacherAdapter, term:object, # A term that is about to compare
+    self:TeacherAdapter, term:Term, # A term that is about to compare
     z_s:torch.Tensor, # Logits of the student
     z_t:torch.Tensor, # Logits of the teacher, of the same shape
     y:torch.Tensor|None=None, # Targets, if there are any
@@ -437,7 +438,7 @@ def check(
 # %% ../../nbs/11a_distill.task.ipynb #260d1319
 @patch
 def compares(self:TeacherAdapter,
-    term:object, # A term
+    term:Term, # A term
 ) -> bool:
     "Does `term` compare logits?"
     return term.softmax or isinstance(term, LogitTerm)
@@ -446,7 +447,7 @@ def compares(self:TeacherAdapter,
 @patch
 def logits(self:TeacherAdapter,
     z:torch.Tensor, # What the teacher has answered
-    term:object, # The term that asks
+    term:Term, # The term that asks
 ) -> torch.Tensor:
     "The teacher's answers `z` as `term` expects them"
     if self.form=='probabilities' and (term.softmax or term.by_class and self.numbered): z = log_of(z)

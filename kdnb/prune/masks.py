@@ -196,7 +196,7 @@ def _all_weights(model):
 # %% ../../nbs/30_prune.masks.ipynb #1c0535ee
 def paths_of(
     model:nn.Module, # Network
-    entries:object, # Paths or patterns, modules, types; one or several
+    entries:str|type|nn.Module|tuple|list|None, # Paths or patterns, modules, types; one or several
     what:str='ignore', # What they are given as, for messages
 ) -> list[str]:
     "Paths of the modules and weights that `entries` name; `ValueError` for one that is not there"
@@ -226,8 +226,8 @@ def _among(name, paths): return any(p in ('', name) or name.startswith(f'{p}.') 
 # %% ../../nbs/30_prune.masks.ipynb #f0b9d620
 def prunable(
     model:nn.Module, # Any module
-    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
-    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+    ignore:str|type|nn.Module|tuple|list|None=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
+    layers:str|type|nn.Module|tuple|list|None=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
 ) -> dict[str,torch.Tensor]:
     """`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation (masked weights are 0)
 
@@ -365,7 +365,7 @@ def fraction_zero(
 # %% ../../nbs/30_prune.masks.ipynb #f457c958
 def sparsity(
     model:nn.Module, # Network
-    layers:object=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; linear and convolution layers if None
+    layers:str|type|nn.Module|tuple|list|None=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; linear and convolution layers if None
 ) -> float:
     "Fraction of the weights of linear and convolution layers (of `layers`) that are 0"
     ws = prunable(model, layers=layers)
@@ -389,7 +389,7 @@ def say_share(
 # %% ../../nbs/30_prune.masks.ipynb #44468fe0
 def layer_sparsity(
     model:nn.Module, # Network
-    layers:object=None, # As in `sparsity`
+    layers:str|type|nn.Module|tuple|list|None=None, # As in `sparsity`
 ) -> pd.DataFrame:
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
     rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in prunable(model, layers=layers).items()}

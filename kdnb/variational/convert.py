@@ -8,8 +8,10 @@ __all__ = ['to_variational', 'threshold', 'kept', 'to_deterministic', 'threshold
 
 # %% ../../nbs/21_variational.convert.ipynb #c15738a0
 import math,warnings
+from collections.abc import Iterable
 import pandas as pd, torch
 from torch import nn
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels import channel_groups,plain_copy,shrink
 from ..features import layer_shapes
@@ -108,7 +110,7 @@ def _say_share(model, data):
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
 def to_variational(
     model:nn.Module|Learner, # Trained network, or the `Learner` that holds it and its data
-    data:object=None, # `DataLoaders`, a `Learner` or a batch to trace with; `groups='channels'` needs it
+    data:DataLoaders|Learner|torch.Tensor|tuple|list|None=None, # `DataLoaders`, a `Learner` or a batch to trace with; `groups='channels'` needs it
     groups:str|None=None, # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'; None: 'channels' with data, else 'neurons'
     noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
@@ -235,7 +237,7 @@ def to_deterministic(
 # %% ../../nbs/21_variational.convert.ipynb #b2b320aa
 def threshold_curve(
     model:nn.Module, # Variational network
-    dl:object, # Validation data; never the test set
+    dl:Iterable, # Validation data; never the test set
     n:int=20, # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
 ) -> pd.DataFrame:
     "`DataFrame` by threshold T: groups kept, weights of the shrunken network, and its accuracy on `dl`"
@@ -253,7 +255,7 @@ def threshold_curve(
 # %% ../../nbs/21_variational.convert.ipynb #92367280
 def accuracy_threshold(
     model:nn.Module, # Variational network
-    dl:object, # Validation data; never the test set
+    dl:Iterable, # Validation data; never the test set
     max_drop:float=.002, # Accuracy that may be lost, a fraction
     n:int=20, # Number of thresholds tried
 ) -> float:
