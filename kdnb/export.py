@@ -38,7 +38,7 @@ def tensors_of(
 def save_model(
     model:nn.Module|Learner, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
     path:str|Path, # File to write (`.safetensors`)
-    dls:DataLoaders|None=None, # Note classes, input shape and normalisation of these `DataLoaders`; those of the `Learner` if None
+    dls:DataLoaders|None=None, # Their classes, input shape and normalisation are noted; the `Learner`'s if None
     arch:dict|None=None, # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
 ) -> Path:
     """Save weights and what is needed to build the network again: no pickle, no code
@@ -181,9 +181,9 @@ def _built(dense):
 # %% ../nbs/40_export.ipynb #7f9e6a71
 def load_model(
     path:str|Path, # File from `save_model`
-    build:Callable|None=None, # Builds the dense network from the header's arguments; by default the registered architecture is used
+    build:Callable|None=None, # Builds the dense network of the header's arguments; the registered one if None
 ) -> nn.Module:
-    """The saved network, on the CPU, in evaluation mode, ready to use or to train; `preprocess` makes its batches of images
+    """The saved network, on the CPU, in evaluation mode, to use or to train; `preprocess` makes its batches of images
 
     Raises `ValueError` if the file is corrupt, or if the network cannot be built as it says."""
     header,shapes = read_header(path)

@@ -69,7 +69,9 @@ class TidyCallback(QuickCallback):
     order,run_valid,_only_train_loop = 0,False,True
     _trained,_cols = False,()
 
-    def columns(self) -> dict: "`{name: function}` of the numbers that the progress table shows after an epoch"; return {}
+    def columns(self) -> dict:
+        "`{name: function}` of the numbers that the progress table shows after an epoch"
+        return {}
 
     def before_fit(self) -> None:
         "Begin as it was found, and add the columns"
@@ -115,7 +117,7 @@ class LossTerm(TidyCallback):
     _attached = _idle = _steps = False
     def __init__(self,
         term:Callable|dict, # Function of this callback that returns a scalar tensor; or a dict of them by name
-        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
+        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training as it was
         name:str='term', # Column in the progress table
         task:float|Callable=1., # Weight of the task loss itself
     ):

@@ -119,7 +119,7 @@ def binary_kd(
     z_t:torch.Tensor, # Teacher's logits, of the same shape
     T:float=1., # Temperature, > 0
 ) -> torch.Tensor:
-    """Soft targets of each label: T²·KL(teacher‖student) of yes or no, mean over batch and labels (Yang et al. 2023)
+    """Soft targets of each label: T²·KL(teacher‖student) of yes or no, its mean over all (Yang et al. 2023)
 
     Raises `ValueError` if the shapes differ."""
     check_T(T)

@@ -209,7 +209,7 @@ class LwF(Term):
     "Learning without forgetting (Li and Hoiem 2016): keep the teacher's answers to an old task; usual weight 1"
     softmax,usual_layers = True,_own(penultimate)
     def __init__(self,
-        layer:str|None=None, # The student's layer that gives the old task's logits, or its penultimate one; its output if None
+        layer:str|None=None, # Its layer that gives the old task's logits, or its penultimate one; its output if None
         T:float=2., # Temperature
     ):
         check_T(T); self.layer,self.T = layer,T
@@ -434,7 +434,9 @@ class GaussianHead(nn.Module):
         self.mean,self.eps,self.grows = mean,eps,grows
         self.alpha = nn.Parameter(torch.full((channels,), math.log(math.expm1(variance-eps))))
     @property
-    def variance(self) -> torch.Tensor: "σ² of each channel (C,)"; return F.softplus(at_least_float32(self.alpha)) + self.eps
+    def variance(self) -> torch.Tensor:
+        "σ² of each channel (C,)"
+        return F.softplus(at_least_float32(self.alpha)) + self.eps
     def forward(self,
         f_s:torch.Tensor, # The student's features (B, …)
         f_t:torch.Tensor, # The teacher's
@@ -608,7 +610,7 @@ class CRD(HeadTerm):
         layer:dict|str, # The student's penultimate layer, or `{student's: teacher's}`
         teacher_layer:str|None=None, # The teacher's
         dim:int=128, # Length of the embeddings
-        K:int|None=16384, # Negatives for each sample; all samples of other classes if None or more than there are samples
+        K:int|None=16384, # Negatives for each sample; all samples of other classes if None or more than there are
         T:float=.07, # Temperature
         momentum:float=.5, # Of the memories
     ):
@@ -648,7 +650,7 @@ def rest_of(
     f_t:torch.Tensor, # The teacher's there
     logits:object=None, # Where its logits are in what it returns, see `as_logits`
 ) -> nn.Module:
-    """A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, if it can take the student's maps `f_s`
+    """A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, for the student's maps `f_s`
 
     Raises `ValueError` if these are no maps, or if what follows cannot take maps of that size."""
     if f_s.ndim!=4 or f_t.ndim!=4:
@@ -879,7 +881,7 @@ def named_term(
     student:nn.Module, # Network whose layers are looked up
     teacher:nn.Module, # The other one
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
-    layers:dict|None=None, # `{student's layer: teacher's layer}` for terms on several maps; those of `match_stages` if None
+    layers:dict|None=None, # `{student's layer: teacher's layer}` for terms on several maps; `match_stages` if None
     weights:dict|None=None, # Weights other than `usual_weights`, by name of the term
     options:dict|None=None, # More arguments of the terms, by name: `{'VID': dict(depth=2)}`
 ) -> Terms:

@@ -134,7 +134,7 @@ _uncertain = 'what the loss function {} asks of the outputs is not certain'
 
 def task_of(
     loss:Callable, # Loss function of the training
-    ask:Callable, # Function that gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
+    ask:Callable, # Gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
 ) -> str:
     "What outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'; ValueError if unknown"
     if (kind := loss_kind(loss))=='probabilities':
@@ -252,7 +252,8 @@ class Feed:
     "What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images"
     def __init__(
         self, tfm:Callable|None=None, # Function of the inputs
-        ours:tuple|None=None, theirs:tuple|None=None, # `normalisation` of the student's images and of the teacher's; nothing is done if None
+        ours:tuple|None=None, # `normalisation` of the student's images; nothing is done if None
+        theirs:tuple|None=None, # … of the teacher's
     ):
         if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
         self.tfm,self.ours,self.theirs,self._on = tfm,ours,theirs,{}
@@ -377,7 +378,7 @@ def disconnect(self:TeacherAdapter) -> None:
 def meet(
     self:TeacherAdapter, dls:DataLoaders, # The student's `DataLoaders`
     teacher:nn.Module, # The teacher's network
-    ask:Callable|None=None, # Function that gives outputs of student and teacher for a batch; None if nobody compares them by class
+    ask:Callable|None=None, # Gives outputs of student and teacher for a batch; None if nobody compares them by class
 ) -> None:
     "Find out how inputs and answers differ; say so, or ValueError if they do not fit"
     self.feed,self.order,self._index = feed_of(self.source, dls, self.tfm),None,None

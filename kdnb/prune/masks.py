@@ -226,8 +226,8 @@ def _among(name, paths): return any(p in ('', name) or name.startswith(f'{p}.') 
 # %% ../../nbs/30_prune.masks.ipynb #f0b9d620
 def prunable(
     model:nn.Module, # Any module
-    ignore:str|type|nn.Module|tuple|list|None=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
-    layers:str|type|nn.Module|tuple|list|None=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
+    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
 ) -> dict[str,torch.Tensor]:
     """`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation (masked weights are 0)
 
@@ -262,7 +262,7 @@ def _nothing(model, ignore, layers):
 # %% ../../nbs/30_prune.masks.ipynb #31100538
 def mask_model(
     model:nn.Module, # Network to mask, in place; masks of `torch.nn.utils.prune` are taken over
-    masks:dict|None=None, # `{name of a parameter: mask of its shape}`, 1 or True stays, 0 or False goes; all ones if None
+    masks:dict|None=None, # `{name of a parameter: mask of its shape}`, 1 stays, 0 goes; all ones if None
 ) -> nn.Module:
     "Multiply parameters by `masks` from now on; masks that are there already are replaced. Returns `model`"
     if masks is None: masks = {k: torch.ones_like(w) for k,w in prunable(model).items()}
@@ -365,7 +365,7 @@ def fraction_zero(
 # %% ../../nbs/30_prune.masks.ipynb #f457c958
 def sparsity(
     model:nn.Module, # Network
-    layers:str|type|nn.Module|tuple|list|None=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; linear and convolution layers if None
+    layers:object=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; the usual if None
 ) -> float:
     "Fraction of the weights of linear and convolution layers (of `layers`) that are 0"
     ws = prunable(model, layers=layers)

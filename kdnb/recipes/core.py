@@ -750,10 +750,10 @@ def fit(self:Run,
     n_epoch:int, # Epochs
     lr:float, # Learning rate
     fit:str='fit_one_cycle', # Fit method of the learner
-    cbs:object=(), # Callbacks of this stage, new ones; they end with what they know after training, also if that was earlier
+    cbs:object=(), # New callbacks for this stage; they end with what they know after training, also if it was earlier
     result:Callable=noop, # Function that makes the stage's network of the trained one, e.g. removes noise
     of:nn.Module|None=None, # The dense network of which `weights_kept` is a fraction; the network itself if None
-    more:dict|Callable|None=None, # Anything else for the record: a dict of plain data, or a function of the network that gives one
+    more:dict|Callable|None=None, # For the record: a dict of plain data, or a function of the network that gives one
     **kwargs, # More arguments for the fit method
 ) -> nn.Module:
     """Train `learn`, or go on where training stopped, or read the result; measure it; returns the network

@@ -41,7 +41,7 @@ vbgs_kd_defaults = dict(
 
 def epochs_for(
     dls:DataLoaders, # `DataLoaders`
-    epochs:tuple|None=None, # `(teacher, student, sparse)`; by default small sets get more epochs, so γ has 4,500 steps to move
+    epochs:tuple|None=None, # `(teacher, student, sparse)`; by default so many that γ has 4,500 steps to move
     quick:bool=False, # Few epochs, for a try
 ) -> tuple[int,int,int]:
     "Epochs of the three trainings"

@@ -110,8 +110,8 @@ def _say_share(model, data):
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
 def to_variational(
     model:nn.Module|Learner, # Trained network, or the `Learner` that holds it and its data
-    data:DataLoaders|Learner|torch.Tensor|tuple|list|None=None, # `DataLoaders`, a `Learner` or a batch to trace with; `groups='channels'` needs it
-    groups:str|None=None, # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'; None: 'channels' with data, else 'neurons'
+    data:DataLoaders|Learner|torch.Tensor|tuple|None=None, # Data to trace with, as `groups='channels'` needs them
+    groups:str|None=None, # What shares a γ: 'neurons', 'channels', 'inputs', 'weights'; if None 'channels' with data
     noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
 ) -> nn.Module:
