@@ -4,7 +4,7 @@ READY  := .venv/.installed
 PEERS  := bench/.peers/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lab nbs readme results bench clean
+.PHONY: help demo test lab nbs gpu readme evidence tables results bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -19,12 +19,21 @@ test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real M
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py
 
-nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAGS="slow gpu"]
+nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAGS=slow]
 	$(BIN)/nbdev-export
 	$(BIN)/python .ci/nbs.py $(NB) --flags "$(FLAGS)"
 
+gpu: $(READY)  ## run the GPU cells of the notebooks and keep what they show; without CUDA in small: make gpu [MINUTES=10] [JOBS=10] [NB=...]
+	$(BIN)/python -W ignore::FutureWarning .ci/gpu.py $(NB) --minutes $(or $(MINUTES),10) --jobs $(or $(JOBS),10)
+
 readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/nbs.py --readme
+
+evidence: $(READY)  ## go on with the grids in results/: make evidence [MINUTES=60] [JOBS=2] [PAPERS="prue vid"]
+	$(BIN)/python -W ignore::FutureWarning -c "from kdnb.evidence import gather; print(gather($(or $(MINUTES),60), $(or $(JOBS),2), '$(PAPERS)'.split()).to_string(index=False))"
+
+tables: $(READY)  ## compute tables and figures again from the rows in results/
+	$(BIN)/python .ci/nbs.py --only rows
 
 results: $(READY)  ## train for the numbers in results/
 	$(BIN)/python results/vbgs_kd.py

@@ -22,17 +22,27 @@ def keep(out):
     if 'class="fastprogress"' in html: out.data = {'text/html': html}
     return out.get('name') != 'stderr' and not re.search(r'^\s*$|<progress|<style>\s*progress', html)
 
-def run(fn, flags):
-    "Run the cells of `fn` that `nbdev-test --flags` would; the others keep the outputs they have"
-    todo = {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
+def marked(fn, directive):
+    "Places of the cells with `directive`, and of those before them that import"
+    cells = [o for o in read_nb(fn).cells if o.cell_type == 'code']
+    found = [o.idx_ for o in cells if directive in o.directives]
+    return {o.idx_ for o in cells if found and o.idx_ < found[0] and 'import *' in o.source and 'export' not in o.directives} | {*found}
+
+def client(nb, fn):
+    "What runs the cells of `nb` where `fn` is, in a kernel of this interpreter and no other"
+    km = AsyncKernelManager(transport_encryption='auto', kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    return NotebookClient(nb, km=km, coalesce_streams=True, store_widget_state=False, record_timing=False,
+                          resources={'metadata': {'path': fn.parent}})
+
+def run(fn, flags, only=None):
+    "Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the outputs they have"
+    todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
+    if only and not todo: return
     print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return
     nb = nbformat.read(fn, 4)
     for i,c in enumerate(nb.cells): c.metadata.tags = [] if i in todo else ['skip-execution']
-    km = AsyncKernelManager(transport_encryption='auto',
-                            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # only this interpreter's own kernel
-    NotebookClient(nb, km=km, coalesce_streams=True, store_widget_state=False, record_timing=False,
-                   resources={'metadata': {'path': fn.parent}}).execute(cleanup_kc=True)
+    client(nb, fn).execute(cleanup_kc=True)
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
@@ -55,11 +65,13 @@ def readme():
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
-    p.add_argument('--flags', default='', help='cells to run too: "slow gpu"')
+    p.add_argument('--flags', default='', help='cells to run too: "slow"')
+    p.add_argument('--only', metavar='DIRECTIVE', help='only cells with this directive, such as rows, and the imports before them')
     p.add_argument('--readme', action='store_true', help='run nothing')
     a = p.parse_args()
+    if 'gpu' in (*a.flags.split(), a.only): p.error('GPU cells are run and stored by `make gpu`')
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
-    for fn in fns: run(fn, a.flags.split())
-    if a.readme or INDEX in fns: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    for fn in fns: run(fn, a.flags.split(), a.only)
+    if a.readme or INDEX in fns and not a.only: (ROOT/'README.md').write_text(readme(), encoding='utf-8')

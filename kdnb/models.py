@@ -225,6 +225,8 @@ def vgg(c=10, # Number of classes
 
 for d in _vgg_stages: architecture(vgg, f'vgg{d}', depth=d)
 
+for d in (8,11): architecture(vgg, f'vgg{d}_16', depth=d, width=.25)
+
 for name,widths in dict(
     vgg19dbl=[64,128,256,256] + [512]*4 + [1024]*7 + [512], vgg19_cl1=[64]*4 + [128]*4 + [256]*4 + [512]*4,
     vgg19_cl2=[64,39,179,79,354,155,362,146,614,247,500,158,271,139,547,512]).items():

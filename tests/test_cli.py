@@ -228,5 +228,7 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
     for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
     assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
 
-def test_a_size_is_for_folders(capsys, tmp_path):
-    assert '--size is for folders, and digits is an image set' in said(capsys, 1, 'compress', '--data', 'digits', '--size', 32, '--quick', '--out', tmp_path/'run')
+def test_a_size_is_for_image_sets_too():
+    for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
+        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False))
+        assert dls.in_shape==shape and name=='digits'

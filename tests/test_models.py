@@ -131,6 +131,13 @@ def test_depth(name, kw, layers):
     "Layers with weights, projections aside; a VGG here has one linear layer instead of three"
     assert sum(isinstance(m, weighted) and 'shortcut' not in k for k,m in meta(name, **kw).named_modules()) == layers
 
+def test_small_vggs_for_grey_images():
+    for name,widths,n in (('vgg8_16', [16,32,64,128,128], 5), ('vgg11_16', [16,32,64,64,128,128,128,128], 8)):
+        net = meta(name, c=10, in_shape=(1,28,28))
+        assert [m.out_channels for m in convs(net)]==widths and len(convs(net))==n and net.fc.in_features==128
+        assert net(torch.zeros(2,1,28,28, device='meta')).shape==(2,10)
+        with pytest.raises(TypeError, match='width'): create(name, width=.5)
+
 def test_vgg_pools_while_there_are_pixels():
     for side,pools in {1:0, 2:1, 8:3, 28:4, 32:5, 64:5}.items():
         net = meta('vgg19', in_shape=(3,side,side))

@@ -115,8 +115,19 @@ def test_plain_loaders_without_a_test_set(tmp_path):
     ("no setting 'tau'", dict(tau=1)), ('expected 3 whole numbers', dict(epochs=10)), ('write 0.2', dict(sparsities=(20,))),
     ('criterion is', dict(criteria=('prude',))), ("'bn_scale' scores channels", dict(criteria=('bn_scale',))), ('no method is called', dict(methods=('KD',))), ('no method is called', dict(methods='Logits(four)')), ('T is', dict(T=0.)),
     ('lam is', dict(lam=2.)), ('smoothing is', dict(smoothing=1.5)), ('has no maps', dict(methods=('AT',), student=lenet300(in_shape=(1,8,8)))),
+    ("no layer 'fc9'", dict(layers='fc9')), ('layers is 3', dict(layers=3)), ('no weight in', dict(layers=())),
     ('no network is called', dict(student='resnet9')), ('no network is called', dict(assistant='resnet9')),
     ('no linear layer', dict(methods=('PKT',), student=nn.Sequential(nn.Conv2d(1,10,3), nn.AdaptiveAvgPool2d(1), nn.Flatten())))])
 def test_refused(tmp_path, monkeypatch, words, kwargs):
     forbid(monkeypatch)
     with pytest.raises(ValueError, match=words): recipe(tmp_path/'run', **kwargs)
+
+@pytest.mark.parametrize('layers,names', [('conv', ['conv1.weight','conv2.weight']), (['conv2','fc'], ['conv2.weight','fc.weight'])])
+def test_only_some_layers_are_pruned(tmp_path, layers, names):
+    "The part that goes is one of their weights; all others stay"
+    run = recipe(tmp_path/'run', layers=layers, criteria=('prue',), sparsities=(.9,), methods=(), smoothing=0)
+    pruned,n = masks(run.models['prue 0.9']),n_weights(net())
+    size = sum(m.numel() for m in pruned.values())
+    assert sorted(pruned)==names and sum(int((m==0).sum()) for m in pruned.values())==n_of(.9, size)
+    assert row(run, 'prue 0.9')['weights']==n-n_of(.9, size) and 'smoothed' not in run.models
+    assert row(run, 'prue 0.9')['mark']!=row(recipe(tmp_path/'all', criteria=('prue',), sparsities=(.9,), methods=(), smoothing=0), 'prue 0.9')['mark']

@@ -157,3 +157,40 @@ def test_nobody_teaches(tmp_path):
 def test_refused(tmp_path, monkeypatch, words, kwargs):
     forbid(monkeypatch)
     with pytest.raises(ValueError, match=words): recipe(tmp_path/'run', **kwargs)
+
+@pytest.mark.parametrize('net', [lambda: create('vgg8', c=10, in_shape=(1,8,8), widths=[6,8,12,16,16]), lambda: create('resnet8', c=10, in_shape=(1,8,8))])
+def test_uniform_is_the_widest_that_is_not_larger(net):
+    "Against every fraction tried in turn"
+    set_seed(0)
+    model,x = net(),torch.randn(2,1,8,8)
+    pruned = prune_model(model, .6)
+    most,even = n_params(design_student(pruned, x)),design_student(pruned, x, uniform=True)
+    def outs(m): return {k: o.weight.shape[0] for k,o in m.named_modules() if isinstance(o, nn.Conv2d)}
+    whole,got = outs(model),outs(even)
+    def at(f): return {k: max(1, math.floor(f*n+1e-9)) for k,n in whole.items()}
+    def size(f):
+        "Parameters with all widths at `f`: they scale as rows and columns of each weight do"
+        w,n = at(f),0
+        for k,p in model.named_parameters():
+            shape = list(p.shape)
+            for d in (0,1)[:p.ndim]: shape[d] = {n: w[c] for c,n in whole.items()}.get(shape[d], shape[d])
+            n += math.prod(shape)
+        return n
+    fs = sorted({Fraction(i, n) for n in whole.values() for i in range(1, n+1)})
+    best = max((f for f in fs if size(f)<=most), default=fs[0])
+    assert got==at(best) and n_params(even)==size(best)<=most and even.training
+
+def test_uniform_students(tmp_path):
+    "Of the designed student's size, alone and from the pruned teacher; the network that is kept is a designed one"
+    run = recipe(tmp_path/'run', sparsities=(.36,.79), rate=.5, seeds=2, pairs=('alone','pruned','uniform'))
+    df = pd.DataFrame([o for o in run.stages if 'student' in o])
+    want = {(f'{k}{s}',t) for k in ('ST','uniform') for s in (36,79) for t in ('nobody',f'pruned 0.{s}')}
+    assert {*zip(df.student, df.taught_by)}==want and len(df)==2*len(want)
+    for s in (36,79):
+        own,even = (run.models[f'{k}{s} alone'] for k in ('ST','uniform'))
+        same_shape(even, design_student(run.models[f'pruned 0.{s}'], data(), uniform=True))
+        assert .8*n_params(own) < n_params(even) <= n_params(own)     # a channel more or less is many here
+    means = df[df.student.str.startswith('uniform') & (df.taught_by!='nobody')].test_accuracy.mean()
+    assert f'{100*means:.2f} % uniform, from pruned teachers' in run.exhibits['students'].text
+    assert run.verdict.startswith('ST79 has') and 'as a uniform network of the same size' in run.verdict
+    assert {*run.exhibits['students_plot'].data}=={'alone','from pruned teachers','uniform, alone','uniform, from pruned teachers'}

@@ -114,3 +114,15 @@ def test_more_seeds_that_change_the_breakpoint_are_named(tmp_path, monkeypatch):
     found = sequential.find_breakpoint
     monkeypatch.setattr(sequential, 'find_breakpoint', lambda df: SimpleNamespace(sparsity=.9 if abs(found(df).sparsity-.9)>.1 else .3))
     with pytest.raises(ValueError, match='seeds are 0, 1, were 0'): recipe(tmp_path/'run', epochs=(1,1,1), channels=False, seeds=2)
+
+def test_the_record_holds_the_curve_of_every_seed(done):
+    "Means over repeats, and the breakpoint of that curve alone"
+    for name,curve in (('teacher tuned','teacher'), ('tuned','student'), ('small','student, channels')):
+        df = done.exhibits['curves'].data[curve]
+        each = [df[i:i+4] for i in range(0, len(df), 4)]      # a part for each seed, in their order
+        for o,part in zip(rows(done, name), each):
+            assert len(o['curve_sparsity'])==4 and o['curve_sparsity']==part.sparsity.round(6).tolist()
+            assert o['curve_weights']==part.weights.tolist() and np.allclose(o['curve_accuracy'], part.accuracy, atol=1e-6)
+            assert o['breakpoint']==find_breakpoint(part).sparsity
+    assert len(rows(done, 'teacher tuned'))==1 and len(rows(done, 'tuned'))==2
+    assert json.loads((done.path/'stages'/'tuned-seed1.json').read_text())['curve_accuracy']==rows(done, 'tuned')[1]['curve_accuracy']

@@ -271,7 +271,7 @@ def test_a_grid_over_what_stages_have_too(quick, tmp_path):
 wrongs = [(dict(recipe='magic'), "no recipe 'magic'"), (dict(recipe='sweep_recipes:magic'), 'no recipe sweep_recipes:magic'),
           (dict(grid=dict(lam=[])), 'expected a list'), (dict(grid=dict(lam=.5)), 'expected a list'), (dict(grid=dict(lamda=[1])), "no 'lamda'"),
           (dict(settings=dict(path='x')), "no 'path'"), (dict(settings=dict(lam=1)), 'in .settings. and in .grid.'),
-          (dict(gird={}), "no 'gird'"), (dict(data='no such set'), 'no such set'), (dict(loaders=dict(bs=0, size=3)), 'size'),
+          (dict(gird={}), "no 'gird'"), (dict(data='no such set'), 'no such set'), (dict(loaders=dict(bs=0, siez=3)), 'siez'),
           (dict(grid=dict(teacher=[nn.Linear(1,1)])), 'plain data'), (dict(grid=[1]), 'table'), (dict(data=3), 'text')]
 @pytest.mark.parametrize('change,says', wrongs, ids=[str(i) for i in range(len(wrongs))])
 def test_wrong_grids_are_refused_before_anything_starts(tmp_path, change, says):
@@ -295,6 +295,27 @@ def test_a_recipe_of_one_s_own_file(recipe, imports, quick, tmp_path, monkeypatc
     assert [*r.table().test_accuracy]==([.1,.2] if 'mine' in recipe else [.2,.4])
     if 'mine' in recipe:
         with pytest.raises(ValueError, match="no 'lamda'"): Grid(g | dict(grid=dict(lamda=[1])))
+
+def test_own_code_is_found_beside_the_grid_s_file(quick, tmp_path, monkeypatch):
+    (tmp_path/'grids').mkdir()
+    (tmp_path/'grids'/'beside_sweep.py').write_text(OWN)
+    (tmp_path/'grids'/'g.toml').write_text('recipe = "beside_sweep.py:mine"\nimports = ["beside_sweep.py"]\ndata = "digits"\n[grid]\nlam = [0.1]')
+    monkeypatch.chdir(tmp_path)
+    assert [*sweep('grids/g.toml', 'journal.log', tmp_path, show=False).table().test_accuracy]==[.1]
+
+def test_the_first_of_a_sweep_are_all_of_the_first_seed(quick, tmp_path):
+    r = sweep(grid(pause=0.), tmp_path/'journal.log', tmp_path, show=False, first=5)
+    assert [*r.trials.state]==['finished']*5+['left']*3 and [*r.trials.seeds]==['0']*4+['1']*4
+
+def test_a_sweep_stops_when_the_time_is_over_and_goes_on(quick, tmp_path):
+    g = grid([.1,.2], [0], steps=60)      # 3 s each
+    r = sweep(g, tmp_path/'journal.log', tmp_path, show=False, minutes=1.5/60)
+    assert [*r.trials.state]==['left','left'] and 0<counts(tmp_path, 'step').total()<60
+    r = sweep(g, tmp_path/'journal.log', tmp_path, show=False)
+    assert [*r.trials.state]==['finished']*2
+    assert counts(tmp_path, 'step')==dict.fromkeys(names(g), 60)      # none was made twice
+    with pytest.raises(ValueError, match='above 0'): sweep(g, tmp_path/'journal.log', tmp_path, minutes=0)
+    with pytest.raises(ValueError, match='from 1 on'): sweep(g, tmp_path/'journal.log', tmp_path, first=0)
 
 def test_the_picture_is_in_the_colours_of_the_page(quick, tmp_path):
     sweep(grid(pause=0.), tmp_path/'journal.log', tmp_path, show=False)

@@ -105,3 +105,18 @@ def test_learning_without_forgetting_learns_a_last_layer_of_its_own():
 def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
+
+def test_the_source_may_be_named(tmp_path):
+    "As a grid or the command line does it: the same run as with its loaders"
+    kwargs = dict(dls=image_dls('digits', bs=32, n_per_class=20, device='cpu'), experiments='transfer', transfer_methods=('VID-I',), n_per_class=5)
+    named = recipe(tmp_path/'a', source=dict(name='digits', n_per_class=10), **kwargs)
+    given = recipe(tmp_path/'b', source=image_dls('digits', bs=32, n_per_class=10, device='cpu'), **kwargs)
+    assert [o['mark'] for o in named.stages]==[o['mark'] for o in given.stages] and [o['name'] for o in named.stages][0]=='Teacher of the source'
+    assert Record(named.path).settings['source']==dict(name='digits', n_per_class=10) and given.settings['source']=='ArrayDataLoaders'
+    for wrong,says in {'digit': 'no image set', ('digits',): 'source is tuple'}.items():
+        with pytest.raises(ValueError, match=says): recipe(tmp_path/'c', source=wrong, **kwargs)
+    with pytest.raises(ValueError, match='names no image set'): recipe(tmp_path/'c', source=dict(bs=4), **kwargs)
+
+def test_all_images_can_be_written_as_text(tmp_path):
+    a,b = (recipe(tmp_path/str(n), experiments='samples', methods=('KD',), n_per_class=(n,4)) for n in (None,'all'))
+    assert [o['mark'] for o in a.stages]==[o['mark'] for o in b.stages] and list(vid_table(b))==['all','4']

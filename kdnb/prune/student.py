@@ -7,10 +7,12 @@ __all__ = ['design_student', 'student_table']
 
 # %% ../../nbs/33_prune.student.ipynb #f83aa77d
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 import pandas as pd, torch
-from ..channels import channel_groups,plain_copy,remove_channels
-from ..measure import weighted
+from ..channels import _removable,_remove,channel_groups,plain_copy
+from ..measure import n_params,weighted
 from .masks import layer_sparsity
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
@@ -73,47 +75,65 @@ def _narrower(equations, r, free, most):
         free -= wide
         r |= {g: float(most[g]) for g in wide}
 
+# %% ../../nbs/33_prune.student.ipynb #c41d7a52
+def _whole(g, width):
+    "The largest number of channels that group `g` can have up to `width`"
+    blocks = 1 if g.blocks is None else len(g.blocks.unique())
+    return max(1, math.floor(width/blocks*(1+1e-9)))*blocks
+
 # %% ../../nbs/33_prune.student.ipynb #0a3e1569
 def _widths(model, groups, rounding):
     "`{group: channels}` of those that may be narrowed"
     equations,most = _equations(model, groups),{g.name: g.n for g in groups}
     free,r = [g for g in groups if not g.stays],{k: float(n) for k,n in most.items()}
-    def whole(g, width):
-        blocks = 1 if g.blocks is None else len(g.blocks.unique())
-        return max(1, math.floor(width/blocks*(1+1e-9)))*blocks
     if rounding=='floor':
         r = _narrower(equations, r, [g.name for g in free], most)
-        return {g: whole(g, r[g.name]) for g in free}
+        return {g: _whole(g, r[g.name]) for g in free}
     for i,g in enumerate(free):
         r = _narrower(equations, r, [o.name for o in free[i:]], most)
-        r[g.name] = float(min(g.n, whole(g, r[g.name]+.5)))
+        r[g.name] = float(min(g.n, _whole(g, r[g.name]+.5)))
     return {g: int(r[g.name]) for g in free}
+
+# %% ../../nbs/33_prune.student.ipynb #dbbc83be
+def _behind(g, n):
+    "Which units of group `g` stand behind the first `n`, or behind the first of each block"
+    blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
+    per,behind = n//len(blocks.unique()),torch.zeros(g.n, dtype=torch.bool)
+    rank = torch.cat([torch.arange(int((blocks==b).sum())) for b in blocks.unique()])
+    behind[blocks.argsort(stable=True)] = rank>=per
+    return behind
+
+# %% ../../nbs/33_prune.student.ipynb #5e0b9d13
+def _narrowed(model, widths):
+    "A copy of `model` with the first channels of each group, as many as `widths` says"
+    model = plain_copy(model)
+    with torch.no_grad(): _remove(model, [(g,_removable(g, _behind(g, n))) for g,n in widths.items() if n<g.n])
+    return model
+
+# %% ../../nbs/33_prune.student.ipynb #a96e3f08
+def _uniform(model, widths):
+    "As `widths`, but one fraction of every group: the largest with no more parameters"
+    def at(f): return {g: _whole(g, f*g.n) for g in widths}
+    steps = sorted({Fraction(i, g.n) for g in widths for i in range(1, g.n+1)})
+    i = bisect_right(steps, n_params(_narrowed(model, widths)), key=lambda f: n_params(_narrowed(model, at(f))))
+    return at(steps[max(i-1, 0)])
 
 # %% ../../nbs/33_prune.student.ipynb #ba03d940
 def design_student(pruned, # Pruned network: masked, or with zeros
     data, # `DataLoaders` or a batch of inputs
     rounding='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
-    init=None): # Function that sets the student's weights in place; every layer's own `reset_parameters` if None
+    init=None, # Function that sets the student's weights in place; every layer's own `reset_parameters` if None
+    uniform=False): # All widths are one fraction of those there are, with as many parameters as the designed student or a few less
     "An untrained network as deep as `pruned`, whose layers have about as many weights as are left there (Park and No 2022, app. A)"
     model = plain_copy(pruned)
     if rounding not in ('floor','eq9'): raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
-    student = remove_channels(model, data, {g.name: _last(g, n) for g,n in widths.items() if n<g.n}).requires_grad_()
+    student = _narrowed(model, _uniform(model, widths) if uniform and widths else widths).requires_grad_()
     if init: init(student)
     else:
         for m in student.modules():
             if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return student.train()
-
-# %% ../../nbs/33_prune.student.ipynb #dbbc83be
-def _last(g, n):
-    "Outputs of the first maker of group `g` behind the first `n`, or behind the first of each block"
-    blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
-    per,p = n//len(blocks.unique()),g.makers[0]
-    rank = torch.cat([torch.arange(int((blocks==b).sum())) for b in blocks.unique()])
-    behind = torch.zeros(g.n, dtype=torch.bool)
-    behind[blocks.argsort(stable=True)] = rank>=per
-    return p.at[behind[p.unit]]
 
 # %% ../../nbs/33_prune.student.ipynb #f4c567a6
 def student_table(pruned, # Pruned network

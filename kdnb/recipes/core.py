@@ -6,11 +6,13 @@
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'recipe', 'bring', 'find_recipe',
            'ask_recipe', 'settable', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps', 'criteria_by_title',
            'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for',
-           'StageBar', 'set_result', 'nesterov_sgd', 'fit_in_drops', 'untrained']
+           'StageBar', 'set_result', 'EveryEpochTested', 'testing_every_epoch', 'nesterov_sgd', 'fit_in_drops',
+           'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
 import hashlib,importlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
 from collections.abc import Callable,Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -415,6 +417,7 @@ def _claim(path, recipe, force):
 # %% ../../nbs/50_recipes.core.ipynb #ee86fa20
 class Run(Record):
     "Named stages in a folder: trains them, measures them, writes them down"
+    test_every_epoch = False    # also note the best epoch's test accuracy, see `testing_every_epoch`
     def __init__(self,
         path:str|Path, # Folder of the run; a run that is there goes on
         recipe:str, # Name of the recipe
@@ -808,6 +811,24 @@ def _restore(self:Run, state, learn, cbs):
     set_callback_memory(cbs, o['callbacks'])
     return True
 
+# %% ../../nbs/50_recipes.core.ipynb #8d21482b
+class EveryEpochTested(Callback):
+    "Keep the test accuracy after each epoch in `test_accuracies`"
+    order,run_valid = 65,False    # behind the recorder, before the checkpoint
+    def __init__(self, dl): # Loader of the test set
+        self._dl,self.test_accuracies = dl,[]
+    def after_epoch(self): self.test_accuracies.append(accuracy_on(self.model, self._dl))
+
+
+# %% ../../nbs/50_recipes.core.ipynb #c5bacbf4
+@contextmanager
+def testing_every_epoch():
+    "Within it, runs write down `best_epoch_test_accuracy` beside the last epoch's, for comparison with papers that print it"
+    was,Run.test_every_epoch = Run.test_every_epoch,True
+    try: yield
+    finally: Run.test_every_epoch = was
+
+
 # %% ../../nbs/50_recipes.core.ipynb #4cac7b43
 @patch
 def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
@@ -816,12 +837,15 @@ def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
         for o in here.parent.glob(f'{id_}-*'):     # of settings that were changed
             if o!=here: shutil.rmtree(o)
     start,extra = time.perf_counter(),[Checkpoint(here, stage, write=self.rank==0)]
+    if self.test_every_epoch: extra.append(tested := EveryEpochTested(self.test_of(learn.dls)))
     if self.show: extra.append(StageBar(stage))
     if self.n_processes>1: extra.append(Processes())
     getattr(learn, fit)(n_epoch, lr, cbs=extra, **kwargs)
     names = learn.recorder.metric_names[1:]
     curves = [{k: float(v) for k,v in zip(names, o)} for o in learn.recorder.values]
-    return dict(name=stage, seed=self.seed, mark=mark, epochs=n_epoch, seconds=time.perf_counter()-start, curves=curves)
+    best = dict(best_epoch_test_accuracy=max(tested.test_accuracies)) if self.test_every_epoch else {}
+    return dict(name=stage, seed=self.seed, mark=mark, epochs=n_epoch, updates=n_epoch*len(learn.dls.train),
+                seconds=time.perf_counter()-start, curves=curves) | best
 
 # %% ../../nbs/50_recipes.core.ipynb #07b0797d
 def nesterov_sgd(

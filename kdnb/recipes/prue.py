@@ -11,7 +11,9 @@ from copy import deepcopy
 from functools import partial
 from itertools import product
 import numpy as np, pandas as pd
+from torch import nn
 from fastcore.basics import tuplify
+from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
@@ -20,7 +22,7 @@ from ..features import hear,match_stages
 from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
 from ..prune.criteria import check_sparsity
-from ..prune.masks import mask_model,masks
+from ..prune.masks import mask_model,masks,prunable
 from .core import (Run,accuracies,check_classes,check_epochs,check_settings,criteria_by_title,fit_in_drops,methods_by_title,
                                name_of,network_for,untrained)
 
@@ -28,8 +30,9 @@ from .core import (Run,accuracies,check_classes,check_epochs,check_settings,crit
 prue_defaults = dict(
     criteria=('prue','magnitude','snip','random'), # How the teacher is pruned (section 5.3)
     sparsities=(.2,.5,.9), # Parts of its weights that go (section 5.2)
+    layers=None, # Whose weights these are: 'conv' (the public code), paths of layers; linear and convolution layers if None
     methods=('Logits(1)','Logits(4)','FitNet','AT','PKT','TA'), # What the unpruned teacher is distilled by (Table 5)
-    smoothing=.2, # Label smoothing of the second teacher (section 1); None for no such teacher
+    smoothing=.2, # Label smoothing of the second teacher (section 1); 0 or None for no such teacher
     lam=1., # λ, weight of softened logits; labels have the rest (CIFAR-10; .1 for other data, section 5)
     T=4., # τ of all that is not called otherwise (not printed for PrUE; the better of the two in Table 5)
     weights=dict(FitNet=100., AT=1000., PKT=30000.), # of the methods; labels count 1 (not printed; the usual ones)
@@ -73,6 +76,8 @@ def _check(s):
             raise ValueError(f'{c!r} scores channels, and PrUE prunes single weights. Leave it out of criteria.')
     check_sparsity(s['lam'], 'lam')
     if s['smoothing'] is not None: check_sparsity(s['smoothing'], 'smoothing')
+    if s['layers'] is not None and not all(isinstance(o, str) for o in L(s['layers'])):
+        raise ValueError(f"layers is {s['layers']!r}, expected 'conv', or paths of layers, such as ['layer2','layer3'].")
     KD(T=s['T'])
     for m in s['methods'].values():
         if isinstance(m, (Term,Terms)) or m=='TA' or _tau(m): continue
@@ -124,11 +129,14 @@ def prue(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
 def _refuse(dls, nets, s):
     "Say what will not do before anything is trained"
     built = {k: o.model if isinstance(o, Learner) else network_for(dls, o) for k,o in nets.items()}
+    if s['criteria']: prunable(built['teacher'], layers=_pruned(s))
     for m in s['methods'].values():
         if m!='TA': _term(m, s, built['student'], built['teacher'], dls)
 
-def _masks(model, sparsity, criterion, dls):
-    return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls)).items()}
+def _pruned(s): return nn.modules.conv._ConvNd if s['layers']=='conv' else s['layers']
+
+def _masks(model, sparsity, criterion, dls, layers):
+    return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls, layers=layers)).items()}
 
 def _smoothed(alpha, c):
     "Label smoothing (equation 4): fastai's spreads ε over all classes, the paper's α over the others"
@@ -143,12 +151,12 @@ def _teachers(run, teacher, epochs, s):
     if isinstance(teacher, Learner): dense = run.enter('teacher', teacher.model, **soft(teacher.model))
     else: dense = fit_in_drops(run, 'teacher', run.network(teacher), epochs[0], s, more=soft)
     res = {'teacher': dense}
-    if s['smoothing'] is not None:
+    if s['smoothing']:
         net,c = untrained(run.dls, teacher, run.seed),hear(dense, [], run.dls)[0].shape[1]
         res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=_smoothed(s['smoothing'], c), more=soft)
     for (name,c),sparsity in product(s['criteria'].items(), s['sparsities']):
         stage = f'{name} {sparsity:.4g}'
-        net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls))
+        net = mask_model(deepcopy(dense), run.value(f'masks {stage}', _masks, dense, sparsity, c, run.dls, _pruned(s)))
         more = partial(_soft_pruned, run.dls.train, name, sparsity)
         res[stage] = fit_in_drops(run, stage, net, epochs[1], s, 'tune_', of=dense, more=more)
     return res

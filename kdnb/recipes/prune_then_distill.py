@@ -27,7 +27,7 @@ prune_then_distill_defaults = dict(
     sparsities=(.36,.59,.79), # Parts of the teacher's weights that go: 2, 4 and 7 rounds (section 5)
     rate=.2, # Part of what is left that goes each round (Table 7)
     criterion='magnitude', # What the smallest of goes (section 3.1)
-    pairs=('alone','unpruned','pruned'), # Who teaches a student (section 5); with 'mismatched' all others, too (Table 12)
+    pairs=('alone','unpruned','pruned'), # Who teaches a student (section 5); 'mismatched': all others, too (Table 12); 'uniform': see below
     alpha=.95, # Weight of the teacher; labels have the rest (section 3.1)
     T=10., # Temperature (section 3.1)
     terms=None, # What is distilled, if not KD(T)*alpha: a term or a sum with weights of its own, or a name such as 'KD + AT'
@@ -42,7 +42,7 @@ prune_then_distill_defaults = dict(
 
 _epochs = 200,130,200 # Teacher, each round of pruning, each student (Table 7)
 _quick = dict(sparsities=(.36,.79))
-_pairs = 'alone','unpruned','pruned','mismatched'
+_pairs = 'alone','unpruned','pruned','mismatched','uniform'
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #d69bb6f8
 def pruning_rounds(sparsities, # Where to stop on the way, fractions
@@ -57,7 +57,7 @@ def pruning_rounds(sparsities, # Where to stop on the way, fractions
 def _lessons(own, sparsities, pairs):
     "Sparsities of the teachers of a student made for `own` (None: for none); None stands for no teacher, 0 for the unpruned"
     by = dict(alone=[None], unpruned=[0], pruned=list(sparsities) if own is None else [own],
-              mismatched=[o for o in sparsities if o!=own] if own is not None else [])
+              mismatched=[o for o in sparsities if o!=own] if own is not None else [], uniform=[])
     return sorted((t for p in pairs for t in by[p]), key=lambda t: -1 if t is None else t)
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #f13ad01e
@@ -73,9 +73,9 @@ def _check(s, student):
         raise ValueError(f"{s['criterion']!r} scores channels, and here single weights go. Choose another criterion.")
     if not s['pairs']: raise ValueError(f'pairs is empty: nobody would be taught. There are {", ".join(_pairs)}.')
     for p in s['pairs']: check_choice('each of pairs', p, _pairs)
-    if 'mismatched' in s['pairs'] and student!='designed':
-        raise ValueError("pairs has 'mismatched', which is for students designed from pruned teachers. "
-                         'A student that is given learns from all of them anyway: leave it out.')
+    if student!='designed' and (odd := [p for p in s['pairs'] if p in ('mismatched','uniform')]):
+        raise ValueError(f'pairs has {odd[0]!r}, which is for students designed from pruned teachers. '
+                         'A student that is given learns from all teachers anyway: leave it out.')
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #d163a4c9
 def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
@@ -100,10 +100,11 @@ def prune_then_distill(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     run = Run(path, 'prune-then-distill', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=epochs, quick=quick, **s)
     teachers = _teachers(run, teacher, epochs, s)
-    makers = _makers(run, teacher, student, teachers)
+    makers = _makers(run, teacher, student, teachers, s)
     for _ in run.each_seed():
-        for name,(own,make) in makers.items():
-            for t in _lessons(own, s['sparsities'], s['pairs']): _teach(run, name, make, teachers, t, epochs[2], s)
+        for name,(lessons,make) in makers.items():
+            net = make() if lessons else None
+            for t in lessons: _teach(run, name, deepcopy(net), teachers, t, epochs[2], s)
     _show(run, teachers, student)
     run.verdict = _verdict(run, best := _best(run))
     return run.finish(run.models[best], of=teachers[0])
@@ -140,23 +141,26 @@ def _teachers(run, teacher, epochs, s):
     return res
 
 def _designed(sparsity): return f'ST{100*sparsity:.4g}'
+def _uniform(sparsity): return f'uniform{100*sparsity:.4g}'
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #485523c4
-def _makers(run, teacher, student, teachers):
-    "`{name of a student: (sparsity it is made for or None, function that makes it)}`"
-    def design(pruned): set_seed(run.seed, reproducible=True); return design_student(pruned, run.dls)
+def _makers(run, teacher, student, teachers, s):
+    "`{name of a student: (sparsities of its teachers, function that makes it)}`"
+    def design(pruned, **kwargs): set_seed(run.seed, reproducible=True); return design_student(pruned, run.dls, **kwargs)
+    pruned,own = {o: m for o,m in teachers.items() if o},partial(_lessons, sparsities=s['sparsities'], pairs=s['pairs'])
     if student=='designed':
-        return {_designed(o): (o, partial(design, m)) for o,m in teachers.items() if o}
+        even = {_uniform(o): ([None,o], partial(design, m, uniform=True)) for o,m in pruned.items() if 'uniform' in s['pairs']}
+        return {_designed(o): (own(o), partial(design, m)) for o,m in pruned.items()} | even
     def like(): return untrained(run.dls, teacher, run.seed+1000)    # not the teacher's own beginning
     make = like if student=='self' else partial(run.network, student)
-    return {'student': (None, make)}
+    return {'student': (own(None), make)}
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #0ce76792
-def _teach(run, name, make, teachers, t, n_epoch, s):
-    "Train the student `name` with the teacher of sparsity `t`, or alone"
+def _teach(run, name, net, teachers, t, n_epoch, s):
+    "Train `net`, the student `name`, with the teacher of sparsity `t`, or alone"
     who = None if t is None else f'pruned {t:.4g}' if t else 'teacher'
     more = partial(_lesson, run.test, name, who, t, teachers.get(t))
-    net,kd = make(),[]
+    kd = []
     if t is not None:
         terms = KD(T=s['T'])*s['alpha'] if s['terms'] is None else term_for(s['terms'], net, teachers[t], run.dls)
         kd = [KnowledgeDistillation(teachers[t], terms, 1-s['alpha'], cache=run.cache)]
@@ -168,16 +172,21 @@ def _lesson(dl, student, taught_by, teacher_sparsity, teacher, model):
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #88cbe81d
 def _best(run):
-    "Of the first seed's smallest students, those of pruned teachers if there are any, the best on the validation set"
+    "Of the first seed's smallest students, those of pruned teachers and designed ones if there are any, the best on the validation set"
     rows = [o for o in run.stages if 'student' in o and o['seed']==run.seeds[0]]
     rows = [o for o in rows if o['taught_by'].startswith('pruned')] or rows
+    rows = [o for o in rows if not _is_uniform(o['student'])] or rows
     return min(rows, key=lambda o: (o['params'], -o['valid_accuracy']))['name']
+
+def _is_uniform(student): return student.startswith('uniform')
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #50a3f4da
 def _verdict(run, stage):
     o = next(o for o in run.stages if o['name']==stage)
     name = o['student']
     stages = {stage: f'from {o["taught_by"]}', f'{name} from teacher': 'from the unpruned teacher', f'{name} alone': 'alone'}
+    if o['teacher_sparsity'] and not _is_uniform(name):
+        stages[f'{_uniform(o["teacher_sparsity"])} from {o["taught_by"]}'] = 'as a uniform network of the same size'
     if name=='student': name = 'The student'
     return f"{name} has {100*o['weights_kept']:.1f} % of the teacher's weights. Its test accuracy is {accuracies(run, stages)}."
 
@@ -202,14 +211,16 @@ def rounds_table(record): # `Record` or `Run` of `prune_then_distill`
     return res.round(3)
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #882b8faf
-def _kind(taught_by): return dict(nobody='alone', teacher='from the unpruned teacher').get(taught_by, 'from pruned teachers')
+def _kinds(df):
+    "Who taught whom, for a `DataFrame` of students, in words"
+    by = df.taught_by.map(lambda o: dict(nobody='alone', teacher='from the unpruned teacher').get(o, 'from pruned teachers'))
+    return by.where(~df.student.map(_is_uniform), 'uniform, '+by)
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #b71ac44b
 def _sentence(run):
     df = pd.DataFrame([o for o in run.stages if 'student' in o])
-    acc = 100*df.test_accuracy.groupby(df.taught_by.map(_kind)).mean()
-    kinds = [o for o in ('alone','from the unpruned teacher','from pruned teachers') if o in acc]
-    means = ', '.join(f'{acc[o]:.2f} % {o}' for o in kinds)
+    acc = 100*df.test_accuracy.groupby(_kinds(df), sort=False).mean()
+    means = ', '.join(f'{o:.2f} % {k}' for k,o in acc.items())
     return (f'Mean over all students and {len(run.seeds)} seed{"s"*(len(run.seeds)>1)}: {means}. '
             f'One image more or less is {100/run.n_test:.2f} points.')
 
@@ -217,9 +228,9 @@ def _sentence(run):
 def _lines(run, designed):
     "Accuracy against size (designed students, from their own teachers) or against the teacher's sparsity (a given student)"
     df = pd.DataFrame([o for o in run.stages if 'student' in o])
-    at,df['kind'] = pd.to_numeric(df.teacher_sparsity),df.taught_by.map(_kind)
+    at,df['kind'] = pd.to_numeric(df.teacher_sparsity),_kinds(df)
     if designed:
-        df = df[~(at>0) | (df.student==at.map(_designed))]
+        df = df[~(at>0) | (df.student==at.map(_designed)) | df.student.map(_is_uniform)]
         df['x'] = 100*df.weights_kept
     else:
         df['x'],df['kind'] = 100*at,df.kind.where(df.kind=='alone', 'distilled')

@@ -14,7 +14,7 @@ from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import method_names
 from ..features import get_layer,hear,last_linear
-from ..measure import find_breakpoint
+from ..measure import _levels,find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
 from ..prune.criteria import Scoring,check_choice,check_sparsity
 from ..prune.masks import fold
@@ -77,13 +77,13 @@ def _cut(run, model, sparsity, s, **kwargs):
     return prune_model(deepcopy(model), sparsity, s['criterion'], run.dls, **kwargs)
 
 # %% ../../nbs/54_recipes.sequential.ipynb #188225b3
-def _small(run, student, sparsity, n_epoch, s, teacher):
+def _small(run, student, sparsity, n_epoch, s, teacher, curve):
     "Remove channels, fine-tune, shrink"
     fraction = channel_fraction(sparsity)
     cut = _cut(run, student, fraction, s, by='channel')
     more = dict(sparsity=sparsity, channels_removed=fraction)
     cut = run.fit('channels', run.learner(cut), n_epoch, s['tune_lr'], result=fold, of=teacher, more=more)
-    return run.enter('small', shrink(cut, run.dls).eval(), of=teacher, **more)
+    return run.enter('small', shrink(cut, run.dls).eval(), of=teacher, **more, **_said_curve(curve))
 
 # %% ../../nbs/54_recipes.sequential.ipynb #1a7caac4
 def distill_then_prune(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
@@ -147,7 +147,7 @@ def _best(run, methods):
 
 # %% ../../nbs/54_recipes.sequential.ipynb #bfc7b34b
 def _curves(run, teacher, students, s):
-    "The curves of teacher, student and the student's channels, a `DataFrame` each with all seeds"
+    "The curves of teacher, student and the student's channels: a list of `DataFrame`s each, one for each seed"
     kwargs = dict(criterion=s['criterion'], scope=s['scope'])
     res = dict(teacher=[_sweep(run, 'teacher', teacher, s, **kwargs)], student=[])
     if s['channels']: res['student, channels'] = []
@@ -155,20 +155,29 @@ def _curves(run, teacher, students, s):
         res['student'].append(_sweep(run, 'student', students[seed], s, **kwargs))
         if s['channels']:
             res['student, channels'].append(_sweep(run, 'channels', students[seed], s, criterion=s['criterion'], by='channel'))
-    return {k: pd.concat(dfs, ignore_index=True) for k,dfs in res.items()}
+    return res
+
+# %% ../../nbs/54_recipes.sequential.ipynb #2c9d4e6b
+def _said_curve(curve):
+    "The curve of one network as lists for the record, and its own breakpoint, a sparsity"
+    levels = _levels(curve)[1]
+    lists = {f'curve_{k}': levels[k].round(6).tolist() for k in ('sparsity','weights','accuracy','low','high')}
+    return lists | dict(breakpoint=float(find_breakpoint(curve).sparsity))
 
 # %% ../../nbs/54_recipes.sequential.ipynb #6f088fb1
 def _compress(run, teacher, students, curves, best, n_epoch, s):
     "Prune to the breakpoints, fine-tune, show; returns the network to keep"
+    each,curves = curves,{k: pd.concat(dfs, ignore_index=True) for k,dfs in curves.items()}
     found = {k: find_breakpoint(curves[k]).sparsity for k in ('teacher','student')}
     at = {k: min(s['levels'], key=lambda o: abs(o-x)) for k,x in found.items()}      # as it was asked for
-    _tune_last(run, 'teacher tuned', _cut(run, teacher, at['teacher'], s, scope=s['scope']), n_epoch, s, teacher, sparsity=at['teacher'])
-    for seed in run.each_seed():
+    pruned,said = _cut(run, teacher, at['teacher'], s, scope=s['scope']),_said_curve(each['teacher'][0])
+    _tune_last(run, 'teacher tuned', pruned, n_epoch, s, teacher, sparsity=at['teacher'], **said)
+    for i,seed in enumerate(run.each_seed()):
         more = dict(sparsity=at['student'], method=best)
         pruned = _cut(run, students[seed], at['student'], s, scope=s['scope'])
         run.enter('pruned', fold(deepcopy(pruned)), of=teacher, **more)
-        model = _tune_last(run, 'tuned', pruned, n_epoch, s, teacher, **more)
-        if s['channels']: model = _small(run, students[seed], at['student'], n_epoch, s, teacher)
+        model = _tune_last(run, 'tuned', pruned, n_epoch, s, teacher, **more, **_said_curve(each['student'][i]))
+        if s['channels']: model = _small(run, students[seed], at['student'], n_epoch, s, teacher, each['student, channels'][i])
         if seed==run.seeds[0]: kept = model
     _show(run, curves, best, s)
     return kept

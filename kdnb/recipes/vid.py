@@ -17,7 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..channels import set_layer
-from ..data import ArrayDataLoaders
+from ..data import ArrayDataLoaders,image_dls
 from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
 from ..distill.methods import method_names,usual_weights
 from ..features import get_layer,last_linear,layer_shapes,stage_ends
@@ -31,7 +31,7 @@ vid_defaults = dict(
     methods=('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I'), # For 'samples' and 'sizes' (Tables 1 and 2); names, or terms with weights of their own
     mlp_methods=('KD','FitNet','VID-I'), # Table 4
     transfer_methods=('fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I','LwF + FitNet','VID-LP + VID-I'), # Table 3
-    n_per_class=None, # Training images of each class, `(None, 500, 100)`, where None is all; all, a 5th, a 10th, a 50th if None (Table 1)
+    n_per_class=None, # Training images of each class, `(None, 500, 100)`, where None or 'all' is all; all, a 5th, a 10th, a 50th if None (Table 1)
     students=('wrn_40_2','wrn_16_2','wrn_40_1','wrn_16_1'), # For 'sizes' (Table 2)
     hidden=(4096,2048,1024), # Widths of the MLPs (Table 4)
     layers=None, # `{student's layer: teacher's layer}`; the ends of the stages if None (section 3.1)
@@ -142,7 +142,7 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     path='runs/vid', # Folder of the run; one that is there goes on
     epochs=None, # Of the teacher, of students, of MLPs, of students in 'transfer'; 200, 200, 700, 250 (quick: 3 each) if None
     experiments=None, # Of 'samples', 'sizes', 'mlp', 'transfer', 'maps'; all if None, 'transfer' only with a source
-    source=None, # What the teacher of 'transfer' knows: `DataLoaders` of the other data, or a network or `Learner` trained on them
+    source=None, # What the teacher of 'transfer' knows: `DataLoaders`, 'mnist' or a dict for `image_dls`, a trained network or `Learner`
     seeds=1, # How many, or which: `(0,1,2)`
     data='user data', # Name of the data, for the record
     quick=False, # Small networks, few methods and epochs: a look at the whole within a minute
@@ -150,6 +150,7 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     show=True, # Progress bars
     **settings): # Changes to `vid_defaults`
     "Compare VID with other ways to distil (Ahn et al. 2019); returns the finished `Run`"
+    named,source = source,_source(dls, source)
     for o in (dls, source) if isinstance(source, DataLoaders) else (dls,): check_classes(o)
     s = check_settings('vid', settings, vid_defaults | (_quick if quick else {}))
     epochs = check_epochs(epochs or ((3,)*4 if quick else _epochs), 'the teacher', 'students', 'MLPs', "students in 'transfer'")
@@ -161,7 +162,8 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     plan = _plan(experiments, student, s)
     _check(dls, teacher, student, source, plan, s)
     run = Run(path, 'vid', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
-              source=None if source is None else type(source).__name__, epochs=epochs, experiments=experiments, quick=quick,
+              source=named if named is None or isinstance(named, (str,dict)) else type(named).__name__,
+              epochs=epochs, experiments=experiments, quick=quick,
               **s | dict(transfer_methods=said_methods(s['transfer_methods'])))
     known = _teachers(run, teacher, student, source, plan, epochs, s)
     seen = [_train(run, job, known, epochs, s, 'maps' in experiments) for _ in run.each_seed() for job in plan.values()]
@@ -171,6 +173,14 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     kept,told = _best(run),[f'{_titles[o].partition(" (")[0]}: {_says(_rows(run, o))}' for o in experiments if o!='maps']
     run.verdict = ' '.join([*told, f'Kept is “{kept}”, the best on the validation set.'])
     return run.finish(run.models[kept], known.get('distil'))
+
+# %% ../../nbs/55_recipes.vid.ipynb #e6ae6cdb
+def _source(dls, given):
+    "What is given, or the image set that it names, in images and batches as large as those of `dls`"
+    if isinstance(given, str): given = dict(name=given)
+    if not isinstance(given, dict): return given
+    if 'name' not in given: raise ValueError(f"source is {given}, and names no image set. Write dict(name='fashion_mnist', ...).")
+    return image_dls(**dict(bs=dls.bs, device=dls.device, size=in_shape(dls)[-2:]) | given)
 
 # %% ../../nbs/55_recipes.vid.ipynb #edc87bb5
 def _check_experiments(experiments, source):
@@ -187,12 +197,12 @@ def _check_experiments(experiments, source):
 def _check_sizes(dls, sizes, quick=False):
     "`sizes`, if the training set can be cut so; the usual ones if None"
     if not isinstance(dls, ArrayDataLoaders):
-        if sizes is None or _several(sizes)==(None,): return None,
+        if sizes is None or _several(sizes) in ((None,),('all',)): return None,
         raise ValueError(f'n_per_class is {sizes}, but {type(dls).__name__} cannot be cut to so many images per class. Use from_arrays, '
                          'image_dls or another maker of ArrayDataLoaders, or n_per_class=None.')
     least = int(dls.train.dataset.y.bincount(minlength=dls.c).min())
     if sizes is None: return tuple(dict.fromkeys((None, *(max(least//k, 1) for k in ((5,) if quick else (5,10,50))))))
-    for o in (sizes := _several(sizes)):
+    for o in (sizes := tuple(None if o=='all' else o for o in _several(sizes))):
         if o is not None and (not isinstance(o, int) or not 0<o<=least):
             raise ValueError(f'n_per_class has {o!r}, expected None (all images) or whole numbers from 1 to {least}, '
                              'the size of the smallest class.')
@@ -226,7 +236,8 @@ def _untrained(dls, teacher, source, s):
     "The network that is to know the source, trained if it is given so"
     if isinstance(source, (Learner,nn.Module)): return _knows(dls, source)
     if not isinstance(source, DataLoaders):
-        raise ValueError(f'source is {type(source).__name__}, expected DataLoaders, a trained Learner or a trained network.')
+        raise ValueError(f'source is {type(source).__name__}, expected DataLoaders, the name of an image set, '
+                         'a trained Learner or a trained network.')
     if in_shape(source)!=in_shape(dls):
         raise ValueError(f'the source\'s images are {tuple(in_shape(source))}, yours {tuple(in_shape(dls))}: resize one of them.')
     name = s['source_teacher'] or teacher

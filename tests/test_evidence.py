@@ -1,0 +1,121 @@
+"Evidence: grids, rows and the tables that are computed from them"
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, numpy as np, pandas as pd, pytest
+from nbclient import NotebookClient
+from kdnb.evidence import (MissingRows,Verdict,add_rows,all_grids,gather,per_seed,printed,read_rows,results_folder,rounds,rows_file,spread,
+                           state_of,stored_rows,verdict,work_through)
+from kdnb.sweep import Grid
+ROOT = Path(__file__).resolve().parents[1]
+
+RESULTS = ROOT/'results'
+GRID = '''
+recipe = "sweep_recipes:steady"
+imports = ["sweep_recipes"]
+data = "digits"
+priority = {priority}
+[settings]
+steps = {steps}
+[grid]
+lam = {lams}
+seeds = [0,1]
+'''
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), str(ROOT/'tests')]))
+    def put(table, lams=(.1,.2), priority=0, steps=1, paper='p'):
+        f = tmp_path/'results'/paper/f'{table}.toml'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text(GRID.format(lams=list(lams), priority=priority, steps=steps))
+        return tmp_path/'results'
+    return put
+
+def test_the_first_seed_of_all_grids_comes_before_the_second(folder):
+    folder('b', priority=1)
+    path = folder('a', [.3], priority=2)
+    assert [(o[1], o[3]) for o in rounds(all_grids(path))]==[('b',2), ('a',1), ('b',4), ('a',2)]
+
+def test_rows_are_made_once_and_know_where_they_come_from(folder, tmp_path):
+    path = folder('a')
+    work_through(path, tmp_path/'runs', show=False)
+    rows = stored_rows('p', path)
+    assert len({o['key'] for o in rows})==4 and {o['table'] for o in rows}=={'a'} and {o['seed'] for o in rows}=={0,1}
+    assert {'lam','cell','test_accuracy','nonzero','device','versions','commit','trial'}<=rows[0].keys()
+    before = rows_file('p', path).read_bytes()
+    work_through(path, tmp_path/'elsewhere', show=False)     # a fresh clone: no runs, but rows
+    assert rows_file('p', path).read_bytes()==before and not (tmp_path/'elsewhere'/'p'/'a').exists()
+
+def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
+    path = folder('a', [.1,.2,.3,.4], steps=10)
+    def start(): return subprocess.Popen([sys.executable, '-c', 'import sys; from kdnb.evidence import work_through; work_through(*sys.argv[1:])',
+                                          str(path), str(tmp_path/'runs')])
+    a,b = start(),start()
+    for _ in range(600):
+        if stored_rows('p', path): break
+        time.sleep(.1)
+    a.send_signal(signal.SIGKILL)
+    a.wait(), b.wait()
+    work_through(path, tmp_path/'runs', show=False)      # what the other could not take over
+    rows = stored_rows('p', path)
+    assert len({(o['key'], o['cell']) for o in rows})==len(rows) and len({o['key'] for o in rows})==6
+
+def test_it_stops_when_the_time_is_over_and_goes_on(folder, tmp_path):
+    path = folder('a', [.1,.2], steps=400)      # of .05 s each: a trial takes 20 s
+    start = time.time()
+    work_through(path, tmp_path/'runs', until=start+3, show=False)
+    assert time.time()-start<8 and not stored_rows('p', path)
+    trials = list((tmp_path/'runs'/'p'/'a').glob('*'))
+    assert trials      # something was begun
+
+def test_a_table_without_a_complete_seed_is_refused(folder):
+    path = folder('a')
+    keys = list(Grid(path/'p'/'a.toml').combinations())
+    row = dict(paper='p', table='a', cell='x', seed=0, test_accuracy=.5, device='cpu')
+    add_rows('p', [row | dict(key=keys[0])], path)
+    with pytest.raises(MissingRows, match='0.2.*has not been run, and 2 more'): read_rows('p', 'a', path)
+    add_rows('p', [row | dict(key=keys[1]), row | dict(key=keys[2], seed=1)], path)
+    assert read_rows('p', 'a', path).key.tolist()==keys[:2]      # of seed 1 a trial is missing
+    assert state_of(path).iloc[0].tolist()==['p','a','any',3,4,'0']
+
+@pytest.mark.parametrize('d,printed,holds,words', [
+    ([.006,.004,.005], .7, True, '+0.50 ± 0.10 points over 3 seeds (5.0 spreads), printed +0.70: same direction.'),
+    ([-.006,-.004,-.005], .7, False, 'opposite'), ([-.006,-.004,-.005], -.7, True, 'same'), ([-.006,-.004,-.005], None, False, 'worse'),
+    ([.02,-.02,.001], .7, None, 'no difference'), ([.02], .7, None, 'one seed')])
+def test_verdicts(d, printed, holds, words):
+    v = verdict(d, printed)
+    assert v.holds is holds and words in repr(v)
+
+def test_printed_results_are_all_there():
+    assert len(pd.read_csv(RESULTS/'papers.csv'))==981
+    df = printed('PrUE', 'Table 3')
+    assert df[df.method=='vanilla'].value.tolist()[0]==87.56
+    with pytest.raises(ValueError, match="no 'Table 99'"): printed('PrUE', 'Table 99')
+    with pytest.raises(ValueError, match='There are prune-then-distill, .*VBGS-KD'): printed('nobody')
+
+def test_every_row_belongs_to_a_grid():
+    keys = {k: {*g.combinations()} for k,g in all_grids(RESULTS).items()}
+    for paper in {p for p,_ in keys}:
+        for o in stored_rows(paper, RESULTS): assert o['key'] in keys[paper,o['table']], (paper, o['table'], o['trial'])
+
+def has_rows(f): return '"#| rows' in f.read_text(encoding='utf-8')
+
+@pytest.mark.parametrize('name', sorted(str(f.relative_to(ROOT)) for f in (ROOT/'nbs').rglob('*.ipynb') if has_rows(f)))
+def test_a_stored_table_is_what_its_rows_say(name):
+    nb = nbformat.read(ROOT/name, 4)
+    code = [c for c in nb.cells if c.cell_type=='code']
+    first = next(i for i,c in enumerate(code) if c.source.startswith('#| rows'))
+    imports = [c for c in code[:first] if 'import *' in c.source]
+    stored = [c for c in code if c.source.startswith('#| rows')]
+    was = [_texts(c) for c in stored]
+    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in imports+stored])
+    NotebookClient(new, timeout=300, resources={'metadata': {'path': (ROOT/name).parent}}).execute()
+    for c,old,now in zip(stored, was, [_texts(c) for c in new.cells[len(imports):]]): assert now==old, c.source
+
+def _texts(cell):
+    "What a cell shows as text; a picture stands for itself"
+    res = []
+    for o in cell.outputs:
+        if o.output_type=='stream' and o.name=='stdout': res.append(o.text)
+        elif 'data' in o: res.append('picture' if 'image/png' in o.data else o.data['text/plain'])
+    return res
