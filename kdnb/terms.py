@@ -110,7 +110,9 @@ class TidyCallback(QuickCallback):
 
 # %% ../nbs/05_terms.ipynb #9fdf8af4
 class LossTerm(TidyCallback):
-    "Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column"
+    """Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column
+
+    Raises `ValueError` if a term is no function, or a weight no number from 0 on."""
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
     own_group = False   # does the optimiser keep `params` in a group of their own?
     _learn = _blank = None
@@ -234,7 +236,7 @@ def _pass_over(self:LossTerm):
 # %% ../nbs/05_terms.ipynb #0e5921b6
 @patch
 def after_train(self:LossTerm) -> None:
-    "Complain if no batch of the whole training could teach anything"
+    "Raises `ValueError` if no batch of the whole training could teach anything."
     terms = [c for c in self.learn.cbs if isinstance(c, LossTerm)]
     if not self._idle or any(t._steps for t in terms): return
     rises = any(callable(w) for t in terms for w in t.weights.values())

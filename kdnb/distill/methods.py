@@ -363,7 +363,9 @@ def _bn(c, size): return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []   # a 
 
 # %% ../../nbs/11_distill.methods.ipynb #614725c9
 class FSP(HeadTerm):
-    "Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next; usual weight 50"
+    """Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next; usual weight 50
+
+    Raises `ValueError` if there is only one pair."""
     usual = 50.
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
@@ -766,7 +768,9 @@ class SemCKD(Term):
 
 # %% ../../nbs/11_distill.methods.ipynb #e298d79a
 class SimKD(LayerTerm):
-    "Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0"
+    """Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0
+
+    Raises `ValueError` if there is more than one pair."""
     task,by_class,usual_layers = 0.,True,_both(last_map)
     def __init__(self,
         layer:dict|str, # The student's last map

@@ -249,7 +249,9 @@ def normalisation(
 
 # %% ../../nbs/11a_distill.task.ipynb #63a0e379
 class Feed:
-    "What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images"
+    """What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images
+
+    Raises `ValueError` if `tfm` is no function."""
     def __init__(
         self, tfm:Callable|None=None, # Function of the inputs
         ours:tuple|None=None, # `normalisation` of the student's images; nothing is done if None

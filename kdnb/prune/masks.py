@@ -422,8 +422,14 @@ _load = Learner.load
 
 @patch
 @delegates(_load)
-def load(self:Learner, file, device=None, **kwargs):
-    "As fastai's; masks in the file are put on where the network has none"
+def load(self:Learner,
+    file:str, # As in `save`
+    device:object=None, # As in fastai
+    **kwargs,
+) -> Learner:
+    """As fastai's; masks in the file are put on where the network has none
+
+    Raises `ValueError` if the file lacks masks that the network has."""
     def bring(model, state, prefix, *_):
         for k in [*state]: state[_our_name(k, state, model)] = state.pop(k)
         here,there = masks(model),masks({k.removeprefix(prefix): v for k,v in state.items()})

@@ -815,14 +815,18 @@ def _restore(self:Run, state, learn, cbs):
 class EveryEpochTested(Callback):
     "Keep the test accuracy after each epoch in `test_accuracies`"
     order,run_valid = 65,False    # behind the recorder, before the checkpoint
-    def __init__(self, dl): # Loader of the test set
+    def __init__(
+        self, dl:DataLoader, # Loader of the test set
+    ):
         self._dl,self.test_accuracies = dl,[]
-    def after_epoch(self): self.test_accuracies.append(accuracy_on(self.model, self._dl))
+    def after_epoch(self) -> None:
+        "Note the accuracy on the test set"
+        self.test_accuracies.append(accuracy_on(self.model, self._dl))
 
 
 # %% ../../nbs/50_recipes.core.ipynb #c5bacbf4
 @contextmanager
-def testing_every_epoch():
+def testing_every_epoch() -> Iterator[None]:
     "Within it, runs write down `best_epoch_test_accuracy` beside the last epoch's, for comparison with papers that print it"
     was,Run.test_every_epoch = Run.test_every_epoch,True
     try: yield

@@ -50,7 +50,9 @@ def epochs_for(
     return check_epochs(epochs, 'the teacher', 'the student', 'the sparse stage')
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #5a8c1e03
-def layer_widths(model): # Plain network
+def layer_widths(
+    model:nn.Module, # Plain network
+) -> list[int]:
     "Channels that each convolution makes, and features that each linear layer reads"
     return [m.in_features if isinstance(m, nn.Linear) else m.out_channels for m in model.modules() if isinstance(m, weighted)]
 

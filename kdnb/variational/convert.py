@@ -155,7 +155,9 @@ def threshold(
     how:str='valley', # Least dense place between the two clusters, or the middle of the widest 'gap' there
     per_layer:bool=False, # A threshold for each entry of the dict `log_alpha`
 ) -> float|dict:
-    "Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them"
+    """Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them
+
+    Raises `ValueError` if `how` is not known."""
     if how not in ('valley','gap'): raise ValueError(f"how is {how!r}, expected 'valley' or 'gap'.")
     if per_layer: return {n: threshold(o, how) for n,o in log_alpha.items()}
     v = (log_alpha.values() if isinstance(log_alpha, dict)

@@ -48,7 +48,7 @@ def log_alpha(
 class GroupKL(torch.autograd.Function):
     "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
     @staticmethod
-    def forward(ctx,
+    def forward(ctx:object,
         mu:torch.Tensor, # Means (n,)
         logvar:torch.Tensor, # Logarithms of the variances (n,)
         weight:float=1., # Of each group, or of all
@@ -59,18 +59,20 @@ class GroupKL(torch.autograd.Function):
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
         return (weight*group_kl(la)).sum()
     @staticmethod
-    def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return *(g*o for o in ctx.saved_tensors),None
 
 # %% ../../nbs/20_variational.layers.ipynb #0c6a1a31
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
-    def forward(ctx, mu, logvar, normal, open):
+    def forward(
+        ctx:object, mu:torch.Tensor, logvar:torch.Tensor, normal:torch.Tensor, open:torch.Tensor,
+    ) -> torch.Tensor:
         noise = torch.exp(logvar/2).mul_(open)*normal
         ctx.save_for_backward(open, noise)
         return torch.addcmul(noise, mu, open)
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx:object, g:torch.Tensor) -> tuple:
         open,noise = ctx.saved_tensors
         return _to_shape(g*open),_to_shape(g*noise/2),None,None
 
@@ -80,11 +82,11 @@ def _to_shape(g): return g if g.ndim==1 else g.sum(0)
 class HalfSquare(torch.autograd.Function):
     "½Σp² over many tensors, as one node: its gradient is p, one pass over each"
     @staticmethod
-    def forward(ctx, *ps):
+    def forward(ctx:object, *ps:torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*ps)
         return .5*torch.stack(torch._foreach_norm(ps)).square().sum()
     @staticmethod
-    def backward(ctx, g): return tuple(torch._foreach_mul(ctx.saved_tensors, g))
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.layers.ipynb #9417549c
 def _recomputing():
@@ -171,13 +173,13 @@ class Gates(nn.Module):
 class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient instead of three"
     @staticmethod
-    def forward(ctx, mean, var):
+    def forward(ctx:object, mean:torch.Tensor, var:torch.Tensor) -> torch.Tensor:
         tiny = 1e-6 if var.dtype==torch.float16 else 1e-12     # 1/σ must fit
         normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + tiny)
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
-    def backward(ctx, g): return g,g*ctx.saved_tensors[0]
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return g,g*ctx.saved_tensors[0]
 
 # %% ../../nbs/20_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
@@ -347,7 +349,9 @@ def _all(layers, *names): return [p for m in layers for n in names if (p := geta
 
 # %% ../../nbs/20_variational.layers.ipynb #f3a9615a
 class KL:
-    "What `kl` says of a network, again and again: its layers are looked up once"
+    """What `kl` says of a network, again and again: its layers are looked up once
+
+    Raises `ValueError` if there is no variational layer."""
     def __init__(self,
         model:nn.Module, # Variational network
         weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
