@@ -35,8 +35,8 @@ def client(nb, fn):
                           resources={'metadata': {'path': fn.parent}})
 
 def run(fn, flags, only=None):
-    """Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the outputs they have. Returns what tables
-    of `make tables` say that lack rows which need no GPU."""
+    """Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the
+    outputs they have. Returns what tables say that lack rows, if these need no GPU."""
     todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
     if todo or not only: print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return []
