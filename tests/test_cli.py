@@ -45,6 +45,17 @@ def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
     assert {f: f.read_bytes() for f in (out/'stages').iterdir()}==before
     for o in ('teacher','small','±','Report: ',f"load_model('{out/'model.safetensors'}')",'means of 2 seeds'): assert o in text
 
+def test_the_network_of_a_run_as_onnx(run, photos, capsys, tmp_path):
+    pytest.importorskip('onnxruntime')
+    out,file = run[0],tmp_path/'small.onnx'
+    assert 'pass the folder as --data FOLDER' in said(capsys, 1, 'export', out).replace('Pass', 'pass')
+    text = said(capsys, 0, 'export', out, '--onnx', '--data', photos, '--out', file)
+    net,(x,_) = OnnxNetwork(file),folder_dls(photos).valid.one_batch()
+    model = load_model(out/'model.safetensors')
+    assert 'equal predictions' in text and net.header['stats']==read_header(out/'model.safetensors')[0]['stats']
+    assert torch.equal(net(x).argmax(1), model(x.as_subclass(Tensor)).argmax(1)) and len(net.header['classes'])==10
+    assert 'int8' in said(capsys, 0, 'export', out, '--int8', '--max-drop', 1, '--data', photos, '--out', file)
+
 def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
     out,_ = run
     page = (out/'report.html').read_text()
@@ -106,6 +117,7 @@ def test_mistypings_are_status_2(argv, says, capsys):
 OWN = '''
 from kdnb.all import *
 class Nearness(LogitTerm):
+    usual,aliases = 7.,('near-ness',)
     def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
 def heaviest(s): return s.sum({k: w.abs() for k,w in s.weights.items()})
 criteria['heaviest'] = heaviest
@@ -157,6 +169,18 @@ def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     recipe('registered')(lambda dls, path: None)                  # in Python, before the command
     assert 'returned NoneType' in said(capsys, 1, *argv, 'registered')
 
+@pytest.mark.parametrize('name', ['Nearness','near-ness'])
+def test_a_term_of_one_s_own_by_name_has_its_usual_weight(name, own, photos, capsys, monkeypatch):
+    weights = []
+    class Seen(KnowledgeDistillation):
+        def before_fit(self):
+            weights.extend(t.weight for t in self.terms.values())
+            super().before_fit()
+    monkeypatch.setattr('kdnb.recipes.sequential.KnowledgeDistillation', Seen)
+    argv = ['compress','--recipe','sequential','--quick','--data',photos,'--quiet','--import','own.py','--set',f'method={name}','levels=(0,.5)']
+    said(capsys, 0, *argv, '--student', 'lenet300', '--teacher', 'lenet300', '--epochs', '1,1,1', '--out', 'run')
+    assert weights and {*weights}=={7.} and Record('run').settings['method']==[name]
+
 def test_a_criterion_of_one_s_own_by_name(own, photos, capsys):
     argv = ['compress','--recipe','prune-then-distill','--quick','--data',photos,'--quiet','--import','own.py','--set','criterion=heaviest']
     argv += ['--student','lenet300','--teacher','lenet300','--epochs','1,1,1','--out','run','--set','sparsities=.2','pairs=alone']
@@ -207,7 +231,7 @@ def test_sweep_is_handed_on(monkeypatch, capsys):
 
 def test_help_teaches_and_is_quick():
     code = '''import sys; from kdnb.cli import main
-for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['compress','--epochs','x']):
+for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['export','--help'], ['compress','--epochs','x']):
     try: main(argv)
     except SystemExit: pass
 assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
@@ -215,5 +239,7 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
     for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
     assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
 
-def test_a_size_is_for_folders(capsys, tmp_path):
-    assert '--size is for folders, and digits is an image set' in said(capsys, 1, 'compress', '--data', 'digits', '--size', 32, '--quick', '--out', tmp_path/'run')
+def test_a_size_is_for_image_sets_too():
+    for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
+        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False))
+        assert dls.in_shape==shape and name=='digits'
