@@ -67,6 +67,7 @@ def _repeat(learn, seed, *args, **kwargs):
     if hasattr(learn.dls.train, 'rng'): learn.dls.train.rng = random.Random(seed)
     return sweep_sparsity(learn, *args, seed=seed, **kwargs)
 
+# %% ../../nbs/54_recipes.sequential.ipynb #7d1c02aa
 def _sweep(run, name, model, s, **kwargs):
     "Accuracy on the validation set at every level; each repeat is kept by itself"
     tune = _TuneLast(s['sweep_epochs'], s['tune_lr']) if s['sweep_epochs'] else None
@@ -74,6 +75,7 @@ def _sweep(run, name, model, s, **kwargs):
            for r in range(s['repeats'])]
     return pd.concat([df.assign(repeat=r) for r,df in enumerate(dfs)], ignore_index=True)
 
+# %% ../../nbs/54_recipes.sequential.ipynb #9be4f7d3
 def _folded(model): return fold(model.requires_grad_(True))
 
 def _tune_last(run, stage, model, n_epoch, s, of, **more):
