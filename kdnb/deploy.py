@@ -85,7 +85,7 @@ def _graph(model, xb, opset, **kwargs):
         raise ValueError(f'{type(model).__name__} cannot be exported: its code fixes the number of samples in a batch.')
     layers = _layers(graph.graph)
     _bare(graph)
-    graph.ir_version = min(graph.ir_version, 8 if opset<=18 else 10)
+    if opset<=18: graph.ir_version = 8      # as old as that opset
     onnx.checker.check_model(graph)
     return graph,layers,_logits_at(out)
 
@@ -161,11 +161,13 @@ def _layers(graph):
     return said
 
 # %% ../nbs/41_export.onnx.ipynb #7983317c
-def _header(data, xb, logits, int8):
+def _header(data, xb, graph, logits, int8):
     "What the file says of itself"
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
-    return dict(format='kdnb-onnx-1', classes=[str(o) for o in getattr(data, 'vocab', None) or []], input=list(first.shape[1:]),
-                **_pixels(data), logits=logits, int8=int8)
+    said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
+    classes = [str(o) for o in getattr(data, 'vocab', None) or []]
+    return dict(format='kdnb-onnx-1', classes=classes if classes and len(classes)==(said or [0])[0] else [], input=list(first.shape[1:]), **_pixels(data),
+                inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
 
 # %% ../nbs/41_export.onnx.ipynb #07c8e9a0
 @contextmanager
@@ -195,12 +197,11 @@ class OnnxNetwork(nn.Module):
         return out if len(out)>1 else out[0]
 
 # %% ../nbs/41_export.onnx.ipynb #8aacf7d3
-def _batches(data, model, n=512):
+def _batches(data, model, n=256):
     "Inputs of about the first `n` validation samples, batch by batch, the first sample alone"
     if not isinstance(data, DataLoaders): found = [data]
     else:
-        n_inp = lambda b: getattr(data, 'n_inp', max(1, len(b)-1))
-        found = (b[:n_inp(b)] for b in in_order(_valid(data) or data.train))
+        found = (_inputs_of(b, data) for b in in_order(_valid(data) or data.train))
     for i,b in enumerate(found):
         xb = _sample(b, model)
         size = len(next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor)))
@@ -210,6 +211,7 @@ def _batches(data, model, n=512):
         if size>1 or i: yield xb
         if (n := n-size)<=0: return
 
+def _inputs_of(b, dls): return b[:getattr(dls, 'n_inp', max(1, len(b)-1))]
 def _valid(dls): return dls.valid if len(dls.loaders)>1 and len(dls.valid) else None
 
 # %% ../nbs/41_export.onnx.ipynb #70405d7a
@@ -260,12 +262,12 @@ _made = '# Runs the file of the same name in onnxruntime. '
 
 def _script(header):
     "Python that runs the ONNX file beside it"
-    images,at = header['div'] and len(header['input'])==3,header['logits']
+    images,at = header['div'] and len(header['input'])==3 and len(header['inputs'])==1,header['logits']
     if images: takes = f'predict({"floats" if header["div"]==1 else "bytes"} (N, {", ".join(map(str, header["input"]))}))'
     else: takes = 'predict(arrays like the inputs of training)'
     feed = "{'input': x}" if images else '{o.name: x for o,x in zip(net.get_inputs(), xs)}'
     said = f'net.run(None, {feed})' if at is None else f'net.run(None, {feed})[{at}].argmax(1)'
-    if at is not None and header['classes']: said = f"[note['classes'][i] for i in {said}]"
+    if len(header['output'])==1 and header['classes']: said = f"[note['classes'][i] for i in {said}]"
     scale = "mean,std = np.float32(note['stats'])[..., None, None]; " if images and header['stats'] else ''
     ready = (scale and "x = (np.float32(x)/note['div'] - mean)/std; ") or (images and "x = np.float32(x)/note['div']; ") or ''
     return (f'{_made}{takes} gives {"the classes" if at is not None else "the outputs"}.\n'
@@ -335,9 +337,9 @@ def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)
     asked = _plain_floats(copy_network(unwrap(model)))
     batches = [*_batches(data, asked)]
-    res = Exported(path, script, 0, opset, *_prove(asked, graph, layers, logits, batches, tol))
+    res = Exported(path, script, 0, graph.opset_import[0].version, *_prove(asked, graph, layers, logits, batches, tol))
     if int8: graph,res = _in_int8(graph, data, logits, max_drop, res)
-    header = _header(data, batches[0], logits, int8)
+    header = _header(data, batches[0], graph, logits, int8)
     onnx.helper.set_model_props(graph, dict(kdnb=json.dumps(header)))
     res.bytes = atomic_write(path, graph.SerializeToString(deterministic=True)).stat().st_size
     atomic_write(script, _script(header))
@@ -356,7 +358,7 @@ def _calibration(dls, model, n=256):
         idxs = [i*dl.n//min(n, dl.n) for i in range(min(n, dl.n))]
         dl = dl.new(get_idxs=lambda: idxs, shuffle=False)
     for b in in_order(dl):
-        xb = _sample(b[:getattr(dls, 'n_inp', max(1, len(b)-1))], model)
+        xb = _sample(_inputs_of(b, dls), model)
         yield xb
         if (n := n-len(tree_leaves(xb)[0]))<=0: return
 
@@ -369,7 +371,7 @@ def _quantised(graph, batches):
         def get_next(self): return next(self.feeds, None)
     names,copy = [o.name for o in graph.graph.input],type(graph)()
     copy.CopyFrom(graph)      # it is changed
-    feeds = (dict(zip(names, (o.numpy() for o in tree_leaves(xb)))) for xb in batches)
+    feeds = (dict(zip(names, (o.cpu().numpy() for o in tree_leaves(xb)))) for xb in batches)
     with tempfile.TemporaryDirectory() as folder,_silent():
         q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ, per_channel=True,
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
@@ -383,6 +385,7 @@ class _Logits(nn.Module):
 
 # %% ../nbs/41_export.onnx.ipynb #47e7904c
 def _check_int8(data, max_drop):
+    "Raise if int8 cannot be asked for"
     if not 0<=max_drop<=1: raise ValueError(f'max_drop is {max_drop}, expected a fraction of the validation set, such as .01.')
     if not isinstance(data, DataLoaders) or _valid(data) is None:
         raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. Pass DataLoaders that have both.')
@@ -485,7 +488,9 @@ def _same(a, b, at):
 # %% ../nbs/41_export.onnx.ipynb #9ed6b320
 class Runtimes:
     "Milliseconds of each runtime, as `table`, and which of them to take, as `advice`"
-    def __init__(self, table, batches, rounds): self.table,self.batches,self.rounds,self.load = table,batches,rounds,os.getloadavg()[0]
+    def __init__(self, table, batches, rounds):
+        self.table,self.batches,self.rounds = table,batches,rounds
+        self.load = os.getloadavg()[0]
     def _how(self): return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
     def __repr__(self): return f'{self.shown().to_string()}\n{self._how()}\n{self.advice}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{self._how()}<p>{self.advice}'
@@ -520,5 +525,5 @@ def advice(self:Runtimes):
     best,exact = self.fastest(),self.fastest([k for k in self.table.index if k not in _rounded])
     if best==exact: return f'Take {say(best)}.'
     kept = min(self.table['same'][k] for k in best.values())
-    price = '' if pd.isna(kept) else f' and gives another class to {100*(1-kept):.1f} % of the samples'
+    price = '' if pd.isna(kept) else f', and {100*kept:.1f} % of the samples keep their class'
     return f'Take {say(best)}: it rounds{price}. Without rounding: {say(exact)}.'
