@@ -687,7 +687,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.distill.task.task_of': ('distill.task.html#task_of', 'kdnb/distill/task.py'),
                                    'kdnb.distill.task.unseen_shift': ('distill.task.html#unseen_shift', 'kdnb/distill/task.py')},
             'kdnb.evidence': { 'kdnb.evidence.MissingRows': ('evidence.html#missingrows', 'kdnb/evidence.py'),
-                               'kdnb.evidence.MissingRows.__init__': ('evidence.html#missingrows.__init__', 'kdnb/evidence.py'),
                                'kdnb.evidence.Verdict': ('evidence.html#verdict', 'kdnb/evidence.py'),
                                'kdnb.evidence.Verdict.__init__': ('evidence.html#verdict.__init__', 'kdnb/evidence.py'),
                                'kdnb.evidence.Verdict.__repr__': ('evidence.html#verdict.__repr__', 'kdnb/evidence.py'),
