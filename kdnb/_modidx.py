@@ -1215,6 +1215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'kdnb/recipes/sequential.py'),
                                          'kdnb.recipes.sequential._folded': ( 'recipes.sequential.html#_folded',
                                                                               'kdnb/recipes/sequential.py'),
+                                         'kdnb.recipes.sequential._repeat': ( 'recipes.sequential.html#_repeat',
+                                                                              'kdnb/recipes/sequential.py'),
                                          'kdnb.recipes.sequential._said_curve': ( 'recipes.sequential.html#_said_curve',
                                                                                   'kdnb/recipes/sequential.py'),
                                          'kdnb.recipes.sequential._sentence': ( 'recipes.sequential.html#_sentence',
