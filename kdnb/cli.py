@@ -325,7 +325,10 @@ def run_sweep(
     return 0
 
 # %% ../nbs/70_cli.ipynb #5e41a0c2
-def export_run(args):
+def export_run(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Write the small network of a run as an ONNX file; returns the exit status"
     from kdnb.data import image_dls,image_sets
     from kdnb.deploy import to_onnx
     from kdnb.export import load_model,read_header
