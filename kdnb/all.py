@@ -20,6 +20,7 @@ from kdnb.prune.masks import *
 from kdnb.prune.criteria import *
 from kdnb.prune.callback import *
 from kdnb.prune.student import *
+from kdnb.prune.sensitivity import *
 from kdnb.export import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
