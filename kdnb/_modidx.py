@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.compress.Budget.at': ('compress.html#budget.at', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.cost': ('compress.html#budget.cost', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.exceeded': ('compress.html#budget.exceeded', 'kdnb/compress.py'),
+                               'kdnb.compress.Budget.time': ('compress.html#budget.time', 'kdnb/compress.py'),
                                'kdnb.compress.Compressed': ('compress.html#compressed', 'kdnb/compress.py'),
                                'kdnb.compress.Compressed.__repr__': ('compress.html#compressed.__repr__', 'kdnb/compress.py'),
                                'kdnb.compress.Compressed._repr_html_': ('compress.html#compressed._repr_html_', 'kdnb/compress.py'),

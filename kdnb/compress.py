@@ -41,7 +41,7 @@ def read_limit(what, # 'macs', 'params', 'bytes' or 'ms'
         if m and m[2]=='%': v = float(m[1])/100*dense
         elif not m or m[2] not in unit: raise ValueError(f'{expected}. Units of {what} are {", ".join(filter(None, unit))} and %.')
         else: v = float(re.sub('[,_]', '', m[1]))*unit[m[2]]
-    elif isinstance(given, bool) or not isinstance(given, Real) or not (0<given<1 or given>=2 and given==int(given)):
+    elif isinstance(given, bool) or not isinstance(given, Real) or not (0<given<1 or given>=2 and given%1==0):
         raise ValueError(f'{expected}.')
     else: v = given*dense if given<1 else given
     if v<=0: raise ValueError(f'{expected}; nothing would be left.')
@@ -56,25 +56,26 @@ class Budget:
     def __init__(self, dense, xb, limits): # Network, its inputs, `{'macs' or so: limit as it is given}`
         if not limits: raise ValueError('no budget is given. Say how small: macs=.5, params=\'100k\', bytes=.25, ms=\'3ms\', or max_drop=.5.')
         self.model,self.xb,self.given = dense,xb,limits
-        self.dense = self.cost(dense, 'ms' in limits)
+        self.dense = self.cost(dense)
         self.limits = {k: read_limit(k, v, self.dense[k]) for k,v in limits.items()}
 
-    def cost(self, model, ms=True):
-        "`{'macs': …, 'params': …, 'bytes': …, 'ms': …}` of `model`"
+    def cost(self, model):
+        "`{'macs': …, 'params': …, 'bytes': …}` of `model`, and 'ms' if that is limited"
         res = dict(macs=macs(model, self.xb)[''], params=n_params(model), bytes=n_bytes(model))
-        if ms and model is self.model: res['ms'] = float(latency([model], self.xb)[0])
-        elif ms:
-            dense,own = latency([self.model, model], self.xb)
-            relative = isinstance(self.given.get('ms', .5), float) and 'ms' in self.dense
-            res['ms'] = self.dense['ms']*own/dense if relative else float(own)
-        return res
+        return res | (dict(ms=self.time(model)) if 'ms' in self.given else {})
+    def time(self, model):
+        "Milliseconds; for a fraction those of the dense network as it was first measured, times the ratio of now"
+        if model is self.model: return float(latency([model], self.xb)[0])
+        (dense,own),ms = latency([self.model, model], self.xb),self.given['ms']
+        absolute = ms.rstrip()[-1:]!='%' if isinstance(ms, str) else ms>=1
+        return float(own if absolute else self.dense['ms']*own/dense)
 
     def at(self, share): # Part of the way, from 0 (dense) to 1
         "The limits on the way to the budget, by equal factors"
         return {k: self.dense[k]*(v/self.dense[k])**share for k,v in self.limits.items()}
     def exceeded(self, model, share=1):
         "Names of the limits that `model` exceeds"
-        cost = self.cost(model, 'ms' in self.limits)
+        cost = self.cost(model)
         return [k for k,v in self.at(share).items() if cost[k]>v]
 
 # %% ../nbs/45_compress.ipynb #26f45256
@@ -126,7 +127,8 @@ def _savings(model, groups, worth, widths, budget):
     names,res = [k for k in budget.limits if k!='ms'] or ['macs'],{}
     for g in groups:
         n = g.n-widths[g.name][1] if len(widths[g.name])>1 else 0
-        cost = budget.cost(without(model, [(g, least(worth[g.name], n, g.blocks))]), ms=False) if n else budget.dense
+        small = without(model, [(g, least(worth[g.name], n, g.blocks))]) if n else model
+        cost = dict(macs=macs(small, budget.xb)[''], params=n_params(small), bytes=n_bytes(small))
         res[g.name] = max(1-cost[k]/budget.dense[k] for k in names)/max(n, 1)
     return res
 
@@ -144,6 +146,7 @@ def first_within(order, cut, exceeded): # Names of groups; `cut(n)` is the netwo
 class Cut:
     "A smaller network, and what went"
     model:nn.Module
+    cost:dict # What it costs
     widths:pd.DataFrame # Channels of each group before and after
     sensitivity:pd.DataFrame = None # What the decision came from, if it was that
 
@@ -156,7 +159,7 @@ def _scoring(learn, ignore):
 
 # %% ../nbs/45_compress.ipynb #e035aaa5
 def _refuse(budget, smallest, over, round_to, share):
-    cost,why = budget.cost(smallest, 'ms' in over),f' and widths are multiples of {round_to}' if round_to else ''
+    cost,why = budget.cost(smallest),f' and widths are multiples of {round_to}' if round_to else ''
     said = '; '.join(f'{k}={budget.given[k]!r} is at most {_number(budget.at(share)[k])}, the smallest network has {_number(cost[k])} '
                      f'({100*cost[k]/budget.dense[k]:.2g} % of {_number(budget.dense[k])})' for k in over)
     raise ValueError(f'this budget cannot be reached by removing channels: {said}, since no group is emptied{why}. Ask for no less than '
@@ -185,13 +188,13 @@ def cut_to(learn, # Trained `Learner`; it stays as it is
     def exceeded(m): return budget.exceeded(m, share)
     if over := exceeded(cut(len(order))): _refuse(budget, cut(len(order)), over, round_to, share)
     i = first_within(order, cut, exceeded)
-    while 'ms' in budget.limits and i<len(order) and exceeded(cut(i)): i += max(1, len(order)//100)
-    model,gone = cut(i),gone(min(i, len(order)))
+    while any((cost := budget.cost(cut(i)))[k]>v for k,v in budget.at(share).items()) and i<len(order): i += 1     # milliseconds have noise
+    model,gone = cut(i),gone(i)
     _prove(s.model, model, gone, budget.xb)
     if update_bn: _estimate_bn(model, b := _Batches(learn.dls.train, n=update_bn), b)
     went = {g.name: int(dead.sum()) for g,dead in gone}
     table = pd.DataFrame([dict(group=g.name, before=g.n, after=g.n-went.get(g.name, 0)) for g in s.groups]).set_index('group')
-    return Cut(model, table, found)
+    return Cut(model, cost, table, found)
 
 # %% ../nbs/45_compress.ipynb #e5123c25
 def _prove(model, small, gone, xb, tol=1e-5):
@@ -203,12 +206,12 @@ def _prove(model, small, gone, xb, tol=1e-5):
 
 # %% ../nbs/45_compress.ipynb #eaccbd01
 def _successor(learn, model):
-    "A `Learner` like `learn` for another network, without its callbacks"
+    "A `Learner` like `learn` for another network, all of which trains, without its callbacks"
     if isinstance(learn.opt_func, OptimWrapper):
         raise ValueError('the optimiser was built by hand for the parameters of the dense network. '
                          'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
     keep = 'loss_func','opt_func','lr','path','model_dir','wd','wd_bn_bias','train_bn','moms'
-    new = Learner(learn.dls, model, metrics=list(learn.metrics), splitter=getattr(learn.splitter, 'splitter', learn.splitter),
+    new = Learner(learn.dls, model.requires_grad_(), metrics=list(learn.metrics), splitter=getattr(learn.splitter, 'splitter', learn.splitter),
                   **{k: getattr(learn, k) for k in keep})
     new.logger,new.recorder.add_time = learn.logger,learn.recorder.add_time
     if not hasattr(learn, 'progress'): new.remove_cbs([cb for cb in new.cbs if cb.name=='progress'])
@@ -241,10 +244,10 @@ def _steps(learn, budget, how, n_epoch, steps, lr, terms, task, fit, cbs, distil
     now,first = learn,None
     for i in range(steps):
         share = (i+1)/steps
-        if now is not learn and not budget.exceeded(unwrap(now.model), share): continue
-        cut = cut_to(now, budget, how, share=share, **kwargs)
-        now,first = _successor(learn, cut.model),first or cut
-        seen = validate_as(now, cut.model)
+        if now is learn or budget.exceeded(unwrap(now.model), share):
+            cut = cut_to(now, budget, how, share=share, **kwargs)
+            now,first = _successor(learn, cut.model),first or cut
+            seen = validate_as(now, cut.model)
         epochs = n_epoch*(i+1)//steps-n_epoch*i//steps
         if epochs: now.distill(learn, epochs, terms, task, fit=fit, cbs=cbs, **distil | ({} if lr is None else dict(lr=lr)))
     return now,first,cut,seen
@@ -254,9 +257,11 @@ def _compressed(learn, limits, n_epoch, **kwargs):
     model = unwrap(learn.model)
     budget = Budget(model, inputs(learn.dls, model), limits)
     now,first,cut,seen = _steps(learn, budget, n_epoch=n_epoch, **kwargs)
-    costs = [{**budget.cost(model), **{k: budget.dense[k] for k in budget.dense}},budget.cost(unwrap(now.model))]
-    rows = dict(dense=costs[0] | validate_as(learn, model), cut=costs[1] | seen)
-    if n_epoch: rows['distilled'] = costs[1] | validate_as(now, now.model)
+    both = budget.dense,cut.cost
+    if 'ms' not in limits: both = [o | dict(ms=float(ms)) for o,ms in zip(both, latency([model, unwrap(now.model)], budget.xb))]
+    rows = dict(dense=both[0] | validate_as(learn, model), cut=both[1] | seen)
+    if n_epoch: rows['distilled'] = both[1] | validate_as(now, now.model)
+    now.model.eval()
     df = pd.DataFrame.from_dict(rows, orient='index').astype({k: int for k in ('macs','params','bytes')})
     left = first.widths.assign(after=cut.widths.after.reindex(first.widths.index).fillna(first.widths.after).astype(int))
     return Compressed(now, df, left, budget.limits, n_epoch, first.sensitivity)

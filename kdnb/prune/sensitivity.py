@@ -54,11 +54,13 @@ def validate_as(learn, # `Learner`
     model, # The network that is validated instead of its own
     dl=None): # Loader or list of batches; the validation set if None
     "`{name: value}` of loss and metrics of `model`"
-    was = learn.model
+    was,seen = learn.model,dict(vars(learn.recorder))
     try:
         learn.model = model
         with no_random(reproducible=False),learn.no_bar(),learn.no_logging(): values = learn.validate(dl=dl)
-    finally: learn.model = was
+    finally:
+        learn.model = was
+        vars(learn.recorder).update(seen)      # validating begins its curves anew
     return dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values))
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #90457207
