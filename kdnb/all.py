@@ -29,5 +29,6 @@ from kdnb.recipes.prune_then_distill import *
 from kdnb.recipes.prue import *
 from kdnb.recipes.sequential import *
 from kdnb.recipes.vid import *
+from kdnb.recipes.budget import *
 from kdnb.report import *
 from kdnb.sweep import *

@@ -139,7 +139,7 @@ def __repr__(self:Record):
 recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdnb.recipes.prune_then_distill:prune_then_distill',
            'prue': 'kdnb.recipes.prue:prue',
            'sequential': 'kdnb.recipes.sequential:distill_then_prune',     # fastai has a `sequential`
-           'vid': 'kdnb.recipes.vid:vid'}
+           'vid': 'kdnb.recipes.vid:vid', 'budget': 'kdnb.recipes.budget:budget'}
 
 def recipe(name=None): # Its name; that of the function, with hyphens, if None
     "Decorator that makes a function known as a recipe"
