@@ -1,9 +1,9 @@
 "The recipe `budget`: every way meets the budget, the same dense network teaches, differences are those within a seed."
 import pytest
-from common import data
+from common import X, Y, data
 from kdnb.all import *
 
-def few(): return data(test=(image_dls('digits').test.dataset.x[:50], image_dls('digits').test.dataset.y[:50]))
+def few(): return data(test=(X[:50], Y[:50]))
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -26,10 +26,10 @@ def test_differences_are_within_seeds(run):
     assert t['over sensitivity'][a]==pytest.approx(over.mean(), abs=.006) and t['spread of that'][a]==pytest.approx(over.std(ddof=1), abs=.006)
     assert [*t.index][0]=='dense' and (t['over sensitivity'].dropna()[[o for o in t.index if o.startswith('sens')]]==0).all()
 
-def test_report_and_record(run, tmp_path):
+def test_report_and_record(run):
     again = Record(run.path)
     assert [*again.exhibits]==['budgets','accuracy','sensitivity','widths'] and again.verdict==run.verdict
-    text = report(again, tmp_path/'page.html').read_text()
+    text = str(report(again))
     for o in ('Channels that stay','What the dense network can do without'): assert o in text
     pd.testing.assert_frame_equal(budget_table(again), budget_table(run))
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['budget_ways', 'budget_defaults', 'budget', 'budget_table']
 
-# %% ../../nbs/56_recipes.budget.ipynb #069ef858
-from copy import deepcopy
-import numpy as np, pandas as pd
+# %% ../../nbs/56_recipes.budget.ipynb #07be75be
+import pandas as pd
+from fastcore.foundation import L
 from fastai.learner import Learner
 from ..compress import Budget,cut_to,hows
 from ..distill.callback import KnowledgeDistillation,check_terms
@@ -19,7 +19,7 @@ from .core import Run,check_classes,check_epochs,check_keeps,check_settings,name
 budget_ways = *hows,'scratch'
 
 budget_defaults = dict(
-    macs=(.5,.25), # Budgets: fractions of the dense network's multiply-accumulates, or numbers with a unit
+    macs=None, # Budgets: fractions of the dense network's multiply-accumulates, or numbers with a unit; (.5,.25) if None
     ways=budget_ways, # Ways to find the network: by sensitivity, uniform or global, or with new weights
     criterion='magnitude', # What the least worthy channels of a group go by
     round_to=None, # Widths are multiples of it
@@ -58,6 +58,7 @@ def budget(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     "Cut a dense network to budgets in several ways, and distil; returns the finished `Run`"
     check_classes(dls)
     s,epochs = check_settings('budget', settings, budget_defaults),check_epochs(epochs or ((6,3) if quick else (20,10)), 'the dense network', 'the small ones')
+    s['macs'] = (.5,.25) if s['macs'] is None else tuple(L(s['macs']))
     check_criterion(s['criterion'], 'channel')
     for o in s['ways']: check_choice('a way', o, budget_ways)
     t = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
