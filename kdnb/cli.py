@@ -40,9 +40,10 @@ networks:
   a mistyped name is answered with those near it. They take the size and number of channels of your images.
 
 data:
-  digits (1,797 real images, no download), mnist, fashion_mnist, cifar10, cifar10_jpeg, or a folder of your own:
-  train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth becomes the test set;
-  or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is understood.
+  digits (1,797 real images, no download), mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100, tiny_imagenet;
+  or a folder of your own: train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth
+  becomes the test set; or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is
+  understood.
 
 recipes, methods and criteria of your own:
   --recipe my.py:my_recipe runs a function of yours, --recipe name one that is decorated with @recipe. A file that is
@@ -92,7 +93,8 @@ def _setting(s):
     except (ValueError,SyntaxError): return name,v
 
 # %% ../nbs/70_cli.ipynb #b12ec414
-def parser():
+def parser() -> argparse.ArgumentParser:
+    "What the command understands"
     text = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog='kdnb', epilog=_help, formatter_class=text,
                                 description='Make neural networks small: distil, sparsify, prune, shrink, measure.')
@@ -110,7 +112,7 @@ def _compress_parser(commands, text):
     c.add_argument('--import', dest='bring', nargs='+', action='extend', default=[], metavar='FILE|MODULE',
                    help='Python code of your own to read first, see below')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
-    c.add_argument('--size', type=_size, metavar='N', help='edge of the images of a folder, or height,width')
+    c.add_argument('--size', type=_size, metavar='N', help='edge that the images are to have, or height,width')
     c.add_argument('--bs', type=_from(1), metavar='N', help='images in a batch (64 for digits and folders, else 256)')
     c.add_argument('--pad', type=_from(0), default=0, metavar='N', help='shift training images by up to N pixels')
     c.add_argument('--flip', action='store_true', help='mirror training images at random')
@@ -164,7 +166,9 @@ def _command(args):
     return parser()._subparsers._group_actions[0].choices[args.command]
 
 # %% ../nbs/70_cli.ipynb #893523a3
-def main(argv=None):
+def main(
+    argv:list|None=None, # Words of the command; those it was called with if None
+) -> int:
     "The command `kdnb`; returns its exit status"
     args = parser().parse_args(argv)
     try:
@@ -207,8 +211,7 @@ def _load(args):
     from kdnb.data import folder_dls,image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
     if args.data in image_sets or not Path(args.data).exists():
-        if args.size and args.data in image_sets: raise ValueError(f'--size is for folders, and {args.data} is an image set, whose images have one size. Leave it out.')
-        return image_dls(args.data, **kwargs),args.data
+        return image_dls(args.data, size=args.size, **kwargs),args.data
     p = Path(args.data).resolve()
     return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 
@@ -225,7 +228,10 @@ def _recipe(args):
     return find_recipe(args.recipe)
 
 # %% ../nbs/70_cli.ipynb #fdcf6db4
-def compress(args):
+def compress(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Run a recipe; returns the exit status"
     recipe,(dls,data) = _recipe(args),_load(args)
     from kdnb.recipes.core import ask_recipe
     from kdnb.report import how_to_load
@@ -244,7 +250,9 @@ def _print(record):
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
 # %% ../nbs/70_cli.ipynb #1d01f99a
-def text_table(rows):
+def text_table(
+    rows:list, # Dicts of text
+) -> list[str]:
     "Rows (dicts of text) as lines, columns flush right"
     if not rows: return []
     table = [list(rows[0]), *([str(v) for v in r.values()] for r in rows)]
@@ -252,7 +260,10 @@ def text_table(rows):
     return ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c,w in zip(row[1:], widths[1:]))]) for row in table]
 
 # %% ../nbs/70_cli.ipynb #3d2f2df5
-def write_report(args):
+def write_report(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Write the report of a run, or compare several; returns the exit status"
     from kdnb.recipes.core import Record
     from kdnb.report import compare,report
     records = [Record(o) for o in args.folders]
@@ -264,7 +275,10 @@ def write_report(args):
     return 0
 
 # %% ../nbs/70_cli.ipynb #b259309e
-def show_data(args):
+def show_data(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
     from kdnb.data import data_path,data_table
     from kdnb.report import human
@@ -288,7 +302,10 @@ def _show_folder(args):
     return 0
 
 # %% ../nbs/70_cli.ipynb #0b8cd7b6
-def run_sweep(args):
+def run_sweep(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Run a grid; returns the exit status"
     from kdnb.sweep import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,
                 retry_failed=args.retry_failed, minutes=args.minutes, first=args.first))

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['image_sets', 'ArrayDataset', 'TensorDL', 'take_index', 'SampleIndex', 'CropFlip', 'ArrayDataLoaders', 'from_arrays',
-           'data_path', 'folder_dls', 'image_dls', 'data_table']
+           'data_path', 'exact_test', 'folder_dls', 'image_dls', 'data_table', 'tiny']
 
 # %% ../nbs/00_data.ipynb #7d89f786
-import gzip,hashlib,os,random,tarfile,warnings
+import gzip,hashlib,io,os,random,tarfile,tempfile,warnings,zipfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from filelock import FileLock
 from PIL import Image,ImageOps,UnidentifiedImageError
 from torch import nn
 import torch.nn.functional as F
@@ -39,7 +40,9 @@ class ArrayDataset:
         finally: self.split_idx = was
     def decode(self, o, full=True): return (o[0], *(Category(self.vocab[int(y)]) for y in o[1:2]))
     def new_empty(self):
-        return ArrayDataset(self.x[:0], None if self.y is None else self.y[:0], self.vocab, self.split_idx)
+        "Without images; copies, since a slice would carry all of them into a pickle"
+        x,y = (o if o is None else o[:0].clone() for o in (self.x, self.y))
+        return ArrayDataset(x, y, self.vocab, self.split_idx)
 
 # %% ../nbs/00_data.ipynb #0461155e
 class TensorDL(TfmdDL):
@@ -241,9 +244,11 @@ def _idx(b):
     b = gzip.decompress(b)
     return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(*np.frombuffer(b, '>i4', b[3], 4)).copy()
 
-def _missing(name, root, e=None):
-    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{f" ({e})" if e else ""}. '
-                             'Set KDNB_DATA (or `path=`) to the folder that holds it.')
+# %% ../nbs/00_data.ipynb #2a4b4eaf
+def _missing(name, root, e=None, archive=None):
+    why,or_put = (f' ({e})' if e else ''),(f', or put {archive} there' if archive else '')
+    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{why}. '
+                             f'Set KDNB_DATA (or `path=`) to the folder that holds it{or_put}.')
 
 # %% ../nbs/00_data.ipynb #3701f4a5
 def _mnist(path, cls):
@@ -256,26 +261,49 @@ def _mnist(path, cls):
             ('train-images','train-labels','t10k-images','t10k-labels')]
 
 # %% ../nbs/00_data.ipynb #f561d0c6
-def _cifar10(path):
-    from torchvision.datasets import CIFAR10
-    try: trn,tst = [CIFAR10(path, train=t, download=True) for t in (True,False)]
-    except Exception as e: raise _missing('CIFAR10', path, e) from None
-    return [o for d in (trn,tst) for o in (d.data.transpose(0,3,1,2), np.array(d.targets))]
+def _cifar(path, cls):
+    try: trn,tst = [cls(path, train=t, download=True) for t in (True,False)]
+    except Exception as e: raise _missing(cls.__name__, path, e, cls.filename) from None
+    return [o for d in (trn,tst) for o in (d.data.transpose(0,3,1,2), np.array(d.targets))] + [dict(vocab=trn.classes)]
+
+# %% ../nbs/00_data.ipynb #80c1684f
+def _mapped(folder, name, shape):
+    "Bytes of `shape` from the file `name`-checksum.npy, memory-mapped, or None if there is no such file that is whole"
+    for f in folder.glob(f'{name}-????????.npy'):
+        try: x = np.load(f, mmap_mode='c')
+        except (ValueError,OSError,EOFError): continue
+        if x.shape==shape and f'{zlib.crc32(x):08x}'==f.stem[-8:]: return x
+
+# %% ../nbs/00_data.ipynb #7f878023
+def _cached(name, shape, fill):
+    "Bytes of `shape` that `fill(x)` writes, once for all processes"
+    folder = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'kdnb'
+    if (x := _mapped(folder, name, shape)) is not None: return x
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder/f'{name}.lock'):
+        if (x := _mapped(folder, name, shape)) is not None: return x     # another process was first
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            x = np.lib.format.open_memmap(Path(tmp)/'x.npy', 'w+', np.uint8, shape)
+            fill(x)
+            x.flush()
+            (Path(tmp)/'x.npy').replace(folder/f'{name}-{zlib.crc32(x):08x}.npy')
+        return _mapped(folder, name, shape)
 
 # %% ../nbs/00_data.ipynb #5aeaefc5
 def _cifar10_jpeg(path):
-    src,cache = path/'cifar10-jpeg.tar.xz',Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'kdnb'
-    if not src.exists(): raise _missing('cifar10_jpeg', src)
-    labels = np.load(path/'cifar10-labels-original-order.npz')
-    _check(src, _md5sums(path)[src.name])
-    f = cache/'cifar10-jpeg.npz'
-    if not f.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        tmp = f.with_suffix(f'.{os.getpid()}.npz')
-        np.savez(tmp, **_decode_jpegs(src))
-        tmp.rename(f)
-    x = np.load(f)
-    return [o for s in ('train','test') for o in (_original_order(x[s], labels[s]), labels[s].astype(np.int64))]
+    files = src,order = path/'cifar10-jpeg.tar.xz',path/'cifar10-labels-original-order.npz'
+    for f in files:
+        if not f.exists(): raise _missing('cifar10_jpeg', f)
+    sums = _md5sums(path)
+    _check(src, sums[src.name])
+    labels = np.load(io.BytesIO(_check(order, sums[order.name])))
+    y,yt = (labels[s].astype(np.int64) for s in ('train','test'))
+    def fill(x):
+        imgs = _decode_jpegs(src)
+        x[:len(y)],x[len(y):] = _original_order(imgs['train'], y),_original_order(imgs['test'], yt)
+    key = hashlib.md5(''.join(sums[f.name] for f in files).encode()).hexdigest()[:8]
+    x = _cached(f'cifar10-jpeg-{key}', (len(y)+len(yt),3,32,32), fill)
+    return x[:len(y)],y,x[len(y):],yt
 
 def _md5sums(path): return {Path(k).name: v for v,k in (l.split() for l in (path/'MD5SUMS').read_text().splitlines())}
 
@@ -297,6 +325,62 @@ def _original_order(x, y):
     out = np.empty((len(y), *x.shape[2:]), np.uint8)
     for c in range(len(x)): out[y==c] = x[c]
     return out
+
+# %% ../nbs/00_data.ipynb #c96cc5c2
+def _exact(path):
+    "The first 1,017 test images of CIFAR-10, bit for bit, and their labels"
+    folder = path/'cifar10-lossless-subset'
+    if not (folder/'index.npz').exists(): raise _missing(folder.name, path)
+    sums = _md5sums(path)
+    index = np.load(io.BytesIO(_check(folder/'index.npz', sums['index.npz'])))
+    sheets = [np.asarray(Image.open(io.BytesIO(_check(f, sums[f.name])))) for f in sorted(folder.glob('sheet*.webp'))]
+    x = np.concatenate([o.reshape(len(o)//32,32,-1,32,3).swapaxes(1,2).reshape(-1,32,32,3) for o in sheets])
+    y,n = index['y_test'],len(index['y_train'])
+    return x[n:n+len(y)].transpose(0,3,1,2),y.astype(np.int64)
+
+# %% ../nbs/00_data.ipynb #7de8b1b8
+def exact_test(dls, # Of `image_dls('cifar10_jpeg')`
+    path=None): # Folder that holds the data; `KDNB_DATA` if None
+    "Two test loaders of the same images: as they are in CIFAR-10, bit for bit, and as JPEG"
+    (x,y),ds = _exact(data_path(path)),dls.test.dataset
+    n,y = len(y),torch.from_numpy(y)
+    if len(ds)<n or ds.x.shape[1]!=3 or not torch.equal(ds.y[:n].cpu(), y):
+        raise ValueError(f'the test set of these loaders does not begin with the labels of the {n} exact images of '
+                         "CIFAR-10. Pass the loaders of image_dls('cifar10_jpeg').")
+    return [dls.test.new(ArrayDataset(o, ds.y[:n], ds.vocab, 1)) for o in (_resize(x, ds.x.shape[-2:]), ds.x[:n])]
+
+# %% ../nbs/00_data.ipynb #53bad880
+_tiny_imagenet_zip = dict(url='http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+                          md5='90528d7ca1a48142e341f4ef8d21d0de')
+
+# %% ../nbs/00_data.ipynb #a41b930e
+def _fetch(path, url, md5):
+    "The file at `url` in the folder `path`, fetched if it is not there"
+    from torchvision.datasets.utils import download_url
+    f = path/Path(url).name
+    if not f.exists():
+        try: download_url(url, path, f.name, md5)
+        except Exception as e: raise _missing(f.stem, path, e, f'{f.name} (MD5 {md5})') from None
+    _check(f, md5)
+    return f
+
+# %% ../nbs/00_data.ipynb #3b2ea0a7
+def _tiny_imagenet(path):
+    src = _fetch(path, **_tiny_imagenet_zip)
+    with zipfile.ZipFile(src) as z:
+        root = 'tiny-imagenet-200'
+        def table(f): return [l.split('\t') for l in z.read(f'{root}/{f}').decode().splitlines()]
+        train = sorted(o for o in z.namelist() if o.startswith(f'{root}/train/') and o.endswith('.JPEG'))
+        test = {f'{root}/val/images/{f}': c for f,c,*_ in table('val/val_annotations.txt')}
+        classes,words = sorted(c for c, in table('wnids.txt')),dict(table('words.txt'))
+        def pixels(f): return np.asarray(Image.open(io.BytesIO(z.read(f))).convert('RGB')).transpose(2,0,1)
+        def fill(x):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for i,o in enumerate(pool.map(pixels, [*train,*test])): x[i] = o
+        x = _cached(f'tiny-imagenet-{_tiny_imagenet_zip["md5"][:8]}', (len(train)+len(test),3,64,64), fill)
+    y,yt = (np.array([classes.index(c) for c in o]) for o in ([f.split('/')[2] for f in train], test.values()))
+    vocab = [f'{words[c].split(",")[0]} ({c})' for c in classes]
+    return x[:len(y)],y,x[len(y):],yt,dict(vocab=vocab, stats=imagenet_stats)
 
 # %% ../nbs/00_data.ipynb #aa57ba73
 _suffixes = {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}
@@ -461,7 +545,8 @@ _fashion = 'T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot'.s
 
 image_sets = dict(digits=(_digits, None), mnist=(lambda p: _mnist(p, _tv('MNIST')), None),
                   fashion_mnist=(lambda p: _mnist(p, _tv('FashionMNIST')), _fashion),
-                  cifar10=(_cifar10, _cifar_names), cifar10_jpeg=(_cifar10_jpeg, _cifar_names))
+                  cifar10=(lambda p: _cifar(p, _tv('CIFAR10')), None), cifar10_jpeg=(_cifar10_jpeg, _cifar_names),
+                  cifar100=(lambda p: _cifar(p, _tv('CIFAR100')), None), tiny_imagenet=(_tiny_imagenet, None))
 
 @delegates(from_arrays, but=['test','vocab'])
 def image_dls(name='digits', # One of `image_sets`, or the path of a folder as in `folder_dls`
@@ -475,20 +560,22 @@ def image_dls(name='digits', # One of `image_sets`, or the path of a folder as i
         raise ValueError(f'no image set is called {str(name)!r}, and no folder either. The sets are '
                          f'{", ".join(image_sets)}; for your own images pass a folder, or use `from_arrays`.')
     read,vocab = image_sets[name]
-    x,y,xt,yt = read(data_path(path))
+    x,y,xt,yt,*more = read(data_path(path))
     if size is not None: x,xt = _resize(x, size),_resize(xt, size)
-    return from_arrays(x, y, test=(xt,yt), bs=bs, vocab=vocab, **kwargs)
+    return from_arrays(x, y, test=(xt,yt), bs=bs, **merge(dict(vocab=vocab), *more, kwargs))
 
 # %% ../nbs/00_data.ipynb #f0c8c51e
 _about = dict(digits='1,797 grey, 8×8', mnist='70,000 grey, 28×28', fashion_mnist='70,000 grey, 28×28',
-              cifar10='60,000 colour, 32×32', cifar10_jpeg='60,000 colour, 32×32 (JPEG)')
+              cifar10='60,000 colour, 32×32', cifar10_jpeg='60,000 colour, 32×32 (JPEG)',
+              cifar100='60,000 colour, 32×32', tiny_imagenet='110,000 colour, 64×64')
 
 def _files_of(name, root):
     "`{file: MD5}` of an image set in the folder `root`"
     if name=='digits': return {}
-    if name=='cifar10':
-        cls = _tv('CIFAR10')
+    if name in ('cifar10','cifar100'):
+        cls = _tv(name.upper())
         return {root/cls.base_folder/f: md5 for f,md5 in [*cls.train_list,*cls.test_list]}
+    if name=='tiny_imagenet': return {root/Path(_tiny_imagenet_zip['url']).name: _tiny_imagenet_zip['md5']}
     if name=='cifar10_jpeg':
         sums = _md5sums(root) if (root/'MD5SUMS').exists() else {}
         return {root/o: sums.get(o) for o in ('cifar10-jpeg.tar.xz','cifar10-labels-original-order.npz')}
@@ -514,3 +601,8 @@ def data_table(path=None): # Folder that holds the data; `KDNB_DATA` if None
         n_bytes = sum(f.stat().st_size for f in files if f.is_file())
         rows.append(dict(set=name, images=images, bytes=n_bytes, state=_state(files)))
     return pd.DataFrame(rows).set_index('set')
+
+# %% ../nbs/00_data.ipynb #a8f1d82d
+def tiny():
+    "Are experiments to be run in small? Where there is no CUDA, or KDNB_TINY=1"
+    return os.environ.get('KDNB_TINY')=='1' or not torch.cuda.is_available()

@@ -176,11 +176,11 @@ def vid(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
 
 # %% ../../nbs/55_recipes.vid.ipynb #e6ae6cdb
 def _source(dls, given):
-    "What is given, or the image set that it names, in batches like those of `dls`"
+    "What is given, or the image set that it names, in images and batches as large as those of `dls`"
     if isinstance(given, str): given = dict(name=given)
     if not isinstance(given, dict): return given
     if 'name' not in given: raise ValueError(f"source is {given}, and names no image set. Write dict(name='fashion_mnist', ...).")
-    return image_dls(**dict(bs=dls.bs, device=dls.device) | given)
+    return image_dls(**dict(bs=dls.bs, device=dls.device, size=in_shape(dls)[-2:]) | given)
 
 # %% ../../nbs/55_recipes.vid.ipynb #edc87bb5
 def _check_experiments(experiments, source):

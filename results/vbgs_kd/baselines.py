@@ -77,6 +77,9 @@ def baselines(dls, teacher='lenet5', student='lenet300', path='runs/vbgs_kd_base
             taught = lambda: [KnowledgeDistillation(t, KD(T=s['T'])*s['lam'], task=1-s['lam'], cache=run.cache)]
         def fit(stage, model, n_epoch, cbs, **kwargs):
             return run.fit(stage, run.learner(model, wd=0.), n_epoch, s['lr'], 'fit_flat_cos', cbs=cbs, pct_start=s['pct_start'], **kwargs)
+        def enter_small(stage, model, of):
+            small = shrink(model, dls).eval()
+            run.enter(stage, small, of=of, widths=layer_widths(small))
         net = run.network(student)
         groups,prune = groups_of(net, dls),partial(within_budget, dls=dls, budget=s['budget'], step=s['step'])
         by_weight,by_group = partial(prune, cut=cut_weights),partial(prune, cut=partial(cut_groups, groups=groups))
@@ -84,7 +87,7 @@ def baselines(dls, teacher='lenet5', student='lenet300', path='runs/vbgs_kd_base
         if 'KD' in methods:
             kd = fit('KD', run.network(student), n_student+n_sparse, taught())
             run.enter('KD + magnitude', by_weight(kd), of=kd)
-            run.enter('KD + group magnitude', shrink(by_group(kd), dls).eval(), of=kd)
+            enter_small('KD + group magnitude', by_group(kd), kd)
         if not {'KD + L1','KD + group L1'} & {*methods}: continue
         dense = run.fit('student', run.learner(net), n_student, s['lr'], cbs=taught())
         if 'KD + L1' in methods:
@@ -92,5 +95,5 @@ def baselines(dls, teacher='lenet5', student='lenet300', path='runs/vbgs_kd_base
             run.enter('KD + L1', by_weight(l1), of=dense)
         if 'KD + group L1' in methods:
             grouped = fit('group L1', dense, n_sparse, [*taught(), Penalty(group_l1, s['group_l1'], groups=groups)])
-            run.enter('KD + group L1', shrink(by_group(grouped), dls).eval(), of=dense)
+            enter_small('KD + group L1', by_group(grouped), dense)
     return run.finish([*run.models.values()][-1], of=None)
