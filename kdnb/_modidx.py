@@ -179,6 +179,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.compress._check': ('compress.html#_check', 'kdnb/compress.py'),
                                'kdnb.compress._compressed': ('compress.html#_compressed', 'kdnb/compress.py'),
                                'kdnb.compress._global_values': ('compress.html#_global_values', 'kdnb/compress.py'),
+                               'kdnb.compress._lost': ('compress.html#_lost', 'kdnb/compress.py'),
                                'kdnb.compress._metric': ('compress.html#_metric', 'kdnb/compress.py'),
                                'kdnb.compress._number': ('compress.html#_number', 'kdnb/compress.py'),
                                'kdnb.compress._prove': ('compress.html#_prove', 'kdnb/compress.py'),

@@ -9,18 +9,18 @@ __all__ = ['hows', 'read_limit', 'Budget', 'widths_of', 'in_order_of', 'rising_s
 # %% ../nbs/45_compress.ipynb #b68eca8a
 import math,re
 from collections import Counter
-from dataclasses import dataclass,field
+from dataclasses import dataclass
 from numbers import Integral,Real
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.ticker import EngFormatter
 from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from .channels import _estimate_bn,max_difference,plain_copy
-from .distill.callback import KnowledgeDistillation
+import kdnb.distill.callback      # gives learners `distill`
 from .features import unwrap
-from .measure import accuracy_on,inputs,latency,macs,n_bytes,n_params
+from .measure import first_samples,inputs,latency,macs,n_bytes,n_params
 from .prune.criteria import Scoring,channel_masks,check_choice,check_criterion
 from .prune.masks import mask_model
 from .prune.sensitivity import _Batches,check_data,least,sensitivity,validate_as,without
@@ -201,7 +201,7 @@ def _prove(model, small, gone, xb, tol=1e-5):
     "Raise if `small` does not do what `model` does with the channels `gone` masked"
     masked = plain_copy(model)
     mask_model(masked, channel_masks(masked, {g.name: ~dead for g,dead in gone}, [g for g,_ in gone]))
-    if not (diff := max_difference(masked, small, tuple(x[:4] if isinstance(x, torch.Tensor) else x for x in xb)))<=tol:
+    if not (diff := max_difference(masked, small, first_samples(xb, 4)))<=tol:
         raise ValueError(f'the small network differs from the masked one by {diff:.2g} (allowed: {tol:g}). Please report the architecture.')
 
 # %% ../nbs/45_compress.ipynb #eaccbd01
@@ -288,15 +288,14 @@ def compress_to(self:Learner,
     fit='fit_one_cycle', # Fit method that trains
     cbs=None, # Callbacks for the training
     tries=6, # Budgets that are tried for `max_drop`
-    cache=True, # Of `sensitivity`
     show=None, # Progress bar of `sensitivity`; if None as the learner
-    **kwargs): # Passed on to `distill`
+    **kwargs): # Passed on to `distill`, such as `cache=True` for the teacher's answers
     "Remove channels until the limits hold, and distil from the dense network; returns a `Compressed`. The learner stays as it is"
     _check(how, n_epoch, steps, round_to, criterion)
     check_data(self)
     limits = {k: v for k,v in dict(macs=macs, params=params, bytes=bytes, ms=ms).items() if v is not None}
     args = dict(how=how, n_epoch=n_epoch, steps=steps, round_to=round_to, lr=lr, terms=terms, task=task, criterion=criterion, ignore=ignore, n=n,
-                update_bn=update_bn, fit=fit, cbs=cbs, cache=cache, show=show, distil=kwargs)
+                update_bn=update_bn, fit=fit, cbs=cbs, show=show, distil=kwargs)
     if max_drop is None: return _compressed(self, limits, **args)
     return _smallest(self, limits, max_drop, tries, args)
 
@@ -317,7 +316,11 @@ def said(self:Compressed):
 def _shown(metric, v): return f'{v:.4g}' if metric=='valid_loss' or not 0<=v<=1 else f'{100*v:.2f} %'
 def _change(metric, a, b):
     if metric=='valid_loss' or not 0<=a<=1: return ''
-    return f', {100*abs(a-b):.2f} points {"lost" if b<a else "won"}' if a!=b else ', nothing lost'
+    return f', {100*abs(a-b):.2f} points {"lost" if _lost(metric, a, b)>0 else "won"}' if a!=b else ', nothing lost'
+
+def _lost(metric, a, b):
+    "Points by which `b` is worse than `a`; of an error more is worse"
+    return 100*(b-a if re.search('err|loss|mse|mae|perplexity', metric) else a-b)
 
 # %% ../nbs/45_compress.ipynb #e2d34e79
 @patch
@@ -359,7 +362,7 @@ def _smallest(learn, limits, max_drop, tries, args):
             if 'cannot be reached' not in str(e): raise
             low = mid; continue
         value,= _metric(now.table)
-        drop = 100*(now.table[value].iloc[0]-now.table[value].iloc[-1])
+        drop = _lost(value, now.table[value].iloc[0], now.table[value].iloc[-1])
         rows.append(dict(macs=now.table.macs.iloc[-1], fraction=mid, drop=drop, kept=drop<=max_drop+1e-9))
         low,high,best = (low,mid,now) if rows[-1]['kept'] else (mid,high,best)
     if best is None:

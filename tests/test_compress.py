@@ -210,6 +210,13 @@ def test_the_smallest_that_keeps_the_drop(edge, monkeypatch):
     assert max(edge, .1) <= best.f <= max(edge, .1)+2**-7+1e-9
     assert (best.tries.kept==(best.tries.fraction>=edge)).all()
 
+def test_of_an_error_more_is_worse():
+    learn = learner('lenet5')
+    learn.metrics = L(AvgMetric(error_rate))
+    small = compress(learn, params=.5, how='uniform')
+    small.table['error_rate'] = [.1,.15]
+    assert '10.00 % → 15.00 %, 5.00 points lost' in small.said
+
 def test_a_drop_that_nothing_keeps(monkeypatch):
     monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 5))
     with pytest.raises(ValueError, match='loses at most 1 points; the largest had 984 MACs and lost 5.00'): learner('lenet5').compress_to(max_drop=1)

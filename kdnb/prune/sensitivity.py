@@ -129,6 +129,7 @@ def sensitivity(learn, # Trained `Learner`; it stays as it is
     check_choice('by', by, ('group','layer'))
     unit,levels = dict(group='channel', layer='weight')[by],_check_levels(levels)
     f = check_criterion(criterion, unit)
+    if n is not None and n<1: raise ValueError(f'n is {n!r}, expected a number of validation samples, or None for all.')
     check_data(learn)
     ignore,layers = paths_of(learn.model, ignore),layers if layers in (None,'all') else paths_of(learn.model, layers, 'layers')
     key = fingerprint(learn.model, learn.loss_func, [(m.name, getattr(m, 'func', None)) for m in learn.metrics], list(learn.dls.loaders[:2]),
