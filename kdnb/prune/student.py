@@ -97,9 +97,9 @@ def _widths(model, groups, rounding):
 # %% ../../nbs/33_prune.student.ipynb #dbbc83be
 def _behind(g, n):
     "Which units of group `g` stand behind the first `n`, or behind the first of each block"
-    blocks = torch.zeros(g.n, dtype=torch.long) if g.blocks is None else g.blocks
-    per,behind = n//len(blocks.unique()),torch.zeros(g.n, dtype=torch.bool)
-    rank = torch.cat([torch.arange(int((blocks==b).sum())) for b in blocks.unique()])
+    blocks = torch.zeros(g.n, dtype=torch.long, device='cpu') if g.blocks is None else g.blocks
+    per,behind = n//len(blocks.unique()),torch.zeros(g.n, dtype=torch.bool, device='cpu')
+    rank = torch.cat([torch.arange(int((blocks==b).sum()), device='cpu') for b in blocks.unique()])
     behind[blocks.argsort(stable=True)] = rank>=per
     return behind
 
