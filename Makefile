@@ -4,7 +4,7 @@ READY  := .venv/.installed
 PEERS  := bench/.peers/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lab nbs readme evidence tables results bench clean
+.PHONY: help demo test lab nbs gpu readme evidence tables results bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -19,9 +19,12 @@ test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real M
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py
 
-nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAGS="slow gpu"]
+nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/00_data.ipynb] [FLAGS=slow]
 	$(BIN)/nbdev-export
 	$(BIN)/python .ci/nbs.py $(NB) --flags "$(FLAGS)"
+
+gpu: $(READY)  ## run the GPU cells of the notebooks and keep what they show; without CUDA in small: make gpu [MINUTES=10] [JOBS=10] [NB=...]
+	$(BIN)/python -W ignore::FutureWarning .ci/gpu.py $(NB) --minutes $(or $(MINUTES),10) --jobs $(or $(JOBS),10)
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/nbs.py --readme

@@ -28,6 +28,12 @@ def marked(fn, directive):
     found = [o.idx_ for o in cells if directive in o.directives]
     return {o.idx_ for o in cells if found and o.idx_ < found[0] and 'import *' in o.source and 'export' not in o.directives} | {*found}
 
+def client(nb, fn):
+    "What runs the cells of `nb` where `fn` is, in a kernel of this interpreter and no other"
+    km = AsyncKernelManager(transport_encryption='auto', kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    return NotebookClient(nb, km=km, coalesce_streams=True, store_widget_state=False, record_timing=False,
+                          resources={'metadata': {'path': fn.parent}})
+
 def run(fn, flags, only=None):
     "Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the outputs they have"
     todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
@@ -36,10 +42,7 @@ def run(fn, flags, only=None):
     if not todo: return
     nb = nbformat.read(fn, 4)
     for i,c in enumerate(nb.cells): c.metadata.tags = [] if i in todo else ['skip-execution']
-    km = AsyncKernelManager(transport_encryption='auto',
-                            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))  # only this interpreter's own kernel
-    NotebookClient(nb, km=km, coalesce_streams=True, store_widget_state=False, record_timing=False,
-                   resources={'metadata': {'path': fn.parent}}).execute(cleanup_kc=True)
+    client(nb, fn).execute(cleanup_kc=True)
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
@@ -62,10 +65,11 @@ def readme():
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('notebooks', nargs='*', type=Path, help='default: all in nbs/')
-    p.add_argument('--flags', default='', help='cells to run too: "slow gpu"')
+    p.add_argument('--flags', default='', help='cells to run too: "slow"')
     p.add_argument('--only', metavar='DIRECTIVE', help='only cells with this directive, such as rows, and the imports before them')
     p.add_argument('--readme', action='store_true', help='run nothing')
     a = p.parse_args()
+    if 'gpu' in (*a.flags.split(), a.only): p.error('GPU cells are run and stored by `make gpu`')
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]

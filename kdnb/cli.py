@@ -39,9 +39,10 @@ networks:
   a mistyped name is answered with those near it. They take the size and number of channels of your images.
 
 data:
-  digits (1,797 real images, no download), mnist, fashion_mnist, cifar10, cifar10_jpeg, or a folder of your own:
-  train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth becomes the test set;
-  or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is understood.
+  digits (1,797 real images, no download), mnist, fashion_mnist, cifar10, cifar10_jpeg, cifar100, tiny_imagenet;
+  or a folder of your own: train/, valid/ and test/ with a folder for each class; or class folders alone, and a fifth
+  becomes the test set; or images and labels.csv with the columns name,label[,split]. `kdnb data FOLDER` shows what is
+  understood.
 
 recipes, methods and criteria of your own:
   --recipe my.py:my_recipe runs a function of yours, --recipe name one that is decorated with @recipe. A file that is
@@ -109,7 +110,7 @@ def _compress_parser(commands, text):
     c.add_argument('--import', dest='bring', nargs='+', action='extend', default=[], metavar='FILE|MODULE',
                    help='Python code of your own to read first, see below')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
-    c.add_argument('--size', type=_size, metavar='N', help='edge of the images of a folder, or height,width')
+    c.add_argument('--size', type=_size, metavar='N', help='edge that the images are to have, or height,width')
     c.add_argument('--bs', type=_from(1), metavar='N', help='images in a batch (64 for digits and folders, else 256)')
     c.add_argument('--pad', type=_from(0), default=0, metavar='N', help='shift training images by up to N pixels')
     c.add_argument('--flip', action='store_true', help='mirror training images at random')
@@ -206,8 +207,7 @@ def _load(args):
     from kdnb.data import folder_dls,image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
     if args.data in image_sets or not Path(args.data).exists():
-        if args.size and args.data in image_sets: raise ValueError(f'--size is for folders, and {args.data} is an image set, whose images have one size. Leave it out.')
-        return image_dls(args.data, **kwargs),args.data
+        return image_dls(args.data, size=args.size, **kwargs),args.data
     p = Path(args.data).resolve()
     return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
 

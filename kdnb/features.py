@@ -9,7 +9,7 @@ __all__ = ['unwrap', 'get_layer', 'described', 'as_network', 'Capture', 'as_logi
 
 # %% ../nbs/03_features.ipynb #16bcfe9f
 import hashlib,json
-from collections.abc import Mapping
+from collections.abc import Callable,Iterable,Mapping
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -18,12 +18,15 @@ import numpy as np, pandas as pd, torch
 from torch import fx,nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import NodePathTracer
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.basics import tuplify
 from .measure import evaluating,inputs
 
 # %% ../nbs/03_features.ipynb #67dcb4e9
-def unwrap(model):
+def unwrap(
+    model:nn.Module, # Network, compiled or in DistributedDataParallel or not
+) -> nn.Module:
     "The network inside the wrappers of `torch.compile` and DistributedDataParallel"
     while True:
         if isinstance(model, DistributedDataParallel): model = model.module
@@ -31,8 +34,11 @@ def unwrap(model):
         else: return model
 
 # %% ../nbs/03_features.ipynb #85520842
-def get_layer(model, path):
-    "The layer of `model` at `path`, such as 'layer1.0.conv1'"
+def get_layer(
+    model:nn.Module, # Any module
+    path:str, # Path as in `named_modules`; '' is `model` itself
+) -> nn.Module:
+    "The layer of `model` at `path`, such as 'layer1.0.conv1'. Raises `ValueError` if it has no such layer."
     model = unwrap(model)
     layers = {n: m for n,m in model.named_modules() if n}
     if path in layers: return layers[path]
@@ -41,7 +47,9 @@ def get_layer(model, path):
                      f'The nearest names are {", ".join(map(repr, near))}; layer_shapes(model, xb) lists them all.')
 
 # %% ../nbs/03_features.ipynb #1cfcb352
-def described(o):
+def described(
+    o:object, # Anything that was given for something else
+) -> str:
     "What `o` is, in a few words for a message"
     if isinstance(o, partial): o = o.func
     if isinstance(o, type): return f'the class {o.__name__}'
@@ -51,8 +59,11 @@ def described(o):
     return said if len(said := repr(o))<=80 else f'a {type(o).__name__}'
 
 # %% ../nbs/03_features.ipynb #f2bfe5ae
-def as_network(o, what='teacher'):
-    "The network of a `Learner`, or the network `o`"
+def as_network(
+    o:object, # `Learner` or module
+    what:str='teacher', # What it is to be, for the message
+) -> nn.Module:
+    "The network of a `Learner`, or the network `o`. Raises `ValueError` if `o` is neither."
     if isinstance(o, Learner): o = o.model
     several = isinstance(o, (tuple,list,dict)) or isinstance(o, (nn.ModuleList,nn.ModuleDict)) and type(o).forward is nn.Module.forward
     if isinstance(o, nn.Module) and not several: return o
@@ -71,9 +82,10 @@ def _first(out):
 class Capture:
     "What the layers `paths` of `model` said in its last call, taken with `take()`; a context manager, or `remove()` it"
     def __init__(self,
-        model, # Any module, also compiled or in DistributedDataParallel
-        paths, # Paths of layers
-        xb=None): # Inputs for a trial run, which finds the outputs that a later layer overwrites
+        model:nn.Module, # Any module, also compiled or in DistributedDataParallel
+        paths:list, # Paths of layers
+        xb:tuple|None=None, # Inputs for a trial run, which finds the outputs that a later layer overwrites
+    ):
         self.layers,self._copied = {p: get_layer(model, p) for p in paths},set()
         self.said = dict.fromkeys(self.layers)   # its keys never change: compiled code depends on them
         self._hooks = [m.register_forward_hook(partial(self._hear, p)) for p,m in self.layers.items()]
@@ -87,8 +99,10 @@ class Capture:
         out = _first(out)
         self.said[path] = out.clone() if path in self._copied else out
 
-    def take(self):
-        "`{path: tensor}` in the order of `paths`; nothing is kept"
+    def take(self) -> dict[str,torch.Tensor]:
+        """`{path: tensor}` in the order of `paths`; nothing is kept
+
+        Raises `ValueError` if a layer did not run or gave no tensor."""
         said = dict(self.said)
         self.forget()
         for p,o in said.items():
@@ -97,10 +111,12 @@ class Capture:
                                  'Choose a layer that layer_shapes(model, xb) lists.')
         return {p: o.as_subclass(torch.Tensor) for p,o in said.items()}
 
-    def forget(self):
+    def forget(self) -> None:
+        "Drop what was captured of the last batch"
         for p in self.said: self.said[p] = None
 
-    def remove(self):
+    def remove(self) -> None:
+        "Take the hooks off the network"
         for h in self._hooks: h.remove()
         self._hooks = []
         self.forget()
@@ -153,10 +169,12 @@ def _entry(out, key):
     except (AttributeError,KeyError,IndexError,TypeError): return None
 
 # %% ../nbs/03_features.ipynb #bbe3a8b8
-def as_logits(out, # What a network returned
-    logits=None, # Key, index or attribute of the logits in it, or a function of it; the usual ones if None
-    who='the network'): # For the message
-    "The logits, a plain tensor"
+def as_logits(
+    out:object, # What a network returned
+    logits:str|int|Callable|None=None, # Key, index or attribute of the logits in it, or a function of it; the usual ones if None
+    who:str='the network', # For the message
+) -> torch.Tensor:
+    "The logits, a plain tensor. Raises `ValueError` if it is not known what of `out` they are."
     found = out if logits is None else logits(out) if callable(logits) else _entry(out, logits)
     if (z := _usual_logits(found)) is not None: return z
     names = _fields(out)
@@ -166,24 +184,31 @@ def as_logits(out, # What a network returned
                      "Name them: logits='key', an index, or a function of what it returns that gives a tensor.")
 
 # %% ../nbs/03_features.ipynb #7491407b
-def find_logits(out, logits=None):
+def find_logits(
+    out:object, # What a network returned
+    logits:str|int|Callable|None=None, # Where they are in it, see `as_logits`
+) -> object:
     "As `as_logits`; but `out` itself, if nobody has named the logits and they are not known"
     if logits is not None: return as_logits(out, logits)
     return out if (z := _usual_logits(out)) is None else z
 
 # %% ../nbs/03_features.ipynb #888bd17c
 @torch.no_grad()
-def hear(model, # Any module
-    paths, # Paths of layers
-    data, # `DataLoaders`, a batch, or a tuple of inputs
-    logits=None): # Where the logits are in what the network returns, see `as_logits`
+def hear(
+    model:nn.Module, # Any module
+    paths:list, # Paths of layers
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    logits:str|int|Callable|None=None, # Where the logits are in what the network returns, see `as_logits`
+) -> tuple:
     "Logits of `model` in evaluation mode (what it returns, if none are known in that), and `{path: outputs of that layer}`"
     xb = inputs(data, model)
     with evaluating(model), Capture(model, paths, xb) as c: return find_logits(model(*xb), logits),c.take()
 
 # %% ../nbs/03_features.ipynb #cb757429
-def layer_shapes(model, # Any module
-    data): # `DataLoaders`, a batch, or a tuple of inputs
+def layer_shapes(
+    model:nn.Module, # Any module
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+) -> pd.DataFrame:
     "`DataFrame` of kind and output shape of every layer that runs, in the order in which they finish, by path"
     rows = [(path, type(m).__name__, o) for path,m,_,o in _calls(model, data)]
     return pd.DataFrame(rows, columns=['layer','kind','shape']).set_index('layer')
@@ -205,9 +230,13 @@ def _shape(out):
     return tuple(out.shape) if isinstance(out, torch.Tensor) else ()
 
 # %% ../nbs/03_features.ipynb #acad98e9
-def as_pairs(layers, # `{student's layer: teacher's layer}`, or the name(s) of the student's
-    teacher_layers=None): # Name(s) of the teacher's; those of the student if None
-    "`[(student's layer, teacher's layer), …]` in the order given"
+def as_pairs(
+    layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+    teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's; those of the student if None
+) -> list[tuple[str,str]]:
+    """`[(student's layer, teacher's layer), …]` in the order given
+
+    Raises `ValueError` if there are none, or not as many on both sides."""
     if isinstance(layers, dict): pairs = list(layers.items())
     else:
         s = list(tuplify(layers))
@@ -220,10 +249,15 @@ def as_pairs(layers, # `{student's layer: teacher's layer}`, or the name(s) of t
     return pairs
 
 # %% ../nbs/03_features.ipynb #fb11f907
-def match_stages(student, teacher, # Two convolutional networks
-    data, # `DataLoaders`, a batch, or a tuple of inputs
-    show=True): # Print the pairs
-    "Propose `{student's layer: teacher's layer}`: the ends of the stages whose maps have the same size"
+def match_stages(
+    student:nn.Module, # Convolutional network
+    teacher:nn.Module, # Another one
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    show:bool=True, # Print the pairs
+) -> dict[str,str]:
+    """Propose `{student's layer: teacher's layer}`: the ends of the stages whose maps have the same size
+
+    Raises `ValueError` if no maps are of equal size."""
     s,t = (stage_ends(m, data) for m in (student, teacher))
     pairs = {s[size]: t[size] for size in s if size in t}
     if not pairs:
@@ -235,8 +269,10 @@ def match_stages(student, teacher, # Two convolutional networks
     return pairs
 
 # %% ../nbs/03_features.ipynb #17b4f0d6
-def stage_ends(model, # Any convolutional network
-    data): # `DataLoaders`, a batch, or a tuple of inputs
+def stage_ends(
+    model:nn.Module, # Any convolutional network
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+) -> dict[tuple,str]:
     "`{(H, W): path}` of the layer that finishes last with maps of that size, not within a block that goes on to another size"
     last = {}
     for path,m,*shapes in _calls(model, data):      # of several calls the last, which `Capture` hears
@@ -253,36 +289,51 @@ def stage_ends(model, # Any convolutional network
 def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
 
 # %% ../nbs/03_features.ipynb #e134198c
-def last_map(model, # Any convolutional network
-    data): # `DataLoaders`, a batch, or a tuple of inputs
-    "Path of the layer that finishes last with maps larger than 1 × 1"
+def last_map(
+    model:nn.Module, # Any convolutional network
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+) -> str:
+    """Path of the layer that finishes last with maps larger than 1 × 1
+
+    Raises `ValueError` if it has no maps (B, C, H, W)."""
     if not (ends := stage_ends(model, data)):
         raise ValueError(f'{type(model).__name__} has no maps (B, C, H, W): it is not convolutional. '
                          'Choose a method that compares answers or vectors, or another network.')
     return list(ends.values())[-1]
 
 # %% ../nbs/03_features.ipynb #72683520
-def last_linear(model, data):
-    "Path of the linear layer that runs last"
+def last_linear(
+    model:nn.Module, # Any module
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+) -> str:
+    "Path of the linear layer that runs last. Raises `ValueError` if none runs."
     rows = layer_shapes(model, data)
     if not len(rows := rows[rows['kind']=='Linear']):
         raise ValueError(f'{type(model).__name__} has no linear layer that could be its classifier.')
     return rows.index[-1]
 
 # %% ../nbs/03_features.ipynb #599b3b95
-def penultimate(model, # Any network that ends in a linear layer
-    data): # `DataLoaders`, a batch, or a tuple of inputs
-    "Path of the layer that finishes last before the last linear layer: whose output that reads, if no function stands between"
+def penultimate(
+    model:nn.Module, # Any network that ends in a linear layer
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+) -> str:
+    """Path of the layer that finishes last before the last linear layer: whose output that reads, if no function stands between
+
+    Raises `ValueError` if there is only one layer."""
     paths = list(layer_shapes(model, data).index)
     if not (i := paths.index(last_linear(model, data))):
         raise ValueError(f'{type(model).__name__} is one linear layer: there is nothing before it.')
     return paths[i-1]
 
 # %% ../nbs/03_features.ipynb #7673f1a9
-def cut(model, # Module that torch.fx can trace
-    path, # Layer after which to cut
-    logits=None): # Where the logits are in what `model` returns, see `as_logits`
-    "`model` as two modules: up to the output of the layer `path`, and from there to the logits"
+def cut(
+    model:nn.Module, # Module that torch.fx can trace
+    path:str, # Layer after which to cut
+    logits:str|int|Callable|None=None, # Where the logits are in what `model` returns, see `as_logits`
+) -> tuple[nn.Module,nn.Module]:
+    """`model` as two modules: up to the output of the layer `path`, and from there to the logits
+
+    Raises `ValueError` if the layer does not run, if torch.fx cannot follow the network, or if what follows also reads earlier layers."""
     model = unwrap(model)
     get_layer(model, path)
     tracer = NodePathTracer()
@@ -318,12 +369,17 @@ def _needed(node, stop=None):
     return found
 
 # %% ../nbs/03_features.ipynb #943d53e3
-def raw_bytes(t):
+def raw_bytes(
+    t:torch.Tensor, # Any tensor
+) -> bytes:
     "The numbers of the tensor `t` as bytes, for a checksum"
     return t.detach().as_subclass(torch.Tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 # %% ../nbs/03_features.ipynb #37e5e963
-def mark_of(model, dl):
+def mark_of(
+    model:nn.Module, # Any module
+    dl:Iterable, # `DataLoader`; it is read in order
+) -> str:
     "A checksum of the network's weights and of the images that `dl` gives"
     h = hashlib.sha256(type(unwrap(model)).__name__.encode())
     first = dl.new(shuffle=False, drop_last=False).one_batch()
@@ -333,12 +389,16 @@ def mark_of(model, dl):
 
 # %% ../nbs/03_features.ipynb #a85df4eb
 @torch.no_grad()
-def answers(model, # Any module
-    dl, # DataLoader; it is read in order
-    layers=(), # Paths of layers whose outputs are stored too
-    folder=None, # Where to keep them as memory-mapped files; in memory, on the model's device, if None
-    logits=None): # Where the logits are in what the network returns, see `as_logits`
-    "`{'': logits (N, …), path: outputs of that layer (N, …)}` of `model` for every sample of `dl`; no `''` if none are known"
+def answers(
+    model:nn.Module, # Any module
+    dl:Iterable, # DataLoader; it is read in order
+    layers:tuple|list=(), # Paths of layers whose outputs are stored too
+    folder:str|Path|None=None, # Where to keep them as memory-mapped files; in memory, on the model's device, if None
+    logits:str|int|Callable|None=None, # Where the logits are in what the network returns, see `as_logits`
+) -> dict[str,torch.Tensor]:
+    """`{'': logits (N, …), path: outputs of that layer (N, …)}` of `model` for every sample of `dl`; no `''` if none are known
+
+    Raises `ValueError` if `folder` holds the answers of another network or to other images."""
     dl,names = dl.new(shuffle=False, drop_last=False),['', *layers]
     if folder: note,mark = Path(folder)/'answers.json',dict(mark=mark_of(model, dl), names=names)
     if folder and logits is not None: mark['logits'] = getattr(logits, '__qualname__', None) or described(logits)

@@ -9,6 +9,7 @@ __all__ = ['weighted', 'n_params', 'n_bytes', 'n_weights', 'inputs', 'first_samp
 
 # %% ../nbs/02_measure.ipynb #4c48e4b2
 import time
+from collections.abc import Callable,Iterable,Iterator
 from contextlib import ExitStack,contextmanager,nullcontext
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from matplotlib.ticker import EngFormatter
@@ -23,21 +24,33 @@ from fastai.torch_core import no_random
 # %% ../nbs/02_measure.ipynb #21812117
 weighted = (nn.Linear, nn.modules.conv._ConvNd)
 
-def n_params(model): return sum(p.numel() for p in model.parameters())
+def n_params(
+    model:nn.Module, # Any module
+) -> int:
+    "Number of parameters; one that is shared counts once"
+    return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/02_measure.ipynb #9e4fbeee
-def n_bytes(model): return sum(t.numel()*t.element_size() for t in (*model.parameters(), *model.buffers()))
+def n_bytes(
+    model:nn.Module, # Any module
+) -> int:
+    "Bytes of parameters and buffers"
+    return sum(t.numel()*t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 # %% ../nbs/02_measure.ipynb #e4f5d805
-def n_weights(model, # Any module
-    nonzero=False): # Count only those that are not zero
+def n_weights(
+    model:nn.Module, # Any module
+    nonzero:bool=False, # Count only those that are not zero
+) -> int:
     "Number of weights of linear and convolution layers, without biases; what layers share counts once"
     ws = {m._parameters.get('weight', m): m.weight for m in model.modules() if isinstance(m, weighted)}
     return sum(int(w.count_nonzero()) if nonzero else w.numel() for w in ws.values())
 
 # %% ../nbs/02_measure.ipynb #5853acc7
-def inputs(data, # `DataLoaders`, a batch, or a tuple of input tensors
-    model=None): # Move the inputs to this model's device
+def inputs(
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of input tensors
+    model:nn.Module|None=None, # Move the inputs to this model's device
+) -> tuple:
     "The tuple of inputs of one validation batch (of a training batch, if there is no validation set)"
     if isinstance(data, DataLoaders):
         with no_random(reproducible=False):     # a training that is resumed must not see who looked
@@ -48,9 +61,11 @@ def inputs(data, # `DataLoaders`, a batch, or a tuple of input tensors
     return tuple(tree_map_only(torch.Tensor, place, o) for o in tuplify(data))
 
 # %% ../nbs/02_measure.ipynb #c105ae26
-def first_samples(xb, # Tuple of inputs: tensors, lists and dicts of them
-    n, # Number of samples
-    least=1): # Repeat a single sample so often
+def first_samples(
+    xb:tuple, # Tuple of inputs: tensors, lists and dicts of them
+    n:int, # Number of samples
+    least:int=1, # Repeat a single sample so often
+) -> tuple:
     "The first `n` samples of the inputs `xb`; a list holds samples, of sizes of their own"
     def first(o): return o if not o.ndim else o[:n] if len(o)>=least else o.repeat(least, *[1]*(o.ndim-1))
     def each(o):
@@ -61,7 +76,9 @@ def first_samples(xb, # Tuple of inputs: tensors, lists and dicts of them
 
 # %% ../nbs/02_measure.ipynb #0804b203
 @contextmanager
-def evaluating(model):
+def evaluating(
+    model:nn.Module, # Any module
+) -> Iterator[nn.Module]:
     "Put `model` in evaluation mode, and every module back in the mode it had"
     modes = [(m, m.training) for m in model.modules()]
     try: yield model.eval()
@@ -71,7 +88,9 @@ def evaluating(model):
 # %% ../nbs/02_measure.ipynb #2c2eded3
 class Milliseconds(float):
     "A median, and its `spread`: half the distance of the quartiles"
-    def __new__(cls, times): # Of all rounds (n,)
+    def __new__(
+        cls, times:torch.Tensor, # Of all rounds (n,)
+    ):
         low,high = times.quantile(torch.tensor([.25,.75], dtype=times.dtype)).tolist()
         self = super().__new__(cls, times.median())
         self.spread = (high-low)/2
@@ -79,8 +98,10 @@ class Milliseconds(float):
     def __reduce__(self): return float,(float(self),)
 
 # %% ../nbs/02_measure.ipynb #98a89a62
-def median_ms(fs, # Functions without arguments
-    rounds=11): # How often each is called
+def median_ms(
+    fs:list, # Functions without arguments
+    rounds:int=11, # How often each is called
+) -> list[Milliseconds]:
     "Median `Milliseconds` of each of `fs`: one thread, in turn, processor time (on a GPU: time until it is done)"
     cuda = torch.cuda.is_available()
     def clock():
@@ -98,7 +119,11 @@ def median_ms(fs, # Functions without arguments
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/02_measure.ipynb #aef6f475
-def latency(models, data, rounds=11):
+def latency(
+    models:list, # Modules that take the same inputs
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, or a batch of inputs
+    rounds:int=11, # How often each is called
+) -> list[Milliseconds]:
     "Median milliseconds a batch for each of `models` (a list), measured in turn"
     xb = inputs(data, models[0])
     def run(m):
@@ -125,7 +150,10 @@ def _calls(model, xb):
 _uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
               torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
 
-def macs(model, data):
+def macs(
+    model:nn.Module, # Any module
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, or a batch of inputs; one sample is taken
+) -> dict[str,int]:
     "Multiply-accumulates for one input, by path of layer; `''` is the total"
     xb = first_samples(inputs(data, model), 1)
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -137,10 +165,12 @@ def macs(model, data):
             | {'': c.get_total_flops()//2})
 
 # %% ../nbs/02_measure.ipynb #105f7514
-def cost(model, # Any module
-    data, # `DataLoaders` or a batch of inputs; the latency is for this batch
-    latency=True, # Measure milliseconds
-    rounds=11): # How often
+def cost(
+    model:nn.Module, # Any module
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders` or a batch of inputs; the latency is for this batch
+    latency:bool=True, # Measure milliseconds
+    rounds:int=11, # How often
+) -> pd.DataFrame:
     "`DataFrame` of shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and a total"
     xb,mac = inputs(data, model),macs(model, data)
     with evaluating(model):
@@ -163,8 +193,12 @@ def _counts(m, mac):
                 macs=mac, bytes=n_bytes(m))
 
 # %% ../nbs/02_measure.ipynb #32d312da
-def in_order(dl): # `DataLoader`, or any iterable
-    "The batches of `dl` in order: nothing is shuffled, dropped or transformed at random"
+def in_order(
+    dl:Iterable, # `DataLoader`, or any iterable
+) -> Iterator:
+    """The batches of `dl` in order: nothing is shuffled, dropped or transformed at random
+
+    Raises `ValueError` if `dl` is `DataLoaders`."""
     if isinstance(dl, DataLoaders):
         raise ValueError(f'dl is {type(dl).__name__}, expected one loader. Pass one of its loaders, such as dls.valid.')
     as_valid = getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)   # no random transforms
@@ -172,8 +206,11 @@ def in_order(dl): # `DataLoader`, or any iterable
         yield from dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
 
 # %% ../nbs/02_measure.ipynb #ff7cc753
-def split_batch(b, n_inp=None):
-    "Inputs and labels (B,) of a batch"
+def split_batch(
+    b:tuple|list, # Inputs and labels
+    n_inp:int|None=None, # How many of them are inputs; all but the last if None
+) -> tuple:
+    "Inputs and labels (B,) of a batch. Raises `ValueError` if there are no class numbers (B,)."
     n = len(b)-1 if n_inp is None else n_inp
     if not isinstance(b, (tuple,list)) or not 0 < n < len(b):
         raise ValueError(f'a batch is {type(b).__name__} of length {len(b)}, expected (inputs, labels). '
@@ -197,10 +234,14 @@ def _logits(model, xb, y):
 
 # %% ../nbs/02_measure.ipynb #ae6bc007
 @torch.no_grad()
-def predictions(models, # Module that gives logits (B, C), or several of them
-    dl, # `DataLoader`, or any iterable of `(*inputs, labels)`
-    f=None): # `f(*logits, labels)` of a batch says what is kept of it, a tensor or several; all if None
-    "Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), as a tuple of tensors on the CPU"
+def predictions(
+    models:nn.Module|Iterable, # Module that gives logits (B, C), or several of them
+    dl:Iterable, # `DataLoader`, or any iterable of `(*inputs, labels)`
+    f:Callable|None=None, # `f(*logits, labels)` of a batch says what is kept of it, a tensor or several; all if None
+) -> tuple:
+    """Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), as a tuple of tensors on the CPU
+
+    Raises `ValueError` if there is no batch, or if outputs are no logits (B, C) of as many classes as there are labels."""
     models,kept = [models] if isinstance(models, nn.Module) else list(models),[]
     with ExitStack() as modes:
         for m in models: modes.enter_context(evaluating(m))
@@ -212,8 +253,10 @@ def predictions(models, # Module that gives logits (B, C), or several of them
     return tuple(torch.cat(o) for o in zip(*kept))
 
 # %% ../nbs/02_measure.ipynb #ac5c8c99
-def accuracy_on(model, # Module that gives logits
-    dl): # `DataLoader` or iterable of `(inputs, labels)`
+def accuracy_on(
+    model:nn.Module, # Module that gives logits
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+) -> float:
     "Fraction of `dl` that `model` classifies correctly"
     right, = predictions(model, dl, lambda z,y: z.argmax(1)==y)
     return right.double().mean().item()
@@ -231,23 +274,29 @@ def _class_variance(p, y):
     return ((p-mean[c])**2/n[c]).sum()/len(n)
 
 # %% ../nbs/02_measure.ipynb #17a43b2b
-def uncertainty(model, # Module that gives logits
-    dl): # `DataLoader` or iterable of `(inputs, labels)`
+def uncertainty(
+    model:nn.Module, # Module that gives logits
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+) -> float:
     "Variance of the true class's probability within a class, mean over classes: 0 to 1/4 (Wang et al. 2022, equation 5)"
     return _class_variance(*predictions(model, dl, lambda z,y: (_log_p(z, y).exp(), y))).item()
 
 # %% ../nbs/02_measure.ipynb #470fe20a
-def agreement(a, # Module that gives logits
-    b, # Another one
-    dl): # `DataLoader` or iterable of `(inputs, labels)`
+def agreement(
+    a:nn.Module, # Module that gives logits
+    b:nn.Module, # Another one
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+) -> float:
     "Fraction of samples for which `a` and `b` name the same class"
     same, = predictions((a, b), dl, lambda z_a,z_b,y: z_a.argmax(1)==z_b.argmax(1))
     return same.double().mean().item()
 
 # %% ../nbs/02_measure.ipynb #e0cc4553
-def smoothness(teacher, # Module that gives logits
-    regularized, # The same, trained with a regulariser or pruned
-    dl): # `DataLoader` or iterable of `(inputs, labels)`
+def smoothness(
+    teacher:nn.Module, # Module that gives logits
+    regularized:nn.Module, # The same, trained with a regulariser or pruned
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+) -> float:
     "Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother (Park and No 2022, equation 7)"
     ratio, = predictions((teacher, regularized), dl, lambda z_t,z_r,y: _log_p(z_t, y) - _log_p(z_r, y))
     return ratio.mean().item()
@@ -268,8 +317,12 @@ def _levels(curve):
     return size,levels.round({'sparsity': 6})
 
 # %% ../nbs/02_measure.ipynb #f8fd18f8
-def find_breakpoint(curve): # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
-    "The last row before accuracy falls faster than size, as fractions of the dense network (Malihi and Heidemann 2023, section 4.4)"
+def find_breakpoint(
+    curve:pd.DataFrame, # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
+) -> pd.Series:
+    """The last row before accuracy falls faster than size, as fractions of the dense network (Malihi and Heidemann 2023, section 4.4)
+
+    Raises `ValueError` if columns are missing or a number is not finite."""
     size,levels = _levels(curve)
     best = levels['accuracy'][::-1].cummax()[::-1]   # of all that are as sparse or sparser: a dip is no fall
     lost,saved = -best.diff()*levels[size][0],-levels[size].diff()*levels['accuracy'][0]
@@ -277,8 +330,10 @@ def find_breakpoint(curve): # `DataFrame` with `sparsity`, `weights` left (or `p
     return levels.drop(columns=['low','high']).iloc[falls.idxmax()-1 if falls.any() else -1]
 
 # %% ../nbs/02_measure.ipynb #5442c0a8
-def plot_breakpoint(curves, # `DataFrame` as in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
-    ax=None):
+def plot_breakpoint(
+    curves:pd.DataFrame|dict, # `DataFrame` as in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
+    ax:plt.Axes|None=None, # Axes to draw on
+) -> plt.Axes:
     "Accuracy against what is left, range of repeats and breakpoint (Malihi and Heidemann 2023, Figures 2 and 3); returns the axes"
     ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
     for name,curve in (curves if isinstance(curves, dict) else {'': curves}).items():
@@ -294,12 +349,16 @@ def plot_breakpoint(curves, # `DataFrame` as in `find_breakpoint`, or `{name: Da
     return ax
 
 # %% ../nbs/02_measure.ipynb #7f67c192
-def embed_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
-    dl, # `DataLoader` or iterable of `(inputs, labels)`
-    n=300, # Samples, drawn at random from those of `classes`
-    classes=None, # Numbers of the classes; all if None
-    seed=0): # For the draw and for t-SNE
-    "t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number"
+def embed_predictions(
+    models:nn.Module|dict, # Module that gives logits, or `{name: module}` for a panel each
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+    n:int=300, # Samples, drawn at random from those of `classes`
+    classes:list|None=None, # Numbers of the classes; all if None
+    seed:int=0, # For the draw and for t-SNE
+) -> pd.DataFrame:
+    """t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number
+
+    Raises `ValueError` if fewer than 4 samples are there."""
     from sklearn.manifold import TSNE
     models = models if isinstance(models, dict) else {type(models).__name__: models}
     *probs,y = predictions(models.values(), dl, lambda *o: (*(z.double().softmax(1) for z in o[:-1]), o[-1]))
@@ -312,12 +371,14 @@ def embed_predictions(models, # Module that gives logits, or `{name: module}` fo
     return pd.concat(map(panel, models, probs), ignore_index=True)
 
 # %% ../nbs/02_measure.ipynb #944c03d5
-def plot_predictions(models, # Module that gives logits, or `{name: module}` for a panel each
-    dl, # `DataLoader` or iterable of `(inputs, labels)`
-    n=300, # Samples shown, drawn at random from those of `classes`
-    classes=None, # Numbers of the classes shown; all if None
-    seed=0, # For the draw and for t-SNE
-    figsize=None):
+def plot_predictions(
+    models:nn.Module|dict, # Module that gives logits, or `{name: module}` for a panel each
+    dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
+    n:int=300, # Samples shown, drawn at random from those of `classes`
+    classes:list|None=None, # Numbers of the classes shown; all if None
+    seed:int=0, # For the draw and for t-SNE
+    figsize:tuple|None=None, # In inches; 3.5 × 3.5 a panel if None
+) -> np.ndarray:
     "`embed_predictions` as a picture, with the uncertainty on all of `dl`; returns the axes"
     models = models if isinstance(models, dict) else {type(models).__name__: models}
     df,names = embed_predictions(models, dl, n, classes, seed),getattr(dl, 'vocab', None)

@@ -7,15 +7,17 @@ __all__ = ['join_processes', 'wait_for_all', 'alone', 'part_of', 'Processes']
 
 # %% ../nbs/07_processes.ipynb #d51bd629
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 import torch, torch.distributed as tdist
 from torch.nn.parallel import DistributedDataParallel
+from fastai.data.load import DataLoader
 from .features import unwrap
 from .terms import TidyCallback,is_training
 
 # %% ../nbs/07_processes.ipynb #e885e789
-def join_processes():
+def join_processes() -> tuple[int,int]:
     "`(rank, number)` of this process among those that `torchrun` has started; `(0, 1)` if it has not"
     n = int(os.environ.get('WORLD_SIZE', 1))
     if n>1 and not tdist.is_initialized():
@@ -24,13 +26,13 @@ def join_processes():
     return (tdist.get_rank(),tdist.get_world_size()) if tdist.is_available() and tdist.is_initialized() else (0,1)
 
 # %% ../nbs/07_processes.ipynb #10a196db
-def wait_for_all():
+def wait_for_all() -> None:
     "Return when every process has come here"
     if join_processes()[1]>1: tdist.barrier()
 
 # %% ../nbs/07_processes.ipynb #a2d52d58
 @contextmanager
-def alone():
+def alone() -> Iterator[None]:
     "While it lasts, this process counts as the only one: fastai's metrics wait for no other"
     was = os.environ.get('WORLD_SIZE')
     if was: os.environ['WORLD_SIZE'] = '1'
@@ -42,9 +44,10 @@ def alone():
 class part_of:
     "While it lasts, `dl` gives this process its part of every batch"
     def __init__(self,
-        dl, # Any fastai `DataLoader`; all processes shuffle it alike
-        rank, # Number of this process
-        n): # Number of processes
+        dl:DataLoader, # Any fastai `DataLoader`; all processes shuffle it alike
+        rank:int, # Number of this process
+        n:int, # Number of processes
+    ):
         if dl.bs%n: raise ValueError(f'a batch of {dl.bs} cannot be shared by {n} processes. Choose a multiple of {n}.')
         self.dl,self.rank,self.n,self.was = dl,rank,n,dict(bs=dl.bs, n=dl.n)
 
@@ -57,12 +60,15 @@ class part_of:
         self.dl.__dict__.pop('get_idxs', None)
         self.dl.bs,self.dl.n = self.was['bs'],self.was['n']
 
-    def get_idxs(self):
+    def get_idxs(self) -> list[int]:
+        "The places of the samples of this process, in the order in which `dl` would give them"
         n,self.dl.n = self.dl.n,self.was['n']
         try: return self.part(list(type(self.dl).get_idxs(self.dl)))
         finally: self.dl.n = n
 
-    def part(self, idxs):
+    def part(self,
+        idxs:list, # Places of all samples, in order
+    ) -> list[int]:
         "Every `n`-th sample of each batch; the last batch begins again, so that all get as many"
         bs,res = self.was['bs'],[]
         for i in range(0, len(idxs), bs):
@@ -76,7 +82,8 @@ class Processes(TidyCallback):
     "Train `learn.model` in all processes together: parts of batches, gradients averaged after each step"
     order = 11   # as fastai's DistributedTrainer: callbacks that change the model come before
     _part = None
-    def before_fit(self):
+    def before_fit(self) -> None:
+        "Wrap the network, and let the training loader give this process its part"
         super().before_fit()
         rank,n = join_processes()
         if n==1 or not is_training(self.learn): return
@@ -85,7 +92,8 @@ class Processes(TidyCallback):
         self._part = part_of(self.dls.train, rank, n)
         self._part.__enter__()
 
-    def put_back(self):
+    def put_back(self) -> None:
+        "Also take the network out of its wrapper, and give the loader its whole batches back"
         super().put_back()
         if self._part is None: return
         self._part.__exit__()

@@ -8,10 +8,12 @@ __all__ = ['colours', 'human', 'percent', 'by_name', 'spread', 'stage_rows', 'fi
            'weight_image', 'exhibit_html', 'Page', 'layer_rows', 'how_to_load', 'report', 'compare']
 
 # %% ../nbs/60_report.ipynb #14a2a704
-import base64,html,io,math,re
+import base64,io,math,re
 from contextlib import contextmanager
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from cycler import cycler
+from jinja2 import DictLoader,Environment
+from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.transforms import Bbox
 from matplotlib.ticker import EngFormatter,LogLocator,MaxNLocator,NullFormatter
@@ -123,6 +125,117 @@ def verdict(stages): # Rows of `Record.stages`
 # %% ../nbs/60_report.ipynb #3ec9ed49
 def _and(words): return words[0] if len(words)<2 else f'{", ".join(words[:-1])} and {words[-1]}'
 
+# %% ../nbs/60_report.ipynb #2c817daa
+_templates = dict(
+svg='''<svg viewBox="0 0 {{ w }} {{ h }}" role="img" aria-label="{{ alt }}" style="max-width:{{ width }}px">{{ drawing|safe }}''',
+
+png='''<img alt="{{ alt }}" width={{ img.width }} height={{ img.height }} style="{{ style }}" src="data:image/png;base64,{{ data }}">''',
+
+panels='''<div class=panels>{{ parts|join('\n') }}</div>''',
+
+key='''
+<p class=key>{% for name,colour in colours %}<span><i style="background:{{ colour }}"></i>{{ name }}</span> {% endfor %}</p>''',
+
+table='''<div class=wide>{{ table|safe }}</div>''',
+
+matrix='''
+<div class=matrix>{{ image }}<small><b>{{ name }}</b>{% for o in alive %}<br>{{ o }}{% endfor %}</small></div>''',
+
+maps='''
+<div class=wide><table class=maps><tr>{% for o in names %}<th>{{ o }}{% endfor %}
+{% for row in rows %}<tr>{% for o in row %}<td>{{ o }}{% endfor %}{% endfor %}
+</table></div>
+{% if ranges %}<p class=note>From dark to bright: {{ ranges|join('; ') }}.{% endif %}''',
+
+exhibit='''<section><h2>{{ title }}</h2>{{ drawn }}<p class=say>{{ text|units }}</section>''')
+
+# %% ../nbs/60_report.ipynb #03d3041c
+_templates['meaning'] = '''
+Weights: of linear layers and convolutions, those that are not zero. MACs: multiply-accumulates for one image. Latency: for a batch, on
+one thread, stages in turn: median, and ± half the distance of the quartiles.'''
+
+_templates['report'] = '''
+{% macro facts(name, values) %}
+<div><table><tr><th>{{ name }}<th>{% for k,v in values.items() %}<tr><td>{{ k }}<td>{{ v|plain }}{% endfor %}</table></div>
+{% endmacro %}
+<h1>{{ title }}</h1><p class=lead>{{ lead|units }}</p>
+{% if tiles %}
+<div class=tiles>
+{% for label,before,after,change in tiles %}
+<div><small>{{ label }}</small><b><span>{{ before }} →</span> <span>{{ after }}</span></b><small>{{ change }}</small></div>
+{% endfor %}
+</div>
+{% endif %}
+{% if stages %}
+<h2>Stages</h2>
+{{ stages }}
+<p class=note>{{ note }} {% include 'meaning' %}</p>
+{{ accuracies }}
+{% if several %}<p class=say>A dot is a seed, the line across is their mean.</p>{% endif %}
+{% endif %}
+{{ exhibits|join('\n') }}
+{% if layers %}
+<h2>Layer by layer</h2>
+{{ layers }}
+<p class=note>{{ 'Before → after. ' if r.layers.before }}{{ 'Seed %s. '|format(r.seeds[0]) if several }}MACs for one image; size with biases and buffers.</p>
+{% endif %}
+{% if learning %}
+<h2>Learning</h2>
+{{ learning }}
+<p class=say>Means of every epoch; accuracy and validation loss are of the validation set{{ '; a line is the mean of the seeds, a band their range' if several }}.</p>
+{% endif %}
+{% if load %}
+<h2>Use it</h2><pre>{{ load }}</pre>
+{% endif %}
+<h2>How it was made</h2><div class=facts>
+{{ facts('run', settings) }}
+{{ facts('versions', r.versions) }}
+{{ facts('machine', r.machine) }}
+</div><p class=note>Written by kdnb {{ version }}.</p>'''
+
+# %% ../nbs/60_report.ipynb #fdad1c2d
+_templates['compare'] = '''
+<h1>{{ names|join(' and ') }}</h1>
+{% for name,lead,note in runs %}<p><b>{{ name }}</b>: {{ lead|units }}</p>{% endfor %}
+<h2>Accuracy against size</h2>
+{{ sizes }}
+<p class=say>Each dot is a stage, the mean of its seeds; the largest and the smallest network are named.</p>
+<h2>Stages</h2>
+{{ stages }}
+{% for name,lead,note in runs %}
+<p class=note>{{ name }}: {{ note }}</p>
+{% endfor %}
+<p class=note>{% include 'meaning' %}</p>
+<h2>What differs</h2>
+{% if differ %}{{ differ }}{% else %}<p class=say>Nothing: settings, versions and machines are the same.</p>{% endif %}'''
+
+_templates['page'] = '''
+<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
+<link rel=icon href="data:,"><title>{{ title }}</title>
+<style>{{ css|safe }}</style>
+<div class=kdnb>
+{{ body|safe }}
+</div>
+'''
+
+# %% ../nbs/60_report.ipynb #d6d3bda1
+def _plain(v):
+    "`v` as text, without the signs of Python"
+    def inner(o): return f'({_plain(o)})' if isinstance(o, (list,tuple,dict)) else _plain(o)
+    if isinstance(v, dict): return ', '.join(f'{k}: {inner(o)}' for k,o in v.items())
+    if isinstance(v, (list,tuple)): return ', '.join(map(inner, v))
+    return f'{v:.10g}' if isinstance(v, float) and len(str(v))>10 else str(v)
+
+# %% ../nbs/60_report.ipynb #e1a7a4cc
+_html = Environment(loader=DictLoader(_templates), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_html.filters |= dict(plain=_plain, units=lambda s: str(s or '').replace(' %', '\u00a0%'))     # a number stays with its unit
+
+# %% ../nbs/60_report.ipynb #889673e1
+def _render(template, **values): # One of `_templates`, or the text of another
+    "HTML: what `template` says of `values`"
+    t = _html.get_template(template) if template in _templates else _html.from_string(template)
+    return Markup(t.render(values).lstrip('\n'))
+
 # %% ../nbs/60_report.ipynb #f6ad6cf0
 colours = ['#3d85c6','#e0823d','#3a9e6d','#c65b8f','#8e72c9','#a8892c','#3fa0b3','#b5564a','#7d8b99','#5f9e2e']
 
@@ -141,8 +254,7 @@ def picture(axs, # What a plot function returned
     body = svg[svg.index('>', svg.index('<svg'))+1:].replace('#000000', 'currentColor')
     body = re.sub(r'\s*<metadata>.*?</metadata>|\s*<!--.*?-->| id="[a-z]+[\w.]*_\d+"', '', body, flags=re.S)
     w,h = fig.get_size_inches()*72
-    return (f'<svg viewBox="0 0 {w:g} {h:g}" role="img" aria-label="{html.escape(alt)}" '
-            f'style="max-width:{1.6*w:.0f}px">' + re.sub(r'\n\s*', '\n', body).strip())
+    return _render('svg', w=f'{w:g}', h=f'{h:g}', alt=alt, width=f'{1.6*w:.0f}', drawing=re.sub(r'\n\s*', '\n', body).strip())
 
 # %% ../nbs/60_report.ipynb #33598ee6
 def _axes(w=4.7, h=2.8): return plt.subplots(figsize=(w,h), layout='constrained')[1]
@@ -247,13 +359,9 @@ def _learning(stages):
         shown = [(k,*v) for k,v in _logged.items() if any(_over_seeds(o, k) for o in by_name(some).values())]
         parts += [_panels([picture(plot_curves(some, *o), f'{o[2]} of {_and(names)} over the epochs') for o in shown]),
                   _key(names)]
-    return '\n'.join(parts)
+    return Markup('\n').join(parts)
 
-def _text(s):
-    "Text for the page: numbers stay with their units"
-    return html.escape(str(s or '')).replace(' %', '\u00a0%')
-
-def _panels(parts): return '<div class=panels>' + '\n'.join(parts) + '</div>'
+def _panels(parts): return _render('panels', parts=parts)
 
 # %% ../nbs/60_report.ipynb #aca45e3d
 def _colour(i, n=0):
@@ -263,9 +371,7 @@ def _colour(i, n=0):
 # %% ../nbs/60_report.ipynb #0247c965
 def _key(names):
     "Which colour is whose"
-    dots = [f'<span><i style="background:{_colour(i, len(names))}"></i>{html.escape(str(n))}</span>'
-            for i,n in enumerate(names)]
-    return f'<p class=key>{" ".join(dots)}</p>'
+    return _render('key', colours=[(n, _colour(i, len(names))) for i,n in enumerate(names)])
 
 # %% ../nbs/60_report.ipynb #1167de0b
 def html_table(df, # `DataFrame`, or rows as dicts
@@ -273,7 +379,7 @@ def html_table(df, # `DataFrame`, or rows as dicts
     "An HTML table that scrolls inside its box"
     if not isinstance(df, pd.DataFrame): df,index = pd.DataFrame(df),False
     body = df.to_html(border=0, index=index, na_rep='–', float_format='{:.4g}'.format, justify='inherit', classes=[])
-    return f'<div class=wide>{body}</div>'
+    return _render('table', table=body)
 
 # %% ../nbs/60_report.ipynb #cb4ad019
 def _scatter(ax, df):
@@ -370,8 +476,7 @@ def _png(pixels, alt, **style):
     img = Image.fromarray(pixels)
     (img.quantize(64) if img.mode=='RGBA' else img).save(buf, 'png', optimize=True)
     css = ';'.join(f'{k}:{v}' for k,v in style.items())
-    return (f'<img alt="{html.escape(alt)}" width={img.width} height={img.height} style="{css}" '
-            f'src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">')
+    return _render('png', alt=alt, img=img, style=css, data=base64.b64encode(buf.getvalue()).decode())
 
 # %% ../nbs/60_report.ipynb #418a1f99
 def _pooled(w, most=160):
@@ -397,8 +502,8 @@ def _draw_weights(o):
         w = np.asarray(w)
         names = 'outputs ↓','inputs →'
         alive = [f'{(w!=0).any(1-i).sum():,} of {w.shape[i]:,} {names[i]}' for i in (0,1)]
-        return (f'<div class=matrix>{_png(weight_image(w), f"weights of {name}", **{"image-rendering": "pixelated"})}'
-                f'<small><b>{html.escape(str(name))}</b><br>{"<br>".join(alive)}</small></div>')
+        image = _png(weight_image(w), f'weights of {name}', **{'image-rendering': 'pixelated'})
+        return _render('matrix', image=image, name=name, alive=alive)
     return _panels([one(*p) for p in o.data.items()])
 
 def _as_bytes(x, low, high): return np.clip(255*(x-low)/max(high-low, 1e-12), 0, 255).round().astype(np.uint8)
@@ -411,12 +516,10 @@ def _draw_maps(o):
             img = x[i] if x.dtype==np.uint8 else _as_bytes(x[i], x[i].min(), x[i].max())
             img = img[0] if len(img)==1 else img.transpose(1,2,0)
         else: img = (255*plt.get_cmap('inferno')(_as_bytes(x[i], np.nanmin(x), np.nanmax(x)))[...,:3]).astype(np.uint8)
-        return f'<td>{_png(img, f"{name}, image {i+1}")}'
-    rows = (''.join(cell(n, i, x) for n,x in o.data.items()) for i in range(len(next(iter(o.data.values())))))
-    head = ''.join(f'<th>{html.escape(str(n))}' for n in o.data)
+        return _png(img, f'{name}, image {i+1}')
+    rows = [[cell(n, i, x) for n,x in o.data.items()] for i in range(len(next(iter(o.data.values()))))]
     ranges = [f'{n}: {np.nanmin(x):.3g} to {np.nanmax(x):.3g}' for n,x in o.data.items() if np.ndim(x)==3]
-    note = f'<p class=note>From dark to bright: {html.escape("; ".join(ranges))}.' if ranges else ''
-    return f'<div class=wide><table class=maps><tr>{head}<tr>{"<tr>".join(rows)}</table></div>{note}'
+    return _render('maps', names=o.data, rows=rows, ranges=ranges)
 
 # %% ../nbs/60_report.ipynb #3f3ca583
 _draw = dict(table=_draw_table, curve=_draw_curve, scatter=_draw_scatter, lines=_draw_lines, log_alpha=_draw_log_alpha,
@@ -425,7 +528,7 @@ _draw = dict(table=_draw_table, curve=_draw_curve, scatter=_draw_scatter, lines=
 def exhibit_html(o): # `Exhibit` of a record
     "Heading, picture or table, and the sentence that says what is seen"
     if o.kind not in _draw: raise ValueError(f'exhibit {o.name!r} is of kind {o.kind!r}. There are {", ".join(_draw)}.')
-    return f'<section><h2>{html.escape(o.title)}</h2>{_draw[o.kind](o)}<p class=say>{_text(o.text)}</section>'
+    return _render('exhibit', title=o.title, drawn=_draw[o.kind](o), text=o.text)
 
 # %% ../nbs/60_report.ipynb #0dab1060
 _css = '''.kdnb{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:62rem;
@@ -473,32 +576,31 @@ body{margin:0 auto;max-width:62rem;padding:1rem;color:#1b1f24;background:var(--p
 .kdnb table{font-size:.7rem;white-space:normal}.kdnb td,.kdnb th{padding:.2rem .4rem}}
 '''
 
+# %% ../nbs/60_report.ipynb #0eec85ac
 class Page:
     "A title and a body: shown as it is in a notebook, or written as one file that needs no other"
-    def __init__(self, title, body): self.title,self.body = title,body
+    def __init__(self,
+        title, # Of the window; any text
+        body): # HTML, which comes as it is
+        self.title,self.body = title,body
     def _repr_html_(self): return f'<style>{_css}</style>\n<div class=kdnb>{self.body}</div>'
-    def __str__(self):
-        return ('<!doctype html><html lang=en><meta charset=utf-8>'
-                '<meta name=viewport content="width=device-width,initial-scale=1">'
-                f'<link rel=icon href="data:,"><title>{html.escape(self.title)}</title>\n'
-                f'<style>{_css}{_page_css}</style>\n<div class=kdnb>\n{self.body}\n</div>\n')
-    def save(self, path): return atomic_write(path, str(self))
+    def __str__(self): return str(_render('page', title=self.title, css=_css+_page_css, body=self.body))+'\n'
+    def save(self, path):
+        "Write the page into the file `path`; returns it"
+        return atomic_write(path, str(self))
 
 # %% ../nbs/60_report.ipynb #2d351480
-_tile = '<div><small>{}</small><b><span>{} →</span> <span>{}</span></b><small>{}</small></div>'
-
 def _tiles(stages):
+    "`(label, before, after, change)` of the numbers that are known of the first network and the last"
     (_,of),(_,rows) = first_and_last(stages)
     def one(key, label, f, *words):
         a,b = _mean(of, key),_mean(rows, key)
         change = ((_time(of, rows, *words) if key=='latency_ms' else _times(a, b, *words)) if words else
                   f'{100*(b-a):+.2f} points'.replace('-', '−'))
-        return '' if math.isnan(a+b) else _tile.format(label, f(a), f(b), change)
-    return '<div class=tiles>' + ''.join([
-        one('test_accuracy', 'test accuracy', lambda v: f'{100*v:.2f} %'),
-        one('weights', 'weights', human, 'more', 'fewer', 'as many'),
-        one('bytes', 'size', lambda v: human(v, 'B'), 'larger', 'smaller', 'as large'),
-        one('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms', 'slower', 'faster', 'as fast')]) + '</div>'
+        return [] if math.isnan(a+b) else [(label, f(a), f(b), change)]
+    return (one('test_accuracy', 'test accuracy', lambda v: f'{100*v:.2f} %') + one('weights', 'weights', human, 'more', 'fewer', 'as many')
+            + one('bytes', 'size', lambda v: human(v, 'B'), 'larger', 'smaller', 'as large')
+            + one('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms', 'slower', 'faster', 'as fast'))
 
 # %% ../nbs/60_report.ipynb #d349b56e
 _sums = 'weights','params','macs','bytes'
@@ -534,68 +636,21 @@ def how_to_load(record): # `Record`
     "The lines that load the network of a run"
     return load_lines(record.path/'model.safetensors', record.in_shape, build=not record.loads)
 
-def _facts(name, facts):
-    rows = ''.join(f'<tr><td>{html.escape(str(k))}<td>{html.escape(_plain(v))}' for k,v in facts.items())
-    return f'<div><table><tr><th>{name}<th>{rows}</table></div>'
-
 # %% ../nbs/60_report.ipynb #bbce6df8
-def _plain(v):
-    def inner(o): return f'({_plain(o)})' if isinstance(o, (list,tuple,dict)) else _plain(o)
-    if isinstance(v, dict): return ', '.join(f'{k}: {inner(o)}' for k,o in v.items())
-    if isinstance(v, (list,tuple)): return ', '.join(map(inner, v))
-    return f'{v:.10g}' if isinstance(v, float) and len(str(v))>10 else str(v)
-
 def _seeds(seeds): return f'seed{"s" if len(seeds)>1 else ""} {", ".join(map(str, seeds))}'
 
 def _title(record): return f'{record.recipe} on {record.data}'
 
-# %% ../nbs/60_report.ipynb #2d765ae7
-_meaning = ('Weights: of linear layers and convolutions, those that are not zero. MACs: multiply-accumulates for one '
-            'image. Latency: for a batch, on one thread, stages in turn: median, and ± half the distance of the quartiles.')
+def _lead(record): return record.verdict or verdict(record.stages)
 
+def _facts(record): return dict(recipe=record.recipe, data=record.data, seeds=record.seeds) | record.settings
+
+# %% ../nbs/60_report.ipynb #2d765ae7
 def _note(r):
+    "Of what the accuracies of a record are"
     what = f'{r.n_test:,} test images' if r.has_test else f'{r.n_test:,} VALIDATION images (there is no test set)'
     return (f'Accuracy after the last epoch on the {what}, on which nothing was chosen; {_seeds(r.seeds)}'
             + (', mean ± standard deviation.' if len(r.seeds)>1 else '.'))
-
-def _say(s): return f'<p class=say>{s}</p>'
-
-# %% ../nbs/60_report.ipynb #f695a290
-def _stages(r):
-    return [_tiles(r.stages), '<h2>Stages</h2>', html_table(stage_rows(r.stages)),
-            f'<p class=note>{_note(r)} {_meaning}</p>', picture(plot_stages(r.stages), 'test accuracy of each stage'),
-            _say('A dot is a seed, the line across is their mean.') if len(r.seeds)>1 else ''] if r.stages else []
-
-# %% ../nbs/60_report.ipynb #8eb560d4
-def _layers(r):
-    if not (rows := layer_rows(r.layers)): return []
-    order = ('Before → after. ' if r.layers.get('before') else '') + (f'Seed {r.seeds[0]}. ' if len(r.seeds)>1 else '')
-    return ['<h2>Layer by layer</h2>', html_table(rows),
-            f'<p class=note>{order}MACs for one image; size with biases and buffers.</p>']
-
-# %% ../nbs/60_report.ipynb #0b659952
-def _curves(r):
-    if not (pictures := _learning(r.stages)): return []
-    band = '; a line is the mean of the seeds, a band their range' if len(r.seeds)>1 else ''
-    return ['<h2>Learning</h2>', pictures,
-            _say(f'Means of every epoch; accuracy and validation loss are of the validation set{band}.')]
-
-# %% ../nbs/60_report.ipynb #d100907f
-def _how(r):
-    use = [f'<h2>Use it</h2><pre>{html.escape(how_to_load(r))}</pre>'] if r.layers and (r.path/'model.safetensors').exists() else []
-    return use + ['<h2>How it was made</h2><div class=facts>',
-                  _facts('run', dict(recipe=r.recipe, data=r.data, seeds=r.seeds) | r.settings),
-                  _facts('versions', r.versions), _facts('machine', r.machine),
-                  f'</div><p class=note>Written by kdnb {__version__}.</p>']
-
-# %% ../nbs/60_report.ipynb #4ddc990a
-def report(record): # `Record`, or the folder of a run
-    "What a run did, as a `Page`: from its folder alone"
-    r = record if hasattr(record, 'stages') else Record(record)
-    head = f'<h1>{html.escape(_title(r))}</h1><p class=lead>{_text(r.verdict or verdict(r.stages))}</p>'
-    with _in_style():
-        return Page(_title(r), '\n'.join([head, *_stages(r), *map(exhibit_html, r.exhibits.values()), *_layers(r),
-                                          *_curves(r), *_how(r)]))
 
 # %% ../nbs/60_report.ipynb #54c2f3b8
 @contextmanager
@@ -610,6 +665,21 @@ def _in_style():
         interactive and plt.ion()
         for n in set(plt.get_fignums())-before: plt.close(n)
 
+# %% ../nbs/60_report.ipynb #4ddc990a
+def report(record): # `Record`, or the folder of a run
+    "What a run did, as a `Page`: from its folder alone"
+    r = record if hasattr(record, 'stages') else Record(record)
+    rows = layer_rows(r.layers)
+    has_model = r.layers and (r.path/'model.safetensors').exists()
+    with _in_style():
+        body = _render('report', r=r, title=_title(r), lead=_lead(r), several=len(r.seeds)>1, note=_note(r), settings=_facts(r), version=__version__,
+                       tiles=r.stages and _tiles(r.stages), stages=r.stages and html_table(stage_rows(r.stages)),
+                       accuracies=r.stages and picture(plot_stages(r.stages), 'test accuracy of each stage'),
+                       exhibits=[*map(exhibit_html, r.exhibits.values())], layers=rows and html_table(rows), learning=_learning(r.stages),
+                       load=how_to_load(r) if has_model else '')
+    return Page(_title(r), body)
+
+# %% ../nbs/60_report.ipynb #eac81a75
 @patch
 def _repr_html_(self:Record): return report(self)._repr_html_()
 
@@ -622,7 +692,7 @@ def report(self:Record):
 # %% ../nbs/60_report.ipynb #b3fb743d
 def _differ(records):
     "Settings, versions and so on that are not the same in all `records`: rows of text"
-    facts = [dict(recipe=r.recipe, data=r.data, seeds=r.seeds) | r.settings | r.versions | r.machine for r in records]
+    facts = [_facts(r) | r.versions | r.machine for r in records]
     keys = dict.fromkeys(k for o in facts for k in o)
     return [{'': k} | {n: _plain(o.get(k, '–')) for n,o in zip(_names(records), facts)}
             for k in keys if len({_plain(o.get(k, '–')) for o in facts})>1]
@@ -644,14 +714,8 @@ def compare(*records): # `Record`s, or folders of runs
     rows = pd.DataFrame([{'run': n} | o for n,r in zip(names, records) for o in stage_rows(r.stages)])
     wanted = [c for c in ('test accuracy, %','weights','MACs','size','latency') if c in rows]
     table = rows.pivot(index='stage', columns='run')[wanted].reindex(index=rows.stage.unique(), columns=names, level=1)
-    says = ''.join(f'<p><b>{html.escape(n)}</b>: {_text(r.verdict or verdict(r.stages))}'
-                   for n,r in zip(names, records))
     with _in_style(): sizes = picture(plot_sizes({n: r.stages for n,r in zip(names, records)}), 'accuracy against size')
     differ = _differ(records)
-    return Page(' | '.join(names), '\n'.join([
-        f'<h1>{html.escape(" and ".join(names))}</h1>', says, '<h2>Accuracy against size</h2>', sizes,
-        _say('Each dot is a stage, the mean of its seeds; the largest and the smallest network are named.'),
-        '<h2>Stages</h2>', html_table(table.rename_axis(index=None, columns=[None,None])),
-        *(f'<p class=note>{html.escape(n)}: {_note(r)}</p>' for n,r in zip(names, records)),
-        f'<p class=note>{_meaning}</p>', '<h2>What differs</h2>',
-        html_table(differ) if differ else _say('Nothing: settings, versions and machines are the same.')]))
+    return Page(' | '.join(names), _render(
+        'compare', names=names, runs=[(n, _lead(r), _note(r)) for n,r in zip(names, records)], sizes=sizes,
+        stages=html_table(table.rename_axis(index=None, columns=[None,None])), differ=differ and html_table(differ)))

@@ -6,7 +6,7 @@
 __all__ = ['Grid', 'made_by', 'worker_process', 'keep_alive', 'pareto', 'SweepResult', 'sweep']
 
 # %% ../nbs/61_sweep.ipynb #d25e731a
-import gc,hashlib,html,itertools,json,math,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
+import gc,hashlib,itertools,json,math,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
 from contextlib import contextmanager,nullcontext
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -16,7 +16,7 @@ from .data import image_dls
 from .checkpoint import atomic_write
 from .prune.criteria import check_choice
 from .recipes.core import ask_recipe,bring,find_recipe,machine,release,settable,testing_every_epoch,versions
-from .report import Page,_axes,_in_style,html_table,human,label_points,percent,picture
+from .report import Page,_axes,_in_style,_render,html_table,human,label_points,percent,picture
 
 # %% ../nbs/61_sweep.ipynb #84fd642e
 _grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list,
@@ -565,6 +565,22 @@ def _rows(df):
             | {name: '–' if np.isnan(o[k]) else f(o[k]) for k,(name,f) in shown.items() if k in df}
             | {'front': '●' if o.pareto else ''} for _,o in df.reset_index().iterrows()]
 
+# %% ../nbs/61_sweep.ipynb #1693574a
+_page = '''
+<h1>{{ title }}</h1><p class=lead>{{ lead }}</p>
+{% if table %}
+{{ drawn }}
+{{ table }}
+<p class=note>Mean ± standard deviation over seeds. MACs for one image. The front is chosen by test accuracy, so the best of many looks
+a little better than it is.</p>
+{% endif %}
+{% if failed %}
+<h2>What failed</h2>
+{{ failed }}
+{% endif %}
+<h2>How it was made</h2>
+{{ made }}'''
+
 # %% ../nbs/61_sweep.ipynb #c47ea086
 @patch
 def page(self:SweepResult):
@@ -572,15 +588,12 @@ def page(self:SweepResult):
     g,failed = self.grid,self.of('failed')
     title = f'Sweep of {g.recipe} on {g.data}'
     about = {'recipe': g.recipe, 'data': g.data} | g.loaders | g.settings | g.lists
-    parts = [f'<h1>{html.escape(title)}</h1><p class=lead>{html.escape(self._says())}']
+    found = {}
     if len(self.stages):
-        with _in_style(): parts.append(picture(self.plot(ax=_axes(4.7, 3.3)), 'test accuracy against weights, the Pareto front marked'))
-        parts += [html_table(_rows(self.table())),
-                  '<p class=note>Mean ± standard deviation over seeds. MACs for one image. The front is chosen by test '
-                  'accuracy, so the best of many looks a little better than it is.']
-    if len(failed): parts += ['<h2>What failed</h2>', html_table(failed[['name','error']], index=False)]
-    parts += ['<h2>How it was made</h2>', html_table([{'setting': k, 'value': str(v)} for k,v in about.items()])]
-    return Page(title, '\n'.join(parts))
+        with _in_style(): drawn = picture(self.plot(ax=_axes(4.7, 3.3)), 'test accuracy against weights, the Pareto front marked')
+        found = dict(drawn=drawn, table=html_table(_rows(self.table())))
+    return Page(title, _render(_page, title=title, lead=self._says(), failed=len(failed) and html_table(failed[['name','error']], index=False),
+                               made=html_table([{'setting': k, 'value': str(v)} for k,v in about.items()]), **found))
 
 # %% ../nbs/61_sweep.ipynb #7d556d5a
 @patch

@@ -9,10 +9,12 @@ __all__ = ['check_weight', 'weight_at', 'is_training', 'QuickCallback', 'TidyCal
 # %% ../nbs/05_terms.ipynb #036a4941
 import math
 from collections import defaultdict
+from collections.abc import Callable,Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 import torch
+from torch import nn
 from fastai.callback.core import Callback,CancelFitException
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -22,8 +24,11 @@ from fastai.torch_core import find_bs,join_path_file,norm_bias_params
 from .features import as_network,described
 
 # %% ../nbs/05_terms.ipynb #b46b5392
-def check_weight(w, what='weight'):
-    "`w`, if it is a number that is not negative, or a schedule"
+def check_weight(
+    w:object, # What was given as a weight
+    what:str='weight', # What it is called
+) -> float|Callable:
+    "`w`, if it is a number that is not negative, or a schedule. Raises `ValueError` if it is neither."
     if callable(w): return w
     if not isinstance(w, (int,float)) or not 0 <= w < math.inf:
         raise ValueError(f'{what} is {w!r}, expected a number that is not negative, '
@@ -31,12 +36,17 @@ def check_weight(w, what='weight'):
     return w
 
 # %% ../nbs/05_terms.ipynb #421bb87d
-def weight_at(w, pct):
+def weight_at(
+    w:float|Callable, # Number, or schedule over training progress
+    pct:float, # Progress, 0 to 1
+) -> float:
     "Weight `w` at training progress `pct`"
     return float(w(pct)) if callable(w) else w
 
 # %% ../nbs/05_terms.ipynb #e15d4bdf
-def is_training(learn):
+def is_training(
+    learn:'Learner', # Any learner
+) -> bool:
     "Is this fit one that trains, not `lr_find` or a prediction?"
     return not {'lr_finder','gather_preds'} & vars(learn).keys()     # `hasattr` would search the model, too
 
@@ -59,18 +69,24 @@ class TidyCallback(QuickCallback):
     order,run_valid,_only_train_loop = 0,False,True
     _trained,_cols = False,()
 
-    def columns(self): "`{name: function}` of the numbers that the progress table shows after an epoch"; return {}
+    def columns(self) -> dict: "`{name: function}` of the numbers that the progress table shows after an epoch"; return {}
 
-    def before_fit(self):
+    def before_fit(self) -> None:
+        "Begin as it was found, and add the columns"
         self.put_back()
         self._guard()
         self._cols = [ValueMetric(f, k) for k,f in self.columns().items()]
         self.learn.metrics = self.learn.metrics + self._cols
 
-    def before_train(self): self._trained = True
-    def before_validate(self):
+    def before_train(self) -> None:
+        "From now on this is a training"
+        self._trained = True
+    def before_validate(self) -> None:
+        "Where nothing is trained, take the columns off again"
         if not self._trained: self.put_back()
-    def after_fit(self): self.put_back()
+    def after_fit(self) -> None:
+        "Put all back"
+        self.put_back()
 
     def _guard(self):
         "Let an error that ends an epoch put back what this and other tidy callbacks have changed"
@@ -84,7 +100,7 @@ class TidyCallback(QuickCallback):
                 raise
         learn._with_events = guarded
 
-    def put_back(self):
+    def put_back(self) -> None:
         "Leave the learner as it was found"
         self.learn.__dict__.pop('_with_events', None)
         self._trained,cols,self._cols = False,self._cols,()
@@ -98,10 +114,11 @@ class LossTerm(TidyCallback):
     _learn = _blank = None
     _attached = _idle = _steps = False
     def __init__(self,
-        term, # Function of this callback that returns a scalar tensor; or a dict of them by name
-        weight=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
-        name='term', # Column in the progress table
-        task=1.): # Weight of the task loss itself
+        term:Callable|dict, # Function of this callback that returns a scalar tensor; or a dict of them by name
+        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
+        name:str='term', # Column in the progress table
+        task:float|Callable=1., # Weight of the task loss itself
+    ):
         terms,weights = (term,weight) if isinstance(term, dict) else ({name:term},{name:weight})
         for k,f in terms.items():
             if not callable(f): raise ValueError(f'the term {k!r} is {described(f)}, expected a function of this callback that gives a scalar tensor.')
@@ -109,17 +126,22 @@ class LossTerm(TidyCallback):
         self.task,self._sums,self._n,self._files = check_weight(task, 'task'),{},{},{}
 
     def __getstate__(self): return {**self.__dict__, '_files': {}}
-    def params(self, model): "Parameters of `model` that belong to this term"; return []
-    def values(self, names):
+    def params(self,
+        model:nn.Module, # The learner's network
+    ) -> list[nn.Parameter]: "Parameters of `model` that belong to this term"; return []
+    def values(self,
+        names:Iterable, # Some of the terms' names
+    ) -> dict[str,torch.Tensor]:
         "The terms called `names`, as a dict of scalars"
         return {k: self.terms[k](self) for k in names}
 
     @property
-    def progress(self):
+    def progress(self) -> float:
         "Of training, from 0 to 1; 0 in `lr_find`"
         return self.learn.pct_train if is_training(self.learn) else 0.
 
-    def after_loss(self):
+    def after_loss(self) -> None:
+        "Add the terms that have a weight to the loss of a training batch"
         learn = self.learn
         if not learn.training: return
         pct,labelled = self.progress,len(learn.yb)>0
@@ -138,17 +160,22 @@ class LossTerm(TidyCallback):
 
 # %% ../nbs/05_terms.ipynb #eeb7e9f7
 @patch
-def mean(self:LossTerm, name):
+def mean(self:LossTerm,
+    name:str, # Name of a term
+) -> float:
     "Mean of the term `name` over the samples of this epoch for which it was asked"
     return float(self._sums[name])/self._n[name] if name in self._sums else 0.
 
 # %% ../nbs/05_terms.ipynb #fc20d4a7
 @patch
-def columns(self:LossTerm): return {k: partial(self.mean, k) for k in self.weights}
+def columns(self:LossTerm) -> dict:
+    "The mean of each term over the epoch"
+    return {k: partial(self.mean, k) for k in self.weights}
 
 # %% ../nbs/05_terms.ipynb #4beff815
 @patch
-def before_train(self:LossTerm):
+def before_train(self:LossTerm) -> None:
+    "Begin the means of this epoch"
     super(LossTerm, self).before_train()
     self._sums,self._n = {},{}
 
@@ -180,7 +207,8 @@ def _task_loss(self:LossTerm):
 
 # %% ../nbs/05_terms.ipynb #607d98a7
 @patch
-def after_batch(self:LossTerm):
+def after_batch(self:LossTerm) -> None:
+    "Let the recorder count a batch without targets, too"
     blank,self._blank = self._blank,None
     if blank is None or self.learn.yb is not blank: return
     if (recorder := vars(self.learn).get('recorder')) is not None:
@@ -201,7 +229,8 @@ def _pass_over(self:LossTerm):
 
 # %% ../nbs/05_terms.ipynb #0e5921b6
 @patch
-def after_train(self:LossTerm):
+def after_train(self:LossTerm) -> None:
+    "Complain if no batch of the whole training could teach anything"
     terms = [c for c in self.learn.cbs if isinstance(c, LossTerm)]
     if not self._idle or any(t._steps for t in terms): return
     rises = any(callable(w) for t in terms for w in t.weights.values())
@@ -210,7 +239,9 @@ def after_train(self:LossTerm):
 # %% ../nbs/05_terms.ipynb #7ffc15d6
 class TermSplitter:
     "Parameter groups of `splitter`, and the parameters that loss terms bring"
-    def __init__(self, splitter): self.splitter,self.terms = splitter,[]
+    def __init__(self,
+        splitter:Callable, # The learner's own: network to groups of parameters
+    ): self.splitter,self.terms = splitter,[]
     def __call__(self, model):
         groups = L(self.splitter(model))
         if not isinstance(groups[0], (list,L)): groups = L([groups])
@@ -222,7 +253,9 @@ class TermSplitter:
         return L(L(g) for g in [ps for t,ps in zip(self.terms, brought) if t.own_group] + groups)
 
 # %% ../nbs/05_terms.ipynb #69c2844e
-def param_states(opt):
+def param_states(
+    opt:Optimizer|OptimWrapper, # Optimiser of a learner
+) -> list[dict]:
     "The dictionaries in which `opt`, and what it wraps, keep something of each parameter"
     res = []
     while opt is not None:
@@ -233,7 +266,11 @@ def param_states(opt):
     return res
 
 # %% ../nbs/05_terms.ipynb #7cf5577f
-def take_in(opt, params, kept=None):
+def take_in(
+    opt:Optimizer|OptimWrapper, # Optimiser of a learner
+    params:list, # Parameters that it does not know
+    kept:tuple|None=None, # What `let_go` returned of them; they begin anew if None
+) -> None:
     "Let the last group of `opt` hold `params`, too, with what `let_go` has kept of them"
     states,slow = kept or ([],[p.detach().clone() for p in params])
     groups = [type(g)(g) for g in opt.param_lists]
@@ -243,7 +280,10 @@ def take_in(opt, params, kept=None):
     for s,own in zip(param_states(opt), states): s.update(own)
 
 # %% ../nbs/05_terms.ipynb #eea7c068
-def let_go(opt, params):
+def let_go(
+    opt:Optimizer|OptimWrapper, # Optimiser of a learner
+    params:list, # Parameters that it holds
+) -> tuple:
     "Take `params` out of `opt`; returns what it kept of them"
     ids,old,slow = {id(p) for p in params},opt.param_lists,[]
     if vars(opt).get('slow_weights'):
@@ -254,7 +294,7 @@ def let_go(opt, params):
 
 # %% ../nbs/05_terms.ipynb #fb9ffb3c
 @patch
-def join(self:LossTerm):
+def join(self:LossTerm) -> None:
     "Make the term's parameters known to the optimiser, if there is one that does not know them"
     learn = self.learn
     if learn.opt is None or self.own_group: return
@@ -267,7 +307,12 @@ def join(self:LossTerm):
             if id(p) in new: learn.opt.state[p][flag] = value
 
 # %% ../nbs/05_terms.ipynb #5a1c07e3
-def regroup(opt, groups, i, own=None):
+def regroup(
+    opt:Optimizer|OptimWrapper, # Optimiser of a learner
+    groups:list, # Lists of parameters: all that it holds
+    i:int, # Which group goes or comes
+    own:dict|None=None, # Hyperparameters of the one that comes; one goes if None
+) -> dict|None:
     "Let `opt` hold `groups`: one less than before, whose hyperparameters at `i` come back, or one more, with `own` for them at `i`"
     old,inner = opt.param_lists,opt
     slow = {id(p): w for ws,g in zip(vars(opt).get('slow_weights') or (), old) for w,p in zip(ws, g)}
@@ -309,7 +354,7 @@ def _merge(self:LossTerm):
 
 # %% ../nbs/05_terms.ipynb #5783254f
 @patch
-def attach(self:LossTerm):
+def attach(self:LossTerm) -> None:
     "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
     learn,self._attached = self.learn,True
     if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
@@ -320,7 +365,7 @@ def attach(self:LossTerm):
 
 # %% ../nbs/05_terms.ipynb #5a639a3d
 @patch
-def detach(self:LossTerm):
+def detach(self:LossTerm) -> None:
     "Taken from the learner: undo `attach`"
     learn,attached,self._attached,self._files = self.learn,self._attached,False,{}
     if not attached: return
@@ -335,13 +380,16 @@ def detach(self:LossTerm):
 
 # %% ../nbs/05_terms.ipynb #8f53f91f
 @patch
-def before_fit(self:LossTerm):
+def before_fit(self:LossTerm) -> None:
+    "Join the optimiser, if there is one by now"
     super(LossTerm, self).before_fit()
     self._idle = self._steps = False
     self.join()
 
 # %% ../nbs/05_terms.ipynb #cb87bb4c
-def brought_by(learn):
+def brought_by(
+    learn:'Learner', # Any learner
+) -> dict:
     "Terms of `learn` that bring parameters of their own, and these parameters"
     terms = [c for c in learn.cbs if isinstance(c, LossTerm) and c._attached and not c.own_group]
     return {t: ps for t in terms if (ps := list(t.params(learn.model)))}
@@ -358,14 +406,18 @@ def _bare_opt(learn):
 
 # %% ../nbs/05_terms.ipynb #da50fdb5
 @patch
-def tensors(self:LossTerm): "What the term has learnt"; return list(self.params(self.model))
+def tensors(self:LossTerm) -> list[torch.Tensor]: "What the term has learnt"; return list(self.params(self.model))
 
 def _states_of(opt, ps):
     "What `opt` keeps of each of `ps`"
     return [[deepcopy(s[p]) if p in s else None for p in ps] for s in param_states(opt)]
 
 # %% ../nbs/05_terms.ipynb #ce827112
-def save_bare(learn, file, **kwargs):
+def save_bare(
+    learn:'Learner', # Learner with terms
+    file:str, # As in `learn.save`
+    **kwargs,
+) -> 'Path':
     "`learn.save` without what terms have brought, which they keep"
     with _bare_opt(learn): path = type(learn).save(learn, file, **kwargs)
     opt = learn.opt if kwargs.get('with_opt', True) else None
@@ -376,7 +428,11 @@ def save_bare(learn, file, **kwargs):
     return path
 
 # %% ../nbs/05_terms.ipynb #9bff5264
-def load_bare(learn, file, *args, **kwargs):
+def load_bare(
+    learn:'Learner', # Learner with terms
+    file:str, # As in `learn.load`
+    *args, **kwargs,
+) -> 'Learner':
     "`learn.load` of such a file"
     if learn.opt is None: learn.create_opt()
     with _bare_opt(learn): type(learn).load(learn, file, *args, **kwargs)

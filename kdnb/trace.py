@@ -9,6 +9,7 @@ __all__ = ['norms', 'OUTPUT', 'WIDTHS', 'LOST', 'labels_of', 'put_labels', 'vari
 # %% ../nbs/03a_trace.ipynb #a681d3af
 import dataclasses,weakref
 from collections import deque
+from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +21,9 @@ from fastcore.basics import patch
 from .measure import evaluating,first_samples,weighted
 
 # %% ../nbs/03a_trace.ipynb #e4b2d166
-def labels_of(t): # Any tensor
+def labels_of(
+    t:torch.Tensor, # Any tensor
+) -> torch.Tensor:
     "The label of every element of `t` (int32, of its shape)"
     l = getattr(t, '_labels', None)
     if l is not None and l.shape==t.shape: return l
@@ -28,7 +31,11 @@ def labels_of(t): # Any tensor
     return torch.zeros(size, dtype=torch.int32, device='cpu').expand(t.shape)
 
 # %% ../nbs/03a_trace.ipynb #2a57e212
-def put_labels(t, labels, axis):
+def put_labels(
+    t:torch.Tensor, # Any tensor
+    labels:torch.Tensor, # Numbers (n,), 0 for what has none
+    axis:int, # Axis of length n
+) -> None:
     "Label `t` with `labels` (n,) along `axis`, the same along all other axes"
     shape = [1]*t.ndim
     shape[axis] = -1
@@ -45,7 +52,10 @@ def _small(l):
     return l
 
 # %% ../nbs/03a_trace.ipynb #c935b4cc
-def varies(l, d):
+def varies(
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    d:int, # Axis
+) -> bool:
     "Do labels `l` change along axis `d`?"
     return _spans(l, d) and bool(((s := _small(l))!=s.narrow(d, 0, 1)).any())
 
@@ -57,28 +67,42 @@ norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm,
 _holding = {nn.GroupNorm: '{} normalises over them', nn.MultiheadAttention: '{} splits them into heads',
             nn.RNNBase: '{} reads or makes them', nn.RNNCellBase: '{} reads or makes them', nn.Embedding: '{} makes them'}
 
-def is_depthwise(m): return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels==m.out_channels
+def is_depthwise(
+    m:nn.Module, # Layer
+) -> bool:
+    "Does each channel of the convolution `m` see only itself?"
+    return getattr(m, 'groups', 1)>1 and m.groups==m.in_channels==m.out_channels
 
 # %% ../nbs/03a_trace.ipynb #e1144d72
-def n_channels(m):
+def n_channels(
+    m:nn.Module, # Layer of a known kind
+) -> tuple[int,int]:
     "How many channels layer `m` makes and reads"
     for made,read in (('out_features','in_features'), ('out_channels','in_channels')):
         if hasattr(m, made): return getattr(m, made),getattr(m, read)
     return (m.num_parameters if isinstance(m, nn.PReLU) else m.num_features,)*2
 
 # %% ../nbs/03a_trace.ipynb #5647f161
-def channel_axis(m):
+def channel_axis(
+    m:nn.Module, # Layer of a known kind
+) -> int:
     "The axis of channels in what layer `m` reads and makes"
     return -1-len(getattr(m, 'kernel_size', ())) if isinstance(m, weighted) else 1
 
 # %% ../nbs/03a_trace.ipynb #8e94f05c
-def spanned_axis(t):
+def spanned_axis(
+    t:torch.Tensor, # Any tensor
+) -> int|None:
     "The only axis along which tensor `t` is longer than 1, or None"
     axes = [d for d,n in enumerate(t.shape) if n>1]
     return axes[0] if len(axes)==1 else None
 
 # %% ../nbs/03a_trace.ipynb #48614f23
-def over_weight(mask, m, reads=False):
+def over_weight(
+    mask:torch.Tensor, # One entry a channel (n,)
+    m:nn.Module, # Linear or convolution layer
+    reads:bool=False, # Of the channels that it reads
+) -> torch.Tensor:
     "A mask of the channels that `m` makes (or reads), in a shape that broadcasts over its weight"
     w,mask = m.weight,mask.to(m.weight.device)
     if reads==getattr(m, 'transposed', False): return mask.view(-1, *[1]*(w.ndim-1))
@@ -94,7 +118,9 @@ LOST = 'the way from their makers to their readers cannot be followed exactly'
 
 class Trace(TorchDispatchMode):
     "Follows labels through `model` while it runs"
-    def __init__(self, model):
+    def __init__(self,
+        model:nn.Module, # Network to follow
+    ):
         super().__init__()
         self.model,self.parts,self.ran = model,{},[]    # `{(kind, path): labels}`; paths of layers in the order of running
         self.joined,self.held,self.balanced = [],[],[]
@@ -102,19 +128,26 @@ class Trace(TorchDispatchMode):
         self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
         self._marked = []
 
-    def mark(self, t, labels, axis=None):
+    def mark(self,
+        t:torch.Tensor, # Any tensor
+        labels:torch.Tensor, # (n,), or of the shape of `t` if `axis` is None
+        axis:int|None=None, # Axis of length n
+    ) -> None:
         "Label tensor `t`, along `axis` or as a whole, until the trace is done"
         if axis is None: t._labels = labels
         else: put_labels(t, labels, axis)
         self._marked.append(weakref.ref(t))
 
-    def clear(self):
+    def clear(self) -> None:
         "Take all labels off again: tensors may be kept by the network's code"
         for t in [r() for r in self._marked]:
             if t is not None: t.__dict__.pop('_labels', None)
         self._marked = []
 
-    def new_labels(self, name, n):
+    def new_labels(self,
+        name:str, # Path of what makes them
+        n:int, # How many channels
+    ) -> torch.Tensor:
         "Labels for the `n` channels of `name`, at each call the same; a single channel never goes and has none"
         if n==1: return torch.zeros(1, dtype=torch.int32, device='cpu')
         if name not in self._first:
@@ -122,32 +155,50 @@ class Trace(TorchDispatchMode):
             self._row = F.pad(self._row, (0,n))
         return torch.arange(n, dtype=torch.int32, device='cpu') + self._first[name]
 
-    def join(self, a, b, why=WIDTHS):
+    def join(self,
+        a:torch.Tensor, # Labels
+        b:torch.Tensor, # As many others, place by place
+        why:str=WIDTHS, # What is said of those that stay
+    ) -> None:
         "Labels in the same place become one; those that meet a 0 stay"
         pairs = torch.stack([a.flatten(), b.flatten()])
         pairs = pairs[:,pairs[0]!=pairs[1]].unique(dim=1)
         self.hold(pairs[:,(pairs==0).any(0)], why)
         self.joined.append(pairs[:,(pairs>0).all(0)])
 
-    def hold(self, labels, why):
+    def hold(self,
+        labels:torch.Tensor, # Of channels that cannot go
+        why:str, # The reason, for `stays`
+    ) -> torch.Tensor:
         "These stay; returns as many zeros"
         ids = _small(labels).unique()
         if len(ids := ids[ids>0]): self.held.append((ids, why))
         return torch.zeros_like(labels)
 
-    def balance(self, labels, block, why):
+    def balance(self,
+        labels:torch.Tensor, # Of channels that stand in equal blocks
+        block:torch.Tensor, # Which block each stands in
+        why:str, # The reason
+    ) -> None:
         "As many must go from each `block`"
         pairs = torch.stack([labels.flatten(), block.expand(labels.shape).flatten()])
         self.balanced.append((pairs.unique(dim=1), why))
 
-    def note(self, kind, path, labels):
+    def note(self,
+        kind:str, # 'makers', 'readers', 'norms' or 'tensors'
+        path:str, # Path of the layer
+        labels:torch.Tensor, # Its channels (n,)
+    ) -> None:
         "A layer that runs again finds the same channels in the same places"
         if (kind,path) in self.parts: self.join(self.parts[kind,path], labels)
         else: self.parts[kind,path] = labels
 
 # %% ../nbs/03a_trace.ipynb #839fe7ef
 @patch
-def along(self:Trace, l, axis):
+def along(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    axis:int, # Axis of length n
+) -> torch.Tensor:
     "Labels `l` along one axis (n,)"
     if not l.numel(): return l.new_zeros(l.shape[axis])
     l = _small(l.movedim(axis, 0)).flatten(1) if l.ndim>1 else l[:,None]
@@ -172,7 +223,13 @@ def _computes(m, x, *args, **kwargs):
 
 # %% ../nbs/03a_trace.ipynb #50e389c9
 @patch
-def layer(self:Trace, path, m, out, x, *args, **kwargs):
+def layer(self:Trace,
+    path:str, # Path of the layer
+    m:nn.Module, # The layer
+    out:torch.Tensor, # What it made
+    x:torch.Tensor, # What it read
+    *args, **kwargs,
+) -> None:
     "Note what layer `m` reads and makes, and label its output"
     made,read = n_channels(m)
     axis,makes = channel_axis(m),isinstance(m, weighted) and not is_depthwise(m)
@@ -189,7 +246,7 @@ def layer(self:Trace, path, m, out, x, *args, **kwargs):
 # %% ../nbs/03a_trace.ipynb #fa1e0406
 _rules = {}
 
-def follows(*names):
+def follows(*names) -> Callable:
     "The rule of the operations `names`"
     def put(f): _rules.update(dict.fromkeys(names, f)); return f
     return put
@@ -234,7 +291,10 @@ def _move(trace, func, named, out):
 
 # %% ../nbs/03a_trace.ipynb #7e99d1d7
 @patch
-def align(self:Trace, ls, dim):
+def align(self:Trace,
+    ls:list, # Labels of the tensors, of their shapes
+    dim:int|None, # Axis of the joined tensor
+) -> None:
     "Tensors with labels `ls` are joined along axis `dim` (None: a new one)"
     ls = [l for l in ls if l.numel() and l.ndim==ls[-1].ndim]
     for d in range(ls[-1].ndim if len(ls)>1 else 0):
@@ -268,7 +328,10 @@ def _view(trace, func, named, out):
 
 # %% ../nbs/03a_trace.ipynb #b7bb7bbe
 @patch
-def tear(self:Trace, l, axes):
+def tear(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    axes:list, # Axes along which they change
+) -> None:
     "Labels `l` change along several `axes`, the last of them inside the rows: as many must go from each row"
     row = torch.zeros((), dtype=torch.int32, device='cpu')
     for d in axes[:-1]: row = row*l.shape[d] + torch.arange(l.shape[d], dtype=torch.int32, device='cpu').view(-1, *[1]*(l.ndim-1-d))
@@ -278,7 +341,9 @@ def tear(self:Trace, l, axes):
 
 # %% ../nbs/03a_trace.ipynb #7267bfdf
 @patch
-def rows(self:Trace, l):
+def rows(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+) -> torch.Tensor:
     "The row in which each of the labels `l` was when a view split its axis"
     for d in range(l.ndim):
         if l.shape[d]>1 and l.stride(d)==0: return self.rows(l.narrow(d, 0, 1)).expand(l.shape)
@@ -328,7 +393,10 @@ def _copy(trace, func, named, out):
 
 # %% ../nbs/03a_trace.ipynb #97588441
 @patch
-def merge(self:Trace, out, ts):
+def merge(self:Trace,
+    out:torch.Tensor, # What was computed
+    ts:list, # The tensors that went in
+) -> None:
     "Labels of `out`, computed element by element from the tensors `ts`"
     ls = [labels_of(t).expand(out.shape) for t in ts]
     if len(ls)==1: return ls[0]
@@ -423,7 +491,10 @@ def _attention(trace, func, named, out):
     return tree_map_only(torch.Tensor, lambda t: l if t is o else torch.zeros(t.shape, dtype=torch.int32, device='cpu'), out)
 
 # %% ../nbs/03a_trace.ipynb #d2aba910
-def output_tensors(out, seen=None):
+def output_tensors(
+    out:object, # What a network returned
+    seen:set|None=None, # Objects that were looked into already, by id
+) -> list[torch.Tensor]:
     "All tensors in what a network returns: in containers, dataclasses and objects that hold them; what is none is passed over"
     seen = {} if seen is None else seen
     if isinstance(out, torch.Tensor): return [out]
@@ -436,7 +507,10 @@ def output_tensors(out, seen=None):
 
 # %% ../nbs/03a_trace.ipynb #f0b58792
 @patch
-def run(self:Trace, xb, training=False):
+def run(self:Trace,
+    xb:tuple, # Inputs of the network
+    training:bool=False, # In training mode
+) -> None:
     "Follow labels through one call of the network"
     wrapped = {}
     for path,m in self.model.named_modules():
@@ -457,7 +531,7 @@ def run(self:Trace, xb, training=False):
 
 # %% ../nbs/03a_trace.ipynb #6dc53f36
 @patch
-def label_tensors(self:Trace):
+def label_tensors(self:Trace) -> None:
     "Parameters and buffers outside of known layers that have one axis, such as a layer scale, have labels of their own"
     inside = {id(t) for m in self.model.modules() if isinstance(m, weighted+norms) for t in (*m.parameters(), *m.buffers())}
     for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
@@ -499,20 +573,23 @@ def _held(self:Trace, path, m, why):
     return forward
 
 # %% ../nbs/03a_trace.ipynb #2a71ed43
-def components(pairs, n):
+def components(
+    pairs:torch.Tensor, # Edges (2, k)
+    n:int, # How many nodes there are
+) -> torch.Tensor:
     "The component (n,) of each of `n` nodes of a graph with the edges `pairs` (2, k)"
     a,b = pairs.cpu().numpy()
     return torch.from_numpy(connected_components(coo_matrix((np.ones(len(a)), (a,b)), (n,n)), directed=False)[1]).long()
 
 # %% ../nbs/03a_trace.ipynb #657d21c9
 @patch(as_prop=True)
-def classes(self:Trace):
+def classes(self:Trace) -> torch.Tensor:
     "The class of each label: labels of one class live and die together"
     return components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
 
 # %% ../nbs/03a_trace.ipynb #44cceff9
 @patch(as_prop=True)
-def stays(self:Trace):
+def stays(self:Trace) -> dict[int,str]:
     "`{class: why it cannot go}`"
     found,of = {},self.classes
     for ids,why in self.held:
@@ -523,7 +600,7 @@ def stays(self:Trace):
 
 # %% ../nbs/03a_trace.ipynb #99c45317
 @patch
-def table(self:Trace):
+def table(self:Trace) -> pd.DataFrame:
     "`DataFrame` of where channels are made, scaled and read: how many, in how many classes, and why some stay"
     of,stays = self.classes,self.stays
     def row(kind, path, l): c = of[l[l>0].long()].unique().tolist(); return dict(kind=kind, path=path, channels=len(l), classes=' '.join(_ranges(c)), stays=', '.join({stays[o]: 0 for o in c if o in stays}))
@@ -540,7 +617,7 @@ def _ranges(ns):
 
 # %% ../nbs/03a_trace.ipynb #d0fb80c5
 @patch
-def hold_unseen(self:Trace):
+def hold_unseen(self:Trace) -> None:
     "Layers that did not run, since another input, or targets, would take their way: what they could read stays"
     inside = {c for m in self.model.modules() if isinstance(m, tuple(_holding)) for c in m.modules()}
     for path,m in self.model.named_modules():
@@ -549,8 +626,10 @@ def hold_unseen(self:Trace):
 
 # %% ../nbs/03a_trace.ipynb #7fb01271
 @torch.no_grad()
-def trace_channels(model, # Any module
-    xb): # Tuple of its inputs, two samples or more
+def trace_channels(
+    model:nn.Module, # Any module
+    xb:tuple, # Tuple of its inputs, two samples or more
+) -> Trace:
     "A `Trace` of `model`, in evaluation and in training mode"
     t = Trace(model)
     try:

@@ -28,5 +28,5 @@ def pytest_collection_modifyitems(items):
         if o.get_closest_marker('cuda') and DEVICE=='cpu': o.add_marker(pytest.mark.skip('needs a GPU: KDNB_DEVICE=cuda make test'))
 
 def pytest_pycollect_makeitem(collector, obj):
-    "`from kdnb.all import *` brings fastcore's `test_eq` and its like: they are no tests of ours"
-    if (getattr(obj, '__module__', None) or '').startswith('fast'): return []
+    "`from kdnb.all import *` brings fastcore's `test_eq` and our `TestEveryEpoch`: they are no tests"
+    if (getattr(obj, '__module__', None) or '').startswith(('fast','kdnb')): return []

@@ -106,6 +106,7 @@ def test_mistypings_are_status_2(argv, says, capsys):
 OWN = '''
 from kdnb.all import *
 class Nearness(LogitTerm):
+    usual,aliases = 7.,('near-ness',)
     def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
 def heaviest(s): return s.sum({k: w.abs() for k,w in s.weights.items()})
 criteria['heaviest'] = heaviest
@@ -156,6 +157,18 @@ def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     assert "'of-mine'" in capsys.readouterr().err
     recipe('registered')(lambda dls, path: None)                  # in Python, before the command
     assert 'returned NoneType' in said(capsys, 1, *argv, 'registered')
+
+@pytest.mark.parametrize('name', ['Nearness','near-ness'])
+def test_a_term_of_one_s_own_by_name_has_its_usual_weight(name, own, photos, capsys, monkeypatch):
+    weights = []
+    class Seen(KnowledgeDistillation):
+        def before_fit(self):
+            weights.extend(t.weight for t in self.terms.values())
+            super().before_fit()
+    monkeypatch.setattr('kdnb.recipes.sequential.KnowledgeDistillation', Seen)
+    argv = ['compress','--recipe','sequential','--quick','--data',photos,'--quiet','--import','own.py','--set',f'method={name}','levels=(0,.5)']
+    said(capsys, 0, *argv, '--student', 'lenet300', '--teacher', 'lenet300', '--epochs', '1,1,1', '--out', 'run')
+    assert weights and {*weights}=={7.} and Record('run').settings['method']==[name]
 
 def test_a_criterion_of_one_s_own_by_name(own, photos, capsys):
     argv = ['compress','--recipe','prune-then-distill','--quick','--data',photos,'--quiet','--import','own.py','--set','criterion=heaviest']
@@ -215,5 +228,7 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
     for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
     assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
 
-def test_a_size_is_for_folders(capsys, tmp_path):
-    assert '--size is for folders, and digits is an image set' in said(capsys, 1, 'compress', '--data', 'digits', '--size', 32, '--quick', '--out', tmp_path/'run')
+def test_a_size_is_for_image_sets_too():
+    for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
+        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False))
+        assert dls.in_shape==shape and name=='digits'

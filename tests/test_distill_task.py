@@ -485,9 +485,10 @@ def test_the_learner_s_file_carries_nothing_of_the_teacher(tmp_path):
 @pytest.fixture
 def own():
     "Names that a test brings are gone after it"
-    kept = {k: dict(getattr(methods, k)) for k in ('usual_weights','_terms','_aliases')}
+    kept,weights = dict(methods._terms),dict(usual_weights)
     yield
-    for k,v in kept.items(): getattr(methods, k).clear(); getattr(methods, k).update(v)
+    methods._terms.clear(); methods._terms.update(kept)
+    for k,v in weights.items(): kept[k].usual = v
 
 BLANK = torch.zeros(2,1,8,8)
 def pair(): return create('lenet5', data()).cpu(),net().cpu()
@@ -523,13 +524,24 @@ def test_names_of_the_package_stay_its_own(own):
     assert usual_weights['KD']==.9 and type(named_term('KD', *pair(), BLANK).terms[0]) is methods.KD
 
 def test_what_a_name_cannot_build(own):
-    usual_weights['Ghost'] = 1.
-    with pytest.raises(ValueError, match="names 'Ghost', but no term is called so"): named_term('Ghost', *pair(), BLANK)
+    with pytest.raises(ValueError, match="there is no term 'Ghost'. Write it as a class Ghost"): usual_weights['Ghost'] = 1.
+    with pytest.raises(ValueError, match='no method is called'): named_term('Ghost', *pair(), BLANK)
     class Needy(LogitTerm):
         def __init__(self, strength): self.strength = strength
     with pytest.raises(ValueError, match='Needy cannot be built by its name'): named_term('Needy', *pair(), BLANK)
     assert named_term('Needy', *pair(), BLANK, options=dict(Needy=dict(strength=2))).terms[0].strength==2
     with pytest.raises(ValueError, match="Did you mean 'Needy'"): method_names('Needi')
+
+def test_the_table_is_what_the_classes_say(own):
+    class Cosine(LogitTerm):
+        usual = 2.
+        def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
+    assert usual_weights['Cosine']==2 and len(usual_weights)==len(methods._terms) and 'Cosine' in repr(usual_weights)
+    Cosine.usual = 4.
+    assert usual_weights['Cosine']==named_term('cosine', *pair(), BLANK).terms[0].weight==4
+    usual_weights['Cosine'] = 5.
+    assert Cosine.usual==named_term('cosine', *pair(), BLANK).terms[0].weight==5
+    with pytest.raises(ValueError, match='weight is -1'): usual_weights['Cosine'] = -1
 
 def test_the_table_is_as_it_was():
     assert {k: usual_weights[k] for k in methods.__all__ if k in usual_weights}=={k: v for k,v in dict(

@@ -66,10 +66,8 @@ def test_look_sees_faults(tmp_path):
     assert 'fails is not defined' in seen['console'][0]
     assert seen['pictures']==[0] and seen['excess']>0 and not seen['mobile']
 
-@in_browser
-@pytest.mark.filterwarnings('ignore:constrained_layout not applied')
-def test_names_are_no_code(tmp_path):
-    bad = '<script>fails()</script><img src=none.png>'
+def named(bad):
+    "A record in which every text is `bad`"
     r = fake_record(data=bad, settings={bad: bad}, versions={bad: bad}, verdict=bad)
     for o in r.stages: o['name'] += bad
     for o in r.exhibits.values(): o.title = o.text = bad; o.labels = {k: bad for k in o.labels}
@@ -77,6 +75,18 @@ def test_names_are_no_code(tmp_path):
     for k in ('scatter','embedding'): r.exhibits[k].data = r.exhibits[k].data.assign(label=bad)
     r.exhibits['table'].data = r.exhibits['table'].data.rename(columns=lambda c: bad, index=lambda c: bad)
     r.layers['before'][0]['path'] = bad
+    return r
+
+@pytest.mark.filterwarnings('ignore:constrained_layout not applied')
+def test_text_is_escaped():
+    r,bad = named('<b>"5 %" & \'x\'</b>'),re.compile('<b>"5|&amp;(lt|gt|amp|#34|quot);')
+    for o in (report(r), compare(r, fake_record('runs/x<b>"5'))): assert not bad.search(str(o)) and '&lt;b&gt;&#34;5\u00a0%&#34; &amp;' in str(o)
+    assert report(r)._repr_html_().count('&lt;b&gt;')>20
+
+@in_browser
+@pytest.mark.filterwarnings('ignore:constrained_layout not applied')
+def test_names_are_no_code(tmp_path):
+    r = named('<script>fails()</script><img src=none.png>')
     for o in (report(r), compare(r, fake_record('runs/x<script>fails()</script>'))):
         seen = look(str(o), 390, tmp_path)
         assert not seen['console'] and all(seen['pictures'])

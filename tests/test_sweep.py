@@ -232,6 +232,11 @@ def test_failures_are_kept_and_tried_again_when_asked(quick, tmp_path, capsys):
     text = (tmp_path/'sweep.html').read_text()
     assert 'What failed' in text and 'expected a fraction' in text
 
+def test_text_is_escaped(quick, tmp_path):
+    g = dict(recipe='sweep_recipes:steady', data='digits', settings=dict(pause=0.), grid=dict(lam=[-1,.5], steps=[4], epochs=['<b>"&']))
+    page = str(sweep(g, tmp_path/'journal.log', tmp_path, show=False).page())
+    assert 'What failed' in page and '<svg' in page and '<b>' not in page and '&lt;b&gt;' in page and '&amp;lt;' not in page
+
 def test_a_grid_may_grow_and_shrink(quick, tmp_path):
     run = lambda g: sweep(g, tmp_path/'journal.log', tmp_path, show=False)
     run(grid(lams=[.1,.2], pause=0.))

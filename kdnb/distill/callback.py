@@ -132,6 +132,19 @@ class KnowledgeDistillation(LossTerm):
         return state | dict(_built=None, _ears=None, _loader=None, _modes=[], _kept={}, _said=[], _now=None, _views=None,
                             _after=[], _params=[], _files={}, _replaced=None, _places=None)
 
+# %% ../../nbs/12_distill.callback.ipynb #c266feeb
+@patch
+def _check_teacher(self:KnowledgeDistillation):
+    if self.teacher is None:
+        raise ValueError('the teacher was left behind when this learner was exported. '
+                         'Attach a new KnowledgeDistillation(teacher, ...).')
+    if self.teacher is self.model:
+        raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
+    t,s = (next(m.parameters(), None) for m in (self.teacher, self.model))
+    if t is not None and t.dtype!=s.dtype:
+        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. '
+                         f'Convert the teacher: teacher.to({s.dtype}).')
+
 # %% ../../nbs/12_distill.callback.ipynb #42712ced
 @patch
 def _outputs(self:KnowledgeDistillation, *models):
@@ -230,18 +243,46 @@ def _undo_replace(self:KnowledgeDistillation):
 
 def _body_and_projector(model): return [p for m in (unwrap(model).body,unwrap(model).projector) for p in m.parameters()]
 
-# %% ../../nbs/12_distill.callback.ipynb #c266feeb
+# %% ../../nbs/12_distill.callback.ipynb #fc5406ed
 @patch
-def _check_teacher(self:KnowledgeDistillation):
-    if self.teacher is None:
-        raise ValueError('the teacher was left behind when this learner was exported. '
-                         'Attach a new KnowledgeDistillation(teacher, ...).')
-    if self.teacher is self.model:
-        raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
-    t,s = (next(m.parameters(), None) for m in (self.teacher, self.model))
-    if t is not None and t.dtype!=s.dtype:
-        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. '
-                         f'Convert the teacher: teacher.to({s.dtype}).')
+def _ask(self:KnowledgeDistillation):
+    "The teacher's logits for this batch, or what it returns, if none are known in that"
+    xb = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in self.xb)
+    return find_logits(self.teacher(*xb), self.logits)
+
+# %% ../../nbs/12_distill.callback.ipynb #5c03d203
+@patch
+def _targets(self:KnowledgeDistillation, term):
+    if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
+    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
+                     'Use terms that compare with the teacher alone, such as KD, or a loader whose batches have targets.')
+
+# %% ../../nbs/12_distill.callback.ipynb #5dd7d0a7
+@patch
+def _check_answers(self:KnowledgeDistillation, z_t, f_t):
+    "Once a fit: answers must be finite, and stored ones must be answers to this batch"
+    self._checked,z_t = True,{'': z_t} if isinstance(z_t, torch.Tensor) else {}
+    if bad := [k or 'the output' for k,v in {**z_t, **f_t}.items() if not v.isfinite().all()]:
+        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or has diverged. '
+                         'Train it again, or check its inputs.')
+    if self.cache and z_t:
+        with torch.autocast(z_t[''].device.type, enabled=False): now = self._ask()
+        if now.shape!=z_t[''].shape or (now-z_t['']).abs().max() > .01*z_t[''].abs().max().clamp(min=1):
+            raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
+                             'Use cache=False.')
+
+# %% ../../nbs/12_distill.callback.ipynb #08b8dff9
+@patch
+def _take_index(self:KnowledgeDistillation):
+    "The places of this batch's samples; those of an earlier batch would be taken for them"
+    take_index(self.learn)
+    now = vars(self.learn).get('sample_index')
+    if now is None or now is self._places:
+        raise ValueError('a batch came without the places of its samples: another callback took them away with the targets. '
+                         'Add SampleIndex(), which takes them first.')
+    self._places = now
+
+def _mixer(learn): return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
 # %% ../../nbs/12_distill.callback.ipynb #d8c353cf
 @patch
@@ -289,19 +330,6 @@ def before_batch(self:KnowledgeDistillation):
     if not len(self.yb) and (mix := _mixer(self.learn)):
         raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
 
-# %% ../../nbs/12_distill.callback.ipynb #08b8dff9
-@patch
-def _take_index(self:KnowledgeDistillation):
-    "The places of this batch's samples; those of an earlier batch would be taken for them"
-    take_index(self.learn)
-    now = vars(self.learn).get('sample_index')
-    if now is None or now is self._places:
-        raise ValueError('a batch came without the places of its samples: another callback took them away with the targets. '
-                         'Add SampleIndex(), which takes them first.')
-    self._places = now
-
-def _mixer(learn): return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
-
 # %% ../../nbs/12_distill.callback.ipynb #bcdac989
 @patch
 def values(self:KnowledgeDistillation, names):
@@ -325,20 +353,6 @@ def _judge(self:KnowledgeDistillation, name, o):
         self.adapter.check(o.term, o.z_s, o.z_all, o.y if len(self.yb) else None)
     self._judged.add(name)
 
-# %% ../../nbs/12_distill.callback.ipynb #5c03d203
-@patch
-def _targets(self:KnowledgeDistillation, term):
-    if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
-    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
-                     'Use terms that compare with the teacher alone, such as KD, or a loader whose batches have targets.')
-
-# %% ../../nbs/12_distill.callback.ipynb #fc5406ed
-@patch
-def _ask(self:KnowledgeDistillation):
-    "The teacher's logits for this batch, or what it returns, if none are known in that"
-    xb = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in self.xb)
-    return find_logits(self.teacher(*xb), self.logits)
-
 # %% ../../nbs/12_distill.callback.ipynb #2687e880
 @patch
 @torch.no_grad()
@@ -351,20 +365,6 @@ def _listen(self:KnowledgeDistillation):
     else: z_t,f_t = self._ask(),self._ears[1].take()
     if not self._checked: self._check_answers(z_t, f_t)
     return z_t,f_t
-
-# %% ../../nbs/12_distill.callback.ipynb #5dd7d0a7
-@patch
-def _check_answers(self:KnowledgeDistillation, z_t, f_t):
-    "Once a fit: answers must be finite, and stored ones must be answers to this batch"
-    self._checked,z_t = True,{'': z_t} if isinstance(z_t, torch.Tensor) else {}
-    if bad := [k or 'the output' for k,v in {**z_t, **f_t}.items() if not v.isfinite().all()]:
-        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or has diverged. '
-                         'Train it again, or check its inputs.')
-    if self.cache and z_t:
-        with torch.autocast(z_t[''].device.type, enabled=False): now = self._ask()
-        if now.shape!=z_t[''].shape or (now-z_t['']).abs().max() > .01*z_t[''].abs().max().clamp(min=1):
-            raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
-                             'Use cache=False.')
 
 # %% ../../nbs/12_distill.callback.ipynb #69085ab2
 @patch

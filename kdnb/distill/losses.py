@@ -9,12 +9,15 @@ __all__ = ['at_least_float32', 'in_float32', 'unit', 'check_T', 'class_dim', 'ch
 
 # %% ../../nbs/10_distill.losses.ipynb #534f821c
 import math
+from collections.abc import Callable
 from functools import wraps
 import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/10_distill.losses.ipynb #84c2d8ca
-def at_least_float32(o):
+def at_least_float32(
+    o:object, # A tensor, or a list, tuple or dict of them
+) -> object:
     "A plain tensor of float32 or more for each tensor in `o`"
     if isinstance(o, (tuple,list)): return tuple(map(at_least_float32, o))
     if not isinstance(o, torch.Tensor): return o
@@ -22,7 +25,9 @@ def at_least_float32(o):
     return o.float() if o.dtype in (torch.float16,torch.bfloat16) else o
 
 # %% ../../nbs/10_distill.losses.ipynb #674d72f7
-def in_float32(f):
+def in_float32(
+    f:Callable, # Function of tensors
+) -> Callable:
     "Let the loss `f` compute in float32 at least, whatever comes in, and outside autocast"
     @wraps(f)
     def _f(*args, **kwargs):
@@ -34,20 +39,30 @@ def in_float32(f):
     return _f
 
 # %% ../../nbs/10_distill.losses.ipynb #0873280b
-def unit(v, dim=1, p=2, eps=1e-12):
+def unit(
+    v:torch.Tensor, # Any tensor
+    dim:int=1, # Axis
+    p:float=2, # Which norm
+    eps:float=1e-12, # Least norm
+) -> torch.Tensor:
     "`v` divided by its `p`-norm over `dim`; zero, without a gradient, where that is below `eps`"
     n = v.norm(p, dim, keepdim=True)
     return v/n.masked_fill(n<eps, math.inf)
 
 # %% ../../nbs/10_distill.losses.ipynb #1c0806f2
-def check_T(T):
+def check_T(
+    T:object, # What was given as a temperature
+) -> None:
+    "A temperature is a number above 0. Raises `ValueError` if `T` is none."
     if callable(T):
         raise ValueError('T is a schedule, expected a number: a temperature does not change while training. '
                          'What can is the weight of a term, KD(T=4)*SchedCos(1., .1).')
     if T is None or isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
 # %% ../../nbs/10_distill.losses.ipynb #d8752c14
-def class_dim(z): "The dimension of the classes"; return 1 if z.ndim>3 else -1
+def class_dim(
+    z:torch.Tensor, # Logits (B, C), (B, …, C) or of pixels (B, C, H, W)
+) -> int: "The dimension of the classes"; return 1 if z.ndim>3 else -1
 
 def _rows(z): return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z
 
@@ -65,8 +80,11 @@ def _check_logits(z_s, z_t, least=2):
     return z_s,z_t
 
 # %% ../../nbs/10_distill.losses.ipynb #ab8337f0
-def check_batch(f_s, f_t):
-    "Student's and teacher's features must be of the same samples"
+def check_batch(
+    f_s:torch.Tensor, # Features of the student (B, …)
+    f_t:torch.Tensor, # Features of the teacher (B, …)
+) -> None:
+    "Student's and teacher's features must be of the same samples. Raises `ValueError` if they are not."
     if len(f_s)!=len(f_t):
         raise ValueError(f'the student\'s features are a batch of {len(f_s)}, the teacher\'s a batch of {len(f_t)} '
                          f'(shapes {tuple(f_s.shape)} and {tuple(f_t.shape)}): '
@@ -80,48 +98,64 @@ def _check_maps(*fs):
 
 # %% ../../nbs/10_distill.losses.ipynb #6cdf38cd
 @in_float32
-def kd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
-    z_t, # Teacher's logits, of the same shape
-    T=4.): # Temperature, > 0
-    "Soft targets: T²·KL(teacher‖student), mean over the batch (Ming et al. 2020, eq. 2)"
+def kd(
+    z_s:torch.Tensor, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t:torch.Tensor, # Teacher's logits, of the same shape
+    T:float=4., # Temperature, > 0
+) -> torch.Tensor:
+    """Soft targets: T²·KL(teacher‖student), mean over the batch (Ming et al. 2020, eq. 2)
+
+    Raises `ValueError` if the shapes differ."""
     check_T(T); z_s,z_t = _check_logits(z_s, z_t)
     lp_s,lp_t = ((z/T).mT.log_softmax(-2) for z in (z_s, z_t))   # over few classes much faster than along the last dimension
     return F.kl_div(lp_s, lp_t, reduction='sum', log_target=True)/len(z_s)*T**2
 
 # %% ../../nbs/10_distill.losses.ipynb #4a8e35de
 @in_float32
-def binary_kd(z_s, # Student's logits, one for each label (B, L), or of pixels (B, L, H, W)
-    z_t, # Teacher's logits, of the same shape
-    T=1.): # Temperature, > 0
-    "Soft targets of each label: T²·KL(teacher‖student) of yes or no, mean over batch and labels (Yang et al. 2023)"
+def binary_kd(
+    z_s:torch.Tensor, # Student's logits, one for each label (B, L), or of pixels (B, L, H, W)
+    z_t:torch.Tensor, # Teacher's logits, of the same shape
+    T:float=1., # Temperature, > 0
+) -> torch.Tensor:
+    """Soft targets of each label: T²·KL(teacher‖student) of yes or no, mean over batch and labels (Yang et al. 2023)
+
+    Raises `ValueError` if the shapes differ."""
     check_T(T)
     lp_s,lp_t = (F.logsigmoid(torch.stack([z,-z])/T) for z in _check_logits(z_s, z_t, least=1))
     return F.kl_div(lp_s, lp_t, reduction='sum', log_target=True)/z_s.numel()*T**2
 
 # %% ../../nbs/10_distill.losses.ipynb #dc7548cc
 @in_float32
-def logits_mse(z_s, # Student's logits (B, C)
-    z_t): # Teacher's logits (B, C)
-    "Mean of (z_s − z_t)² (Ba and Caruana 2014)"
+def logits_mse(
+    z_s:torch.Tensor, # Student's logits (B, C)
+    z_t:torch.Tensor, # Teacher's logits (B, C)
+) -> torch.Tensor:
+    "Mean of (z_s − z_t)² (Ba and Caruana 2014). Raises `ValueError` if the shapes differ."
     return F.mse_loss(*_check_logits(z_s, z_t, least=1))
 
 # %% ../../nbs/10_distill.losses.ipynb #731f78f4
 @in_float32
-def lwf(z_s, # Student's logits on the old task's classes (B, C)
-    z_t, # Logits of the network that knew it (B, C)
-    T=2.): # Temperature, > 0
+def lwf(
+    z_s:torch.Tensor, # Student's logits on the old task's classes (B, C)
+    z_t:torch.Tensor, # Logits of the network that knew it (B, C)
+    T:float=2., # Temperature, > 0
+) -> torch.Tensor:
     "Learning without forgetting: KL at temperature `T`, without T², mean over the batch (Li and Hoiem 2016)"
     return kd(z_s, z_t, T)/T**2
 
 # %% ../../nbs/10_distill.losses.ipynb #bc5350d7
 @in_float32
-def dkd(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
-    z_t, # Teacher's logits, of the same shape
-    y, # Labels (B,), or (B, H, W)
-    alpha=1., # Weight of TCKD: right class or not
-    beta=8., # Weight of NCKD: among the other classes (2 to 8)
-    T=4.): # Temperature, > 0
-    "Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022)"
+def dkd(
+    z_s:torch.Tensor, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t:torch.Tensor, # Teacher's logits, of the same shape
+    y:torch.Tensor, # Labels (B,), or (B, H, W)
+    alpha:float=1., # Weight of TCKD: right class or not
+    beta:float=8., # Weight of NCKD: among the other classes (2 to 8)
+    T:float=4., # Temperature, > 0
+) -> torch.Tensor:
+    """Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022)
+
+    Raises `ValueError` if `y` are no numbers of classes."""
     check_T(T); z_s,z_t = _check_logits(z_s, z_t)
     if y.is_floating_point() or y.numel()!=len(z_s):
         raise ValueError(f'DKD needs the number of the right class of each sample, but targets are {y.dtype} of shape '
@@ -140,12 +174,14 @@ def _split(z, y):
 
 # %% ../../nbs/10_distill.losses.ipynb #bfd78f31
 @in_float32
-def dist(z_s, # Student's logits (B, C), or of pixels (B, C, H, W)
-    z_t, # Teacher's logits, of the same shape
-    beta=1., # Weight of the relation between classes
-    gamma=1., # Weight of the relation between samples
-    T=1., # Temperature, > 0
-    scaled=True): # Multiply by T²
+def dist(
+    z_s:torch.Tensor, # Student's logits (B, C), or of pixels (B, C, H, W)
+    z_t:torch.Tensor, # Teacher's logits, of the same shape
+    beta:float=1., # Weight of the relation between classes
+    gamma:float=1., # Weight of the relation between samples
+    T:float=1., # Temperature, > 0
+    scaled:bool=True, # Multiply by T²
+) -> torch.Tensor:
     "One minus Pearson correlation of probabilities, over classes and over samples (Huang et al. 2022)"
     check_T(T)
     p_s,p_t = ((z/T).softmax(1) for z in _check_logits(z_s, z_t))
@@ -157,12 +193,17 @@ def _unlike(a, b):
 
 # %% ../../nbs/10_distill.losses.ipynb #9d74a834
 @in_float32
-def standardize(z): # Logits (B, C), or of pixels (B, C, H, W)
+def standardize(
+    z:torch.Tensor, # Logits (B, C), or of pixels (B, C, H, W)
+) -> torch.Tensor:
     "Logits of each sample with mean 0 and (unbiased) standard deviation 1 (Sun et al. 2024)"
     return (z - z.mean(d := class_dim(z), keepdim=True))/(z.std(d, keepdim=True) + 1e-7)
 
 # %% ../../nbs/10_distill.losses.ipynb #184c89a9
-def same_size(f_s, f_t): # Maps (B, C, H, W), channels may differ
+def same_size(
+    f_s:torch.Tensor, # Maps (B, C, H, W)
+    f_t:torch.Tensor, # Maps (B, C', H', W')
+) -> tuple[torch.Tensor,torch.Tensor]: # Maps (B, C, H, W), channels may differ
     "Both maps at the smaller of their sizes"
     size = tuple(map(min, f_s.shape[2:], f_t.shape[2:]))
     return tuple(f if tuple(f.shape[2:])==size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
@@ -173,18 +214,22 @@ def _maps(f_s, f_t):
 
 # %% ../../nbs/10_distill.losses.ipynb #1a63a047
 @in_float32
-def attention(f_s, # Student's maps (B, C, H, W)
-    f_t, # Teacher's maps; channels and size may differ
-    p=2, # Power of the activations
-    squared=True): # Mean of squares over B·H·W; else the norm, mean over B, as the paper prints it
+def attention(
+    f_s:torch.Tensor, # Student's maps (B, C, H, W)
+    f_t:torch.Tensor, # Teacher's maps; channels and size may differ
+    p:float=2, # Power of the activations
+    squared:bool=True, # Mean of squares over B·H·W; else the norm, mean over B, as the paper prints it
+) -> torch.Tensor:
     "Distance of normalised attention maps (Zagoruyko and Komodakis 2017)"
     d_s,d_t = (unit(f.abs().pow(p).mean(1).flatten(1)) for f in _maps(f_s, f_t))
     return F.mse_loss(d_s, d_t) if squared else (d_s-d_t).norm(dim=1).mean()
 
 # %% ../../nbs/10_distill.losses.ipynb #90102ea5
 @in_float32
-def nst(f_s, # Student's maps (B, C, H, W)
-    f_t): # Teacher's maps; channels and size may differ
+def nst(
+    f_s:torch.Tensor, # Student's maps (B, C, H, W)
+    f_t:torch.Tensor, # Teacher's maps; channels and size may differ
+) -> torch.Tensor:
     "Squared maximum mean discrepancy of the channels' maps, polynomial kernel (Huang and Wang 2017)"
     x,y = (unit(f.flatten(2), dim=2) for f in _maps(f_s, f_t))
     if x.shape[2]<=max(x.shape[1], y.shape[1]):
@@ -194,9 +239,13 @@ def nst(f_s, # Student's maps (B, C, H, W)
 
 # %% ../../nbs/10_distill.losses.ipynb #8eadeca1
 @in_float32
-def fsp(pair_s, # Two maps of the student, an earlier and a later layer's
-    pair_t): # Two maps of the teacher, with as many channels
-    "Mean squared difference of the flows between two layers (Yim et al. 2017)"
+def fsp(
+    pair_s:tuple, # Two maps of the student, an earlier and a later layer's
+    pair_t:tuple, # Two maps of the teacher, with as many channels
+) -> torch.Tensor:
+    """Mean squared difference of the flows between two layers (Yim et al. 2017)
+
+    Raises `ValueError` if the channels are not as many."""
     check_batch(pair_s[0], pair_t[0]); _check_maps(*pair_s, *pair_t)
     g_s,g_t = (_flow(*same_size(a, b)) for a,b in (pair_s, pair_t))
     if g_s.shape!=g_t.shape:
@@ -209,22 +258,28 @@ def _flow(a, b): return a.flatten(2)@b.flatten(2).mT/a[0,0].numel()
 
 # %% ../../nbs/10_distill.losses.ipynb #a731e2b3
 @in_float32
-def similarity(f_s, # Student's features (B, …)
-    f_t): # Teacher's features (B, …), any shape
+def similarity(
+    f_s:torch.Tensor, # Student's features (B, …)
+    f_t:torch.Tensor, # Teacher's features (B, …), any shape
+) -> torch.Tensor:
     "Squared Frobenius distance of the normalised Gram matrices, over B² (Tung and Mori 2019)"
     check_batch(f_s, f_t)
     return F.mse_loss(*(unit(f.flatten(1)@f.flatten(1).T) for f in (f_s, f_t)))
 
 # %% ../../nbs/10_distill.losses.ipynb #d500afef
-def vectors(f):
+def vectors(
+    f:torch.Tensor, # Maps (B, C, H, W), or features (B, …)
+) -> torch.Tensor:
     "A vector per sample (B, D): maps averaged over space, anything else flattened"
     return f.mean((2,3)) if f.ndim==4 else f.flatten(1)
 
 # %% ../../nbs/10_distill.losses.ipynb #faaff3b4
 @in_float32
-def pkt(v_s, # Student's vectors (B, D), or maps, which are averaged over space
-    v_t, # Teacher's; D may differ
-    eps=1e-7): # Added to probabilities
+def pkt(
+    v_s:torch.Tensor, # Student's vectors (B, D), or maps, which are averaged over space
+    v_t:torch.Tensor, # Teacher's; D may differ
+    eps:float=1e-7, # Added to probabilities
+) -> torch.Tensor:
     "KL of the neighbourhood probabilities, mean over B×B (Passalis and Tefas 2018)"
     check_batch(v_s, v_t)
     cosines = (n@n.T for n in (unit(vectors(v)) for v in (v_s, v_t)))
@@ -233,10 +288,12 @@ def pkt(v_s, # Student's vectors (B, D), or maps, which are averaged over space
 
 # %% ../../nbs/10_distill.losses.ipynb #11755038
 @in_float32
-def rkd(v_s, # Student's vectors (B, D); maps are flattened
-    v_t, # Teacher's; D may differ
-    distance=25., # Weight of the distances
-    angle=50.): # Weight of the angles
+def rkd(
+    v_s:torch.Tensor, # Student's vectors (B, D); maps are flattened
+    v_t:torch.Tensor, # Teacher's; D may differ
+    distance:float=25., # Weight of the distances
+    angle:float=50., # Weight of the angles
+) -> torch.Tensor:
     "Smooth L1 of relative distances of pairs and of cosines in triplets (Park et al. 2019)"
     check_batch(v_s, v_t)
     v_s,v_t = v_s.flatten(1),v_t.flatten(1)
@@ -257,12 +314,14 @@ def _angles(v):
 
 # %% ../../nbs/10_distill.losses.ipynb #6c744232
 @in_float32
-def crd(v, # Embeddings of one network, length 1 (B, D)
-    memory, # Embeddings that the other network gave the training set, length 1 (N, D)
-    index, # Places of the samples in the training set (B,)
-    others, # Places of the negatives (B, K), or a mask of them (B, N)
-    Z, # Normaliser; a number, constant over training
-    T=.07): # Temperature
+def crd(
+    v:torch.Tensor, # Embeddings of one network, length 1 (B, D)
+    memory:torch.Tensor, # Embeddings that the other network gave the training set, length 1 (N, D)
+    index:torch.Tensor, # Places of the samples in the training set (B,)
+    others:torch.Tensor, # Places of the negatives (B, K), or a mask of them (B, N)
+    Z:float|torch.Tensor, # Normaliser; a number, constant over training
+    T:float=.07, # Temperature
+) -> torch.Tensor:
     "Noise-contrastive estimation against a memory, mean over the batch (Tian et al. 2020)"
     p = torch.exp(v@memory.T/T)/Z
     mask = others.dtype==torch.bool

@@ -11,6 +11,7 @@ __all__ = ['usual_weights', 'Term', 'Terms', 'LogitTerm', 'KD', 'BinaryKD', 'Log
 # %% ../../nbs/11_distill.methods.ipynb #73f1e417
 import math
 from collections import OrderedDict
+from collections.abc import MutableMapping
 from copy import copy,deepcopy
 from difflib import get_close_matches
 from functools import partial
@@ -26,7 +27,7 @@ from ..terms import check_weight,weight_at
 from .losses import *
 
 # %% ../../nbs/11_distill.methods.ipynb #639277f6
-usual_weights,_terms,_aliases = {},{},{}
+_terms = {}     # classes by name
 
 def _both(find):
     return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),find(teacher, data)))
@@ -76,9 +77,22 @@ def _register(cls):
     name = cls.__name__
     if name in _terms and _terms[name].__module__==__name__!=cls.__module__: return     # the package's names stay
     _terms[name] = cls
-    if 'usual' in vars(cls): usual_weights[name] = cls.usual
-    else: usual_weights.setdefault(name, cls.usual)
-    for o in vars(cls).get('aliases', ()): _aliases[o.lower()] = name
+
+# %% ../../nbs/11_distill.methods.ipynb #887c9a29
+class _UsualWeights(MutableMapping):
+    "The weights by which the authors of each term use it, by its name: `usual` of the classes"
+    def __getitem__(self, name): return _terms[name].usual
+    def __setitem__(self, name, weight):
+        if name not in _terms:
+            raise ValueError(f'there is no term {name!r}. Write it as a class {name}(LogitTerm) or {name}(LayerTerm), with its `usual` weight.')
+        _terms[name].usual = check_weight(weight)
+    def __delitem__(self, name): del _terms[name]
+    def __iter__(self): return iter(_terms)
+    def __len__(self): return len(_terms)
+    def __repr__(self): return repr(dict(self))
+
+# %% ../../nbs/11_distill.methods.ipynb #53b55367
+usual_weights = _UsualWeights()
 
 # %% ../../nbs/11_distill.methods.ipynb #50579fa3
 class Terms:
@@ -606,13 +620,13 @@ def simkd_student(student, # What `create` noted of the student, `dict(name=...,
 # %% ../../nbs/11_distill.methods.ipynb #f361fc4b
 def method_names(name): # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
     "The names of the terms of a method, as in `usual_weights`"
-    known = _aliases | {k.lower(): k for k in usual_weights}
+    known = {o.lower(): k for k,cls in _terms.items() for o in vars(cls).get('aliases', ())} | {k.lower(): k for k in _terms}
     parts = [o.strip() for o in str(name).split('+')]
     for o in parts:
         if o.lower() in known: continue
         near = get_close_matches(o.lower(), known, 1)
         raise ValueError(f'no method is called {o!r}.{f" Did you mean {known[near[0]]!r}?" if near else ""} '
-                         f'There are {", ".join(usual_weights)}, and sums such as \'KD + AT\'.')
+                         f'There are {", ".join(_terms)}, and sums such as \'KD + AT\'.')
     return [known[o.lower()] for o in parts]
 
 # %% ../../nbs/11_distill.methods.ipynb #820b6df2
@@ -624,12 +638,10 @@ def named_term(name, # Name of a term, such as 'SimKD', or a sum such as 'KD + V
     options=None): # More arguments of the terms, by name: `{'VID': dict(depth=2)}`
     "The terms called `name`, on the layers that such methods look at"
     def build(k):
-        if (cls := _terms.get(k)) is None:
-            raise ValueError(f'usual_weights names {k!r}, but no term is called so. Write it as a class {k}(LogitTerm) or '
-                             f'{k}(LayerTerm).')
+        cls = _terms[k]
         found = cls.usual_layers(student, teacher, data, layers)
-        try: return cls(*found, **(options or {}).get(k, {}))
+        try: return cls(*found, **(options or {}).get(k, {}))*(weights or {}).get(k, cls.usual)
         except TypeError as e:
             raise ValueError(f'{k} cannot be built by its name: {e}. Pass options={{{k!r}: dict(...)}}, or an object '
                              f'{k}(...).') from e
-    return Terms(*(build(k)*(weights or {}).get(k, usual_weights[k]) for k in method_names(name)))
+    return Terms(*map(build, method_names(name)))

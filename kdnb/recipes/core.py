@@ -31,6 +31,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastprogress.fastprogress import progress_bar
+from filelock import FileLock,Timeout
 from .. import __version__
 from ..checkpoint import (Checkpoint,atomic_write,bookkeeping,callback_memory,fingerprint,load_state,save_state,set_callback_memory,
                              set_tensors,tensors_in)
@@ -318,22 +319,18 @@ def check_seeds(seeds): # How many, or which
 _locks = {}     # of this process, by folder
 
 def _lock(path):
-    try: import fcntl
-    except ImportError: return
     if path in _locks: return
-    try: f = open(path/'.lock', 'w')
-    except OSError: return      # a folder that can only be read
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        f.close()
+    lock = FileLock(path/'.lock', thread_local=False)
+    try: lock.acquire(timeout=0)
+    except Timeout:
         raise ValueError(f'another process is writing the run in {path}. Wait for it, or choose another folder.') from None
-    except OSError: pass    # a drive without locks
-    _locks[path] = f
+    except (OSError,NotImplementedError): return      # a folder that can only be read, or a drive without locks
+    _locks[path] = lock
 
 # %% ../../nbs/50_recipes.core.ipynb #35f8deaf
 def release(path): # Folder of a run
     "Let other processes write the run in `path`; `finish` does it, and this does after an error"
-    if f := _locks.pop(Path(path).resolve(), None): f.close()
+    if lock := _locks.pop(Path(path).resolve(), None): lock.release()
 
 # %% ../../nbs/50_recipes.core.ipynb #29a2af2e
 def _claim(path, recipe, force):
