@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbdev.doclinks import nbglob
+from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +21,8 @@ each = pytest.mark.parametrize('fn', NOTEBOOKS, ids=lambda o: o.name)
 def test_what_is_stored_was_made_by_the_runner(fn, runner):
     gpu = runner.parts(fn)[2]
     assert gpu and all(runner.stored(c) in ('', k) for c,k in zip(gpu, runner.keys(gpu))), 'run `make gpu`'
+
+def test_they_run_only_when_asked_for(): assert 'gpu' in get_config().tst_flags.split()
 
 @each
 @pytest.mark.mnist
