@@ -102,5 +102,5 @@ if __name__ == '__main__':
     device = None if tiny() else torch.cuda.get_device_name()
     fns = [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
     fns = [o for o in fns if parts(o)[2]]
-    print(f'GPU cells of {len(fns)} notebooks on {device}' if device else f'no GPU: GPU cells of {len(fns)} notebooks in small', flush=True)
+    print(f'GPU cells of {len(fns)} notebooks', f'on {device}' if device else 'in small: there is no GPU', flush=True)
     sys.exit(not run(fns, device, a.minutes, a.jobs if device else min(a.jobs, os.cpu_count())))

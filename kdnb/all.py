@@ -21,6 +21,7 @@ from kdnb.prune.criteria import *
 from kdnb.prune.callback import *
 from kdnb.prune.student import *
 from kdnb.export import *
+from kdnb.deploy import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
 from kdnb.recipes.prune_then_distill import *

@@ -92,7 +92,8 @@ def _setting(s):
     except (ValueError,SyntaxError): return name,v
 
 # %% ../nbs/70_cli.ipynb #b12ec414
-def parser():
+def parser() -> argparse.ArgumentParser:
+    "What the command understands"
     text = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog='kdnb', epilog=_help, formatter_class=text,
                                 description='Make neural networks small: distil, sparsify, prune, shrink, measure.')
@@ -164,7 +165,9 @@ def _command(args):
     return parser()._subparsers._group_actions[0].choices[args.command]
 
 # %% ../nbs/70_cli.ipynb #893523a3
-def main(argv=None):
+def main(
+    argv:list|None=None, # Words of the command; those it was called with if None
+) -> int:
     "The command `kdnb`; returns its exit status"
     args = parser().parse_args(argv)
     try:
@@ -224,7 +227,10 @@ def _recipe(args):
     return find_recipe(args.recipe)
 
 # %% ../nbs/70_cli.ipynb #fdcf6db4
-def compress(args):
+def compress(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Run a recipe; returns the exit status"
     recipe,(dls,data) = _recipe(args),_load(args)
     from kdnb.recipes.core import ask_recipe
     from kdnb.report import how_to_load
@@ -243,7 +249,9 @@ def _print(record):
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
 # %% ../nbs/70_cli.ipynb #1d01f99a
-def text_table(rows):
+def text_table(
+    rows:list, # Dicts of text
+) -> list[str]:
     "Rows (dicts of text) as lines, columns flush right"
     if not rows: return []
     table = [list(rows[0]), *([str(v) for v in r.values()] for r in rows)]
@@ -251,7 +259,10 @@ def text_table(rows):
     return ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c,w in zip(row[1:], widths[1:]))]) for row in table]
 
 # %% ../nbs/70_cli.ipynb #3d2f2df5
-def write_report(args):
+def write_report(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Write the report of a run, or compare several; returns the exit status"
     from kdnb.recipes.core import Record
     from kdnb.report import compare,report
     records = [Record(o) for o in args.folders]
@@ -263,7 +274,10 @@ def write_report(args):
     return 0
 
 # %% ../nbs/70_cli.ipynb #b259309e
-def show_data(args):
+def show_data(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
     from kdnb.data import data_path,data_table
     from kdnb.report import human
@@ -287,7 +301,10 @@ def _show_folder(args):
     return 0
 
 # %% ../nbs/70_cli.ipynb #0b8cd7b6
-def run_sweep(args):
+def run_sweep(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Run a grid; returns the exit status"
     from kdnb.sweep import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,
                 retry_failed=args.retry_failed, minutes=args.minutes, first=args.first))

@@ -246,8 +246,9 @@ def _idx(b):
 
 # %% ../nbs/00_data.ipynb #2a4b4eaf
 def _missing(name, root, e=None, archive=None):
-    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{f" ({e})" if e else ""}. '
-                             f'Set KDNB_DATA (or `path=`) to the folder that holds it{f", or put {archive} there" if archive else ""}.')
+    why,or_put = (f' ({e})' if e else ''),(f', or put {archive} there' if archive else '')
+    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{why}. '
+                             f'Set KDNB_DATA (or `path=`) to the folder that holds it{or_put}.')
 
 # %% ../nbs/00_data.ipynb #3701f4a5
 def _mnist(path, cls):
@@ -349,7 +350,8 @@ def exact_test(dls, # Of `image_dls('cifar10_jpeg')`
     return [dls.test.new(ArrayDataset(o, ds.y[:n], ds.vocab, 1)) for o in (_resize(x, ds.x.shape[-2:]), ds.x[:n])]
 
 # %% ../nbs/00_data.ipynb #53bad880
-_tiny_imagenet_zip = dict(url='http://cs231n.stanford.edu/tiny-imagenet-200.zip', md5='90528d7ca1a48142e341f4ef8d21d0de')
+_tiny_imagenet_zip = dict(url='http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+                          md5='90528d7ca1a48142e341f4ef8d21d0de')
 
 # %% ../nbs/00_data.ipynb #a41b930e
 def _fetch(path, url, md5):
@@ -377,7 +379,8 @@ def _tiny_imagenet(path):
                 for i,o in enumerate(pool.map(pixels, [*train,*test])): x[i] = o
         x = _cached(f'tiny-imagenet-{_tiny_imagenet_zip["md5"][:8]}', (len(train)+len(test),3,64,64), fill)
     y,yt = (np.array([classes.index(c) for c in o]) for o in ([f.split('/')[2] for f in train], test.values()))
-    return x[:len(y)],y,x[len(y):],yt,dict(vocab=[f'{words[c].split(",")[0]} ({c})' for c in classes], stats=imagenet_stats)
+    vocab = [f'{words[c].split(",")[0]} ({c})' for c in classes]
+    return x[:len(y)],y,x[len(y):],yt,dict(vocab=vocab, stats=imagenet_stats)
 
 # %% ../nbs/00_data.ipynb #aa57ba73
 _suffixes = {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}

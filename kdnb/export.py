@@ -9,6 +9,7 @@ __all__ = ['FORMAT', 'save_network', 'load_network', 'tensors_of', 'save_model',
 # %% ../nbs/40_export.ipynb #8db77953
 import hashlib,json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, safetensors.torch as st, torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError,safe_open
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from .channels import index_layer,plain_copy,set_layer,set_sizes
 from .checkpoint import atomic_write
@@ -26,16 +28,22 @@ from .models import create
 # %% ../nbs/40_export.ipynb #369ed98e
 FORMAT = 'kdnb-1'
 
-def tensors_of(model):
+def tensors_of(
+    model:nn.Module, # Any network
+) -> dict[str,torch.Tensor]:
     "The state of `model` as safetensors takes it: on the CPU, contiguous, nothing shared"
     return {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
 
 # %% ../nbs/40_export.ipynb #9770884f
-def save_model(model, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
-    path, # File to write (`.safetensors`)
-    dls=None, # Note classes, input shape and normalisation of these `DataLoaders`; those of the `Learner` if None
-    arch=None): # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
-    "Save weights and what is needed to build the network again: no pickle, no code"
+def save_model(
+    model:nn.Module|Learner, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
+    path:str|Path, # File to write (`.safetensors`)
+    dls:DataLoaders|None=None, # Their classes, input shape and normalisation are noted; the `Learner`'s if None
+    arch:dict|None=None, # `dict(name=..., kwargs=...)` of the dense network; what `create` noted in the model if None
+) -> Path:
+    """Save weights and what is needed to build the network again: no pickle, no code
+
+    Raises `ValueError` if it is no plain network, or if nothing says how to build it."""
     if isinstance(model, Learner): model,dls = model.model,dls or model.dls
     if not isinstance(model, nn.Module): raise ValueError(f'model is {model!r}, expected a network or a Learner: save_model(model, path).')
     model = plain_copy(model)
@@ -65,11 +73,21 @@ def _pixels(dls):
 # %% ../nbs/40_export.ipynb #c41f7a04
 class Preprocess:
     "Makes batches of images as a network was trained on"
-    def __init__(self, shape, mean, std, div): self.shape,self.mean,self.std,self.div = shape,mean,std,div
+    def __init__(self,
+        shape:tuple, # Channels, height, width
+        mean:list, # Of each channel
+        std:list, # Of each channel
+        div:float, # What pixels are divided by before
+    ):
+        self.shape,self.mean,self.std,self.div = shape,mean,std,div
 
     @classmethod
-    def of(cls, header):
-        "What `header` says, or None if it says nothing of images"
+    def of(cls,
+        header:dict, # Of a saved model
+    ) -> 'Preprocess|None':
+        """What `header` says, or None if it says nothing of images
+
+        Raises `ValueError` if it says something else than kdnb writes."""
         shape,stats = header.get('input'),header.get('stats') or [[0.],[1.]]
         div = header.get('div', 255. if header.get('stats') else None)
         if not isinstance(shape, list) or len(shape)!=3 or div is None: return
@@ -130,8 +148,12 @@ def _fitted(self:Preprocess, im):
     return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
 
 # %% ../nbs/40_export.ipynb #4d75912b
-def read_header(path):
-    "The checked header of a saved model, and the shape of each tensor, without reading the tensors"
+def read_header(
+    path:str|Path, # File from `save_model`
+) -> tuple[dict,dict]:
+    """The checked header of a saved model, and the shape of each tensor, without reading the tensors
+
+    Raises `ValueError` if it is no such file."""
     try: opened = safe_open(path, 'pt')
     except SafetensorError as e: raise ValueError(f'{path} is not a file of save_model ({e}).') from None
     with opened as f:
@@ -157,9 +179,13 @@ def _built(dense):
     return dense()
 
 # %% ../nbs/40_export.ipynb #7f9e6a71
-def load_model(path, # File from `save_model`
-    build=None): # Builds the dense network from the header's arguments; by default the registered architecture is used
-    "The saved network, on the CPU, in evaluation mode, ready to use or to train; `preprocess` makes its batches of images"
+def load_model(
+    path:str|Path, # File from `save_model`
+    build:Callable|None=None, # Builds the dense network of the header's arguments; the registered one if None
+) -> nn.Module:
+    """The saved network, on the CPU, in evaluation mode, to use or to train; `preprocess` makes its batches of images
+
+    Raises `ValueError` if the file is corrupt, or if the network cannot be built as it says."""
     header,shapes = read_header(path)
     arch = header['arch']
     def dense():
@@ -253,9 +279,11 @@ def _check_fit(model, header, path):
     except (RuntimeError,IndexError) as e: raise ValueError(f'{path}: the layers do not fit each other: {e}') from None
 
 # %% ../nbs/40_export.ipynb #c41f7a07
-def load_lines(path, # File from `save_model`
-    shape=(), # Channels, height, width of its images
-    build=False): # Must the user build the dense network?
+def load_lines(
+    path:str|Path, # File from `save_model`
+    shape:tuple=(), # Channels, height, width of its images
+    build:bool=False, # Must the user build the dense network?
+) -> str:
     "The lines of Python that load and use it; no later import covers their names"
     header = read_header(path)[0] if Path(path).exists() else {}
     look,shape = Preprocess.of(header),shape or header.get('input') or ['…']

@@ -171,7 +171,7 @@ def _entry(out, key):
 # %% ../nbs/03_features.ipynb #bbe3a8b8
 def as_logits(
     out:object, # What a network returned
-    logits:str|int|Callable|None=None, # Key, index or attribute of the logits in it, or a function of it; the usual ones if None
+    logits:str|int|Callable|None=None, # Key, index, attribute or function that gives them; the usual ones if None
     who:str='the network', # For the message
 ) -> torch.Tensor:
     "The logits, a plain tensor. Raises `ValueError` if it is not known what of `out` they are."
@@ -317,7 +317,7 @@ def penultimate(
     model:nn.Module, # Any network that ends in a linear layer
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
 ) -> str:
-    """Path of the layer that finishes last before the last linear layer: whose output that reads, if no function stands between
+    """Path of the layer that finishes last before the last linear layer: what that reads, if no function stands between
 
     Raises `ValueError` if there is only one layer."""
     paths = list(layer_shapes(model, data).index)
@@ -333,7 +333,7 @@ def cut(
 ) -> tuple[nn.Module,nn.Module]:
     """`model` as two modules: up to the output of the layer `path`, and from there to the logits
 
-    Raises `ValueError` if the layer does not run, if torch.fx cannot follow the network, or if what follows also reads earlier layers."""
+    Raises `ValueError` if the layer does not run, torch.fx cannot follow, or what follows also reads earlier layers."""
     model = unwrap(model)
     get_layer(model, path)
     tracer = NodePathTracer()
@@ -396,7 +396,7 @@ def answers(
     folder:str|Path|None=None, # Where to keep them as memory-mapped files; in memory, on the model's device, if None
     logits:str|int|Callable|None=None, # Where the logits are in what the network returns, see `as_logits`
 ) -> dict[str,torch.Tensor]:
-    """`{'': logits (N, …), path: outputs of that layer (N, …)}` of `model` for every sample of `dl`; no `''` if none are known
+    """`{'': logits (N, …), path: outputs of that layer (N, …)}` for all samples of `dl`; no `''` if none are known
 
     Raises `ValueError` if `folder` holds the answers of another network or to other images."""
     dl,names = dl.new(shuffle=False, drop_last=False),['', *layers]

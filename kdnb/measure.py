@@ -241,7 +241,7 @@ def predictions(
 ) -> tuple:
     """Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), as a tuple of tensors on the CPU
 
-    Raises `ValueError` if there is no batch, or if outputs are no logits (B, C) of as many classes as there are labels."""
+    Raises `ValueError` if there is no batch, or outputs are no logits (B, C) of as many classes as labels."""
     models,kept = [models] if isinstance(models, nn.Module) else list(models),[]
     with ExitStack() as modes:
         for m in models: modes.enter_context(evaluating(m))
@@ -320,7 +320,7 @@ def _levels(curve):
 def find_breakpoint(
     curve:pd.DataFrame, # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
 ) -> pd.Series:
-    """The last row before accuracy falls faster than size, as fractions of the dense network (Malihi and Heidemann 2023, section 4.4)
+    """The last row before accuracy falls faster than size, both relative (Malihi and Heidemann 2023, section 4.4)
 
     Raises `ValueError` if columns are missing or a number is not finite."""
     size,levels = _levels(curve)
@@ -356,7 +356,7 @@ def embed_predictions(
     classes:list|None=None, # Numbers of the classes; all if None
     seed:int=0, # For the draw and for t-SNE
 ) -> pd.DataFrame:
-    """t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label, the class's number
+    """t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label (the class)
 
     Raises `ValueError` if fewer than 4 samples are there."""
     from sklearn.manifold import TSNE

@@ -42,7 +42,9 @@ def alone() -> Iterator[None]:
 
 # %% ../nbs/07_processes.ipynb #d5253dc2
 class part_of:
-    "While it lasts, `dl` gives this process its part of every batch"
+    """While it lasts, `dl` gives this process its part of every batch
+
+    Raises `ValueError` if a batch cannot be shared by `n`."""
     def __init__(self,
         dl:DataLoader, # Any fastai `DataLoader`; all processes shuffle it alike
         rank:int, # Number of this process

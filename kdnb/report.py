@@ -10,6 +10,7 @@ __all__ = ['colours', 'human', 'percent', 'by_name', 'spread', 'stage_rows', 'fi
 # %% ../nbs/60_report.ipynb #14a2a704
 import base64,io,math,re
 from contextlib import contextmanager
+from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from cycler import cycler
 from jinja2 import DictLoader,Environment
@@ -27,20 +28,30 @@ from .recipes.core import Record
 # %% ../nbs/60_report.ipynb #4ba5ea5f
 _units = ('', ' k', ' M', ' G', ' T')
 
-def human(n, unit=''):
+def human(
+    n:float, # Any number
+    unit:str='', # Behind the prefix
+) -> str:
     "`n` with three digits and a prefix: 266200 is '266 k'"
     i = 0
     while abs(n)>=999.5 and i<len(_units)-1: n,i = n/1000,i+1
     return (f'{n:.0f}' if i==0 or n>=99.95 else f'{n:.3g}') + (_units[i] or ' ')*bool(unit or i) + unit
 
 # %% ../nbs/60_report.ipynb #99853060
-def percent(x, digits=1): return f'{100*x:.{digits}f} %'
+def percent(
+    x:float, # Fraction
+    digits:int=1, # Behind the point
+) -> str:
+    "`x` in percent: .0371 is '3.7 %'"
+    return f'{100*x:.{digits}f} %'
 
 # %% ../nbs/60_report.ipynb #9a5fdd12
 _usual = ('name','seed','test_accuracy','valid_accuracy','weights','weights_kept','params','macs','bytes','epochs',
           'seconds','latency_ms','latency_spread_ms')
 
-def by_name(stages): # Rows of `Record.stages`
+def by_name(
+    stages:list, # Rows of `Record.stages`
+) -> dict[str,list]:
     "The rows of each stage, one per seed, by its name"
     res = {}
     for o in stages: res.setdefault(o['name'], []).append(o)
@@ -57,14 +68,21 @@ def _mean(rows, key): return float(np.mean(v)) if (v := _numbers(rows, key)) els
 def _or_dash(f, v): return '–' if math.isnan(v) else f(v)
 
 # %% ../nbs/60_report.ipynb #87826246
-def spread(values, f='{:.2f}', f_std=None, scale=1.):
+def spread(
+    values:list, # Numbers, one for each seed
+    f:str='{:.2f}', # Format of the mean
+    f_std:str|None=None, # Format of the deviation; `f` if None
+    scale:float=1., # What they are multiplied by
+) -> str:
     "Mean ± standard deviation as text"
     v = scale*np.array(values, dtype=float)
     if not len(v): return '–'
     return f.format(v.mean()) + (f' ± {(f_std or f).format(v.std(ddof=1))}' if len(v)>1 else '')
 
 # %% ../nbs/60_report.ipynb #737ff409
-def stage_rows(stages): # Rows of `Record.stages`
+def stage_rows(
+    stages:list, # Rows of `Record.stages`
+) -> list[dict]:
     "A dict of text for each stage: the mean of its seeds, and their spread"
     cols = {'weights': ('weights', human), 'weights kept': ('weights_kept', percent), 'MACs': ('macs', human),
             'size': ('bytes', lambda v: human(v, 'B')), 'latency': ('latency_ms', '{:.2f} ms'.format), 'epochs': ('epochs', human)}
@@ -95,7 +113,9 @@ def _time(of, rows, more, less, same):
     return f'{same} within the spread' if abs(a-b)<=spreads else _times(a, b, more, less, same)
 
 # %% ../nbs/60_report.ipynb #508ef687
-def first_and_last(stages): # Rows of `Record.stages`
+def first_and_last(
+    stages:list, # Rows of `Record.stages`
+) -> tuple:
     "`(name, rows)` of the network that a run began with and of its result; of the most and of the fewest weights, if it does not say"
     names = by_name(stages)
     role = {o.get('role'): n for n,(o,*_) in names.items()}
@@ -104,7 +124,9 @@ def first_and_last(stages): # Rows of `Record.stages`
     return (first,names[first]),(last,names[last])
 
 # %% ../nbs/60_report.ipynb #e0622cee
-def verdict(stages): # Rows of `Record.stages`
+def verdict(
+    stages:list, # Rows of `Record.stages`
+) -> str:
     "What the run did, in a sentence or two"
     if not stages: return 'No stage is done yet.'
     (a,of),(b,rows) = first_and_last(stages)
@@ -244,8 +266,10 @@ _style = {'svg.fonttype': 'none', 'svg.hashsalt': 'kdnb', 'font.sans-serif': ['D
           'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 'medium', 'legend.frameon': False,
           'image.interpolation': 'none', 'text.parse_math': False}
 
-def picture(axs, # What a plot function returned
-    alt): # What there is to be seen, for those who cannot
+def picture(
+    axs:object, # What a plot function returned
+    alt:str, # What there is to be seen, for those who cannot
+) -> Markup:
     "The figure of `axs` as inline SVG in the colours of the page; closes the figure"
     fig,buf = (axs if hasattr(axs, 'figure') else axs[0]).figure,io.StringIO()
     with plt.rc_context(_style): fig.savefig(buf, format='svg', transparent=True, metadata=dict(Date=None))
@@ -260,8 +284,10 @@ def picture(axs, # What a plot function returned
 def _axes(w=4.7, h=2.8): return plt.subplots(figsize=(w,h), layout='constrained')[1]
 
 # %% ../nbs/60_report.ipynb #62161d16
-def plot_stages(stages, # Rows of `Record.stages`
-    ax=None):
+def plot_stages(
+    stages:list, # Rows of `Record.stages`
+    ax:plt.Axes|None=None, # Axes to draw on
+) -> plt.Axes:
     "Test accuracy of each stage: a dot for each seed, a line for the mean; returns the axes"
     names = by_name(stages)
     ax = ax or _axes(4.7, .7+.28*len(names))
@@ -280,10 +306,12 @@ _around = [(s*x,s*y) for s in (1,2.2,3.6) for x,y in ((5,4),(5,-4),(-5,4),(-5,-4
 
 _sides = {1: ('left','bottom'), -1: ('right','top'), 0: ('center','center')}
 
-def label_points(ax, # Axes that are otherwise ready
-    points, # `(x, y)` of each
-    names, # Text of each
-    colours=None): # Colour of each
+def label_points(
+    ax:plt.Axes, # Axes that are otherwise ready
+    points:list, # `(x, y)` of each
+    names:list, # Text of each
+    colours:list|None=None, # Colour of each
+) -> None:
     "Write `names` beside `points`, where there is room; a line leads to a name that stands apart"
     ax.figure.draw_without_rendering()
     taken = [Bbox.from_bounds(x-3, y-3, 6, 6) for l in ax.lines if l.get_marker()!='None' for x,y in ax.transData.transform(l.get_xydata())]
@@ -306,8 +334,10 @@ def _common(a, b): return max(0, min(a.x1,b.x1)-max(a.x0,b.x0))*max(0, min(a.y1,
 def _outside(a, b): return a.width*a.height-_common(a, b)
 
 # %% ../nbs/60_report.ipynb #0d57a9b8
-def plot_sizes(runs, # `{name: rows of Record.stages}`
-    ax=None):
+def plot_sizes(
+    runs:dict, # `{name: rows of Record.stages}`
+    ax:plt.Axes|None=None, # Axes to draw on
+) -> plt.Axes:
     "Test accuracy against weights, a colour for each run; the largest and smallest are named. Returns the axes"
     ax,lines,ends = ax or _axes(4.7, 3),[],[]
     for name,stages in runs.items():
@@ -333,9 +363,13 @@ def _over_seeds(rows, key):
     return np.arange(1, y.shape[1]+1),y.mean(0),y.min(0),y.max(0)
 
 # %% ../nbs/60_report.ipynb #b30a2269
-def plot_curves(stages, # Rows of `Record.stages`, with `curves`
-    key='accuracy', # What of every epoch
-    scale=1., label='', ax=None):
+def plot_curves(
+    stages:list, # Rows of `Record.stages`, with `curves`
+    key:str='accuracy', # What of every epoch
+    scale:float=1., # What it is multiplied by
+    label:str='', # Of the axis; `key` if empty
+    ax:plt.Axes|None=None, # Axes to draw on
+) -> plt.Axes:
     "What was logged in every epoch, a line for each stage and a band for its seeds; returns the axes"
     ax = ax or _axes(3.5, 2.5)
     for i,(name,rows) in enumerate(by_name(stages).items()):
@@ -374,8 +408,10 @@ def _key(names):
     return _render('key', colours=[(n, _colour(i, len(names))) for i,n in enumerate(names)])
 
 # %% ../nbs/60_report.ipynb #1167de0b
-def html_table(df, # `DataFrame`, or rows as dicts
-    index=True): # Show the index
+def html_table(
+    df:pd.DataFrame|list, # `DataFrame`, or rows as dicts
+    index:bool=True, # Show the index
+) -> Markup:
     "An HTML table that scrolls inside its box"
     if not isinstance(df, pd.DataFrame): df,index = pd.DataFrame(df),False
     body = df.to_html(border=0, index=index, na_rep='–', float_format='{:.4g}'.format, justify='inherit', classes=[])
@@ -440,9 +476,12 @@ def _rgba(colour, alpha):
     return np.dstack([*(np.full(alpha.shape, c) for c in rgb), 255*alpha]).round().astype(np.uint8)
 
 # %% ../nbs/60_report.ipynb #cdd13df1
-def plot_log_alpha_map(log_alpha, # log α, (epochs, groups)
-    T, # Threshold
-    ax=None, n_bins=48):
+def plot_log_alpha_map(
+    log_alpha:np.ndarray, # log α, (epochs, groups)
+    T:float, # Threshold
+    ax:plt.Axes|None=None, # Axes to draw on
+    n_bins:int=48, # Rows of the map
+) -> plt.Axes:
     "How many groups have which log α, epoch by epoch; above the threshold is noise. Returns the axes"
     ax,la = ax or _axes(3.5, 2.5),np.asarray(log_alpha, float)
     la = np.where(np.isfinite(la), la, np.nan)
@@ -488,7 +527,9 @@ def _pooled(w, most=160):
     return w
 
 # %% ../nbs/60_report.ipynb #770bdf6b
-def weight_image(w): # Weights (out, in); 0 is gone
+def weight_image(
+    w:np.ndarray, # Weights (out, in); 0 is gone
+) -> np.ndarray:
     "Red is positive, blue negative, what is gone is transparent: (H, W, 4) bytes"
     w = np.asarray(w, float)
     size,sign = _pooled(np.abs(w)),_pooled(w)
@@ -525,8 +566,12 @@ def _draw_maps(o):
 _draw = dict(table=_draw_table, curve=_draw_curve, scatter=_draw_scatter, lines=_draw_lines, log_alpha=_draw_log_alpha,
              weights=_draw_weights, embedding=_draw_embedding, maps=_draw_maps)
 
-def exhibit_html(o): # `Exhibit` of a record
-    "Heading, picture or table, and the sentence that says what is seen"
+def exhibit_html(
+    o:object, # `Exhibit` of a record
+) -> Markup:
+    """Heading, picture or table, and the sentence that says what is seen
+
+    Raises `ValueError` if its kind is not known."""
     if o.kind not in _draw: raise ValueError(f'exhibit {o.name!r} is of kind {o.kind!r}. There are {", ".join(_draw)}.')
     return _render('exhibit', title=o.title, drawn=_draw[o.kind](o), text=o.text)
 
@@ -580,12 +625,15 @@ body{margin:0 auto;max-width:62rem;padding:1rem;color:#1b1f24;background:var(--p
 class Page:
     "A title and a body: shown as it is in a notebook, or written as one file that needs no other"
     def __init__(self,
-        title, # Of the window; any text
-        body): # HTML, which comes as it is
+        title:str, # Of the window; any text
+        body:str, # HTML, which comes as it is
+    ):
         self.title,self.body = title,body
     def _repr_html_(self): return f'<style>{_css}</style>\n<div class=kdnb>{self.body}</div>'
     def __str__(self): return str(_render('page', title=self.title, css=_css+_page_css, body=self.body))+'\n'
-    def save(self, path):
+    def save(self,
+        path:str|Path, # File to write
+    ) -> Path:
         "Write the page into the file `path`; returns it"
         return atomic_write(path, str(self))
 
@@ -612,7 +660,9 @@ def _by_path(rows, known=()):
     return {p: max(o, key=lambda l: l['params']) | {k: sum(l[k] for l in o) for k in _sums} for p,o in found.items()}
 
 # %% ../nbs/60_report.ipynb #a369ee50
-def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
+def layer_rows(
+    layers:dict, # `Record.layers`: `{'before': rows, 'after': rows}`
+) -> list[dict]:
     "A dict of text for each layer, before → after"
     before = _by_path(layers.get('before') or [])
     after = _by_path(layers.get('after') or [], before)
@@ -632,7 +682,9 @@ def layer_rows(layers): # `Record.layers`: `{'before': rows, 'after': rows}`
     return [row(p) for p in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total')]
 
 # %% ../nbs/60_report.ipynb #77af4cd8
-def how_to_load(record): # `Record`
+def how_to_load(
+    record:Record, # `Record`
+) -> str:
     "The lines that load the network of a run"
     return load_lines(record.path/'model.safetensors', record.in_shape, build=not record.loads)
 
@@ -666,7 +718,9 @@ def _in_style():
         for n in set(plt.get_fignums())-before: plt.close(n)
 
 # %% ../nbs/60_report.ipynb #4ddc990a
-def report(record): # `Record`, or the folder of a run
+def report(
+    record:Record|str|Path, # `Record`, or the folder of a run
+) -> Page:
     "What a run did, as a `Page`: from its folder alone"
     r = record if hasattr(record, 'stages') else Record(record)
     rows = layer_rows(r.layers)
@@ -685,7 +739,7 @@ def _repr_html_(self:Record): return report(self)._repr_html_()
 
 # %% ../nbs/60_report.ipynb #4d45eb3c
 @patch
-def report(self:Record):
+def report(self:Record) -> Path:
     "Write `report.html` into the run's folder and return its path"
     return report(self).save(self.path/'report.html')
 
@@ -705,8 +759,10 @@ def _names(records):
     raise ValueError(f'{names[0]} is given more than once. Pass different runs.')
 
 # %% ../nbs/60_report.ipynb #a902dd6e
-def compare(*records): # `Record`s, or folders of runs
-    "Several runs side by side, as a `Page`"
+def compare(
+    *records, # `Record`s, or folders of runs
+) -> Page:
+    "Several runs side by side, as a `Page`. Raises `ValueError` if a run is given twice, or has no stage yet."
     records = [r if hasattr(r, 'stages') else Record(r) for r in records]
     if empty := [r.path for r in records if not r.stages]:
         raise ValueError(f'{empty[0]} has no stage yet: there is nothing to compare.')

@@ -69,7 +69,9 @@ class TidyCallback(QuickCallback):
     order,run_valid,_only_train_loop = 0,False,True
     _trained,_cols = False,()
 
-    def columns(self) -> dict: "`{name: function}` of the numbers that the progress table shows after an epoch"; return {}
+    def columns(self) -> dict:
+        "`{name: function}` of the numbers that the progress table shows after an epoch"
+        return {}
 
     def before_fit(self) -> None:
         "Begin as it was found, and add the columns"
@@ -108,14 +110,16 @@ class TidyCallback(QuickCallback):
 
 # %% ../nbs/05_terms.ipynb #9fdf8af4
 class LossTerm(TidyCallback):
-    "Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column"
+    """Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column
+
+    Raises `ValueError` if a term is no function, or a weight no number from 0 on."""
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
     own_group = False   # does the optimiser keep `params` in a group of their own?
     _learn = _blank = None
     _attached = _idle = _steps = False
     def __init__(self,
         term:Callable|dict, # Function of this callback that returns a scalar tensor; or a dict of them by name
-        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training exactly as it was
+        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training as it was
         name:str='term', # Column in the progress table
         task:float|Callable=1., # Weight of the task loss itself
     ):
@@ -128,7 +132,9 @@ class LossTerm(TidyCallback):
     def __getstate__(self): return {**self.__dict__, '_files': {}}
     def params(self,
         model:nn.Module, # The learner's network
-    ) -> list[nn.Parameter]: "Parameters of `model` that belong to this term"; return []
+    ) -> list[nn.Parameter]:
+        "Parameters of `model` that belong to this term"
+        return []
     def values(self,
         names:Iterable, # Some of the terms' names
     ) -> dict[str,torch.Tensor]:
@@ -230,7 +236,7 @@ def _pass_over(self:LossTerm):
 # %% ../nbs/05_terms.ipynb #0e5921b6
 @patch
 def after_train(self:LossTerm) -> None:
-    "Complain if no batch of the whole training could teach anything"
+    "Raises `ValueError` if no batch of the whole training could teach anything."
     terms = [c for c in self.learn.cbs if isinstance(c, LossTerm)]
     if not self._idle or any(t._steps for t in terms): return
     rises = any(callable(w) for t in terms for w in t.weights.values())
@@ -241,7 +247,8 @@ class TermSplitter:
     "Parameter groups of `splitter`, and the parameters that loss terms bring"
     def __init__(self,
         splitter:Callable, # The learner's own: network to groups of parameters
-    ): self.splitter,self.terms = splitter,[]
+    ):
+        self.splitter,self.terms = splitter,[]
     def __call__(self, model):
         groups = L(self.splitter(model))
         if not isinstance(groups[0], (list,L)): groups = L([groups])

@@ -1,5 +1,6 @@
 "Image sets: what is read is what is there, splits are fixed, and missing or corrupt files are named."
-import gzip, hashlib, io, pickle, shutil, subprocess, sys, tarfile, zipfile
+import gzip, hashlib, io, os, pickle, queue, shutil, tarfile, time, zipfile
+from multiprocessing import get_context
 
 import pytest
 from fastai.vision.all import *
@@ -138,23 +139,24 @@ def test_cifar10_jpeg(tmp_path, cache, monkeypatch):
     (tmp_path/'cifar10-labels-original-order.npz').write_bytes(b'x')
     with pytest.raises(ValueError, match='original-order.npz is corrupt'): data._cifar10_jpeg(tmp_path)
 
-def test_processes_started_at_once_decode_once(tmp_path, cache):
-    code = """import sys, time; from pathlib import Path; from kdnb import data
-decode = data._decode_jpegs
-def slowly(src):
-    with open(src.parent/'decoded', 'a') as f: f.write('once ')
-    time.sleep(1)
-    return decode(src)
-data._decode_jpegs = slowly
-path = Path(sys.argv[1])
-with open(path/'ready', 'a') as f: f.write('x')
-while len((path/'ready').read_text())<3: time.sleep(.01)
-print(int(data._cifar10_jpeg(path)[0].sum()))"""
+def test_processes_started_at_once_decode_once(tmp_path, cache, monkeypatch):
     _jpeg_archive(tmp_path)
-    ps = [subprocess.Popen([sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {p.communicate(timeout=100)[0] for p in ps}
-    assert [p.returncode for p in ps]==[0]*3 and len(said)==1 and said!={''}
-    assert (tmp_path/'decoded').read_text()=='once '
+    decode,fork = data._decode_jpegs,get_context('fork')
+    decoded,sums,start = fork.Queue(),fork.Queue(),fork.Barrier(3)
+    def slowly(src):
+        decoded.put(os.getpid())
+        time.sleep(1)
+        return decode(src)
+    def read():
+        start.wait(60)
+        sums.put(int(data._cifar10_jpeg(tmp_path)[0].sum()))
+    monkeypatch.setattr(data, '_decode_jpegs', slowly)
+    ps = [fork.Process(target=read) for _ in range(3)]
+    for p in ps: p.start()
+    for p in ps: p.join(100)
+    assert [p.exitcode for p in ps]==[0]*3 and len({sums.get(timeout=9) for _ in ps})==1
+    decoded.get(timeout=9)
+    with pytest.raises(queue.Empty): decoded.get(timeout=.5)
 
 @pytest.mark.mnist
 def test_the_exact_images_are_those_of_the_test_set(data_dir):

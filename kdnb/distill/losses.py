@@ -62,7 +62,9 @@ def check_T(
 # %% ../../nbs/10_distill.losses.ipynb #d8752c14
 def class_dim(
     z:torch.Tensor, # Logits (B, C), (B, …, C) or of pixels (B, C, H, W)
-) -> int: "The dimension of the classes"; return 1 if z.ndim>3 else -1
+) -> int:
+    "The dimension of the classes"
+    return 1 if z.ndim>3 else -1
 
 def _rows(z): return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z
 
@@ -117,7 +119,7 @@ def binary_kd(
     z_t:torch.Tensor, # Teacher's logits, of the same shape
     T:float=1., # Temperature, > 0
 ) -> torch.Tensor:
-    """Soft targets of each label: T²·KL(teacher‖student) of yes or no, mean over batch and labels (Yang et al. 2023)
+    """Soft targets of each label: T²·KL(teacher‖student) of yes or no, its mean over all (Yang et al. 2023)
 
     Raises `ValueError` if the shapes differ."""
     check_T(T)

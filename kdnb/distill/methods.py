@@ -20,6 +20,7 @@ import torch
 from torch import nn,fx
 import torch.nn.functional as F
 import torch.distributed as tdist
+from fastai.data.core import DataLoaders
 from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
 from ..measure import evaluating
 from ..models import architecture,create
@@ -47,16 +48,32 @@ class Term:
         super().__init_subclass__(**kwargs)
         if not abstract: _register(cls)
     @classmethod
-    def usual_layers(cls, student, teacher, data, layers=None):
+    def usual_layers(cls,
+        student:nn.Module, # Network whose layers are looked up
+        teacher:nn.Module, # The other one
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+        layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
+    ) -> tuple:
         "Arguments of the constructor: the layers it looks at where it is asked for by name, none"
         return ()
     @property
-    def probe_layers(self): "The student's layers that `prepare` sees"; return self.student_layers
+    def probe_layers(self) -> list[str]: "The student's layers that `prepare` sees"; return self.student_layers
     @property
-    def name(self): return type(self).__name__.lower()
-    def prepare(self, o): "The trainable part, or None; `o` also has `student`, `teacher`, training `labels`, `bs`"
-    def rebuild(self, o): "The network that takes the student's place, or None"
-    def before_train(self, model): "Called at the beginning of each epoch's training"
+    def name(self) -> str:
+        "The name of its column: that of the class, in small letters"
+        return type(self).__name__.lower()
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module|None:
+        "The trainable part, or None; `o` also has `student`, `teacher`, training `labels`, `bs`"
+    def rebuild(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module|None:
+        "The network that takes the student's place, or None"
+    def before_train(self,
+        model:nn.Module, # The student
+    ) -> None:
+        "Called at the beginning of each epoch's training"
 
     def __mul__(self, w):
         o,w = copy(self),check_weight(w)
@@ -97,7 +114,10 @@ usual_weights = _UsualWeights()
 # %% ../../nbs/11_distill.methods.ipynb #50579fa3
 class Terms:
     "A sum of terms"
-    def __init__(self, *terms): self.terms = terms
+    def __init__(self,
+        *terms:Term, # In their order
+    ):
+        self.terms = terms
     def __add__(self, o):
         new = o.terms if isinstance(o, Terms) else (o,)
         if bad := [t for t in new if not isinstance(t, Term)]:
@@ -105,7 +125,7 @@ class Terms:
         return Terms(*self.terms, *new)
     def __mul__(self, w): return Terms(*(t*w for t in self.terms))
     __rmul__ = __mul__
-    def named(self):
+    def named(self) -> dict[str,Term]:
         "Terms by name; the second of a kind is called `kd_2`"
         names,res = [t.name for t in self.terms],{}
         for i,t in enumerate(self.terms):
@@ -118,27 +138,44 @@ class Terms:
 class LogitTerm(Term, abstract=True):
     "A term on the logits of student and teacher"
     standardize,by_class = False,True
-    def logits(self, o): return (standardize(o.z_s),standardize(o.z_t)) if self.standardize else (o.z_s,o.z_t)
+    def logits(self,
+        o:object, # What the term sees of a batch
+    ) -> tuple[torch.Tensor,torch.Tensor]:
+        "Logits of student and teacher (B, C), standardised if that is wanted"
+        return (standardize(o.z_s),standardize(o.z_t)) if self.standardize else (o.z_s,o.z_t)
 
 # %% ../../nbs/11_distill.methods.ipynb #8f60f2fe
 class KD(LogitTerm):
     "Soft targets at temperature `T` (Ming et al. 2020, eq. 2); usual weight .9, task .1"
     usual,softmax = .9,True
-    def __init__(self, T=4., standardize=False): check_T(T); self.T,self.standardize = T,standardize
+    def __init__(self,
+        T:float=4., # Temperature, > 0
+        standardize:bool=False, # Standardise the logits
+    ):
+        check_T(T)
+        self.T,self.standardize = T,standardize
     def __call__(self, o): return kd(*self.logits(o), self.T)
 
 # %% ../../nbs/11_distill.methods.ipynb #0e093a59
 class BinaryKD(LogitTerm):
     "Soft targets of each label at temperature `T`, for several labels a sample; usual weight .9, task .1"
     usual = .9
-    def __init__(self, T=1., standardize=False): check_T(T); self.T,self.standardize = T,standardize
+    def __init__(self,
+        T:float=1., # Temperature, > 0
+        standardize:bool=False, # Standardise the logits
+    ):
+        check_T(T)
+        self.T,self.standardize = T,standardize
     def __call__(self, o): return binary_kd(*self.logits(o), self.T)
 
 # %% ../../nbs/11_distill.methods.ipynb #48e16f1f
 class LogitsMSE(LogitTerm):
     "Squared distance of the logits (Ba and Caruana 2014)"
     aliases = 'logits',
-    def __init__(self, standardize=False): self.standardize = standardize
+    def __init__(self,
+        standardize:bool=False, # Standardise the logits
+    ):
+        self.standardize = standardize
     def __call__(self, o): return logits_mse(*self.logits(o))
 
 # %% ../../nbs/11_distill.methods.ipynb #91bda042
@@ -146,10 +183,11 @@ class DKD(LogitTerm):
     "Decoupled distillation (Zhao et al. 2022); usual weight 1, rising over the first epochs"
     softmax = True
     def __init__(self,
-        alpha=1., # Weight of right class or not
-        beta=8., # Weight of the other classes among themselves (2 to 8)
-        T=4., # Temperature
-        standardize=False): # Standardise the logits
+        alpha:float=1., # Weight of right class or not
+        beta:float=8., # Weight of the other classes among themselves (2 to 8)
+        T:float=4., # Temperature
+        standardize:bool=False, # Standardise the logits
+    ):
         check_T(T); self.alpha,self.beta,self.T,self.standardize = alpha,beta,T,standardize
     def __call__(self, o): return dkd(*self.logits(o), o.y, self.alpha, self.beta, self.T)
 
@@ -158,10 +196,11 @@ class DIST(LogitTerm):
     "Relations between classes and between samples (Huang et al. 2022); usual weight 1 or 2"
     softmax = True
     def __init__(self,
-        beta=1., # Weight of the relation between classes
-        gamma=1., # Weight of the relation between samples
-        T=1., # Temperature
-        standardize=False): # Standardise the logits
+        beta:float=1., # Weight of the relation between classes
+        gamma:float=1., # Weight of the relation between samples
+        T:float=1., # Temperature
+        standardize:bool=False, # Standardise the logits
+    ):
         check_T(T); self.beta,self.gamma,self.T,self.standardize = beta,gamma,T,standardize
     def __call__(self, o): return dist(*self.logits(o), self.beta, self.gamma, self.T)
 
@@ -170,14 +209,21 @@ class LwF(Term):
     "Learning without forgetting (Li and Hoiem 2016): keep the teacher's answers to an old task; usual weight 1"
     softmax,usual_layers = True,_own(penultimate)
     def __init__(self,
-        layer=None, # The student's layer that gives the old task's logits, or its penultimate one; its output if None
-        T=2.): # Temperature
+        layer:str|None=None, # Its layer that gives the old task's logits, or its penultimate one; its output if None
+        T:float=2., # Temperature
+    ):
         check_T(T); self.layer,self.T = layer,T
     @property
-    def student_layers(self): return [self.layer] if self.layer else []
+    def student_layers(self) -> list[str]:
+        "The layer whose output is read, if it is not that of the network"
+        return [self.layer] if self.layer else []
     @property
-    def by_class(self): return not self.layer
-    def prepare(self, o):
+    def by_class(self) -> bool:
+        "Are the student's outputs compared, or those of a layer?"
+        return not self.layer
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module|None:
         "A new last layer for the old task, if `layer` does not give its logits"
         if not self.layer or (d := vectors(o.f_s[self.layer]).shape[1])==o.z_t.shape[1]: return
         return nn.Linear(d, o.z_t.shape[1])
@@ -189,18 +235,31 @@ class LwF(Term):
 class LayerTerm(Term, abstract=True):
     "A term on pairs of layers"
     @classmethod
-    def usual_layers(cls, student, teacher, data, layers=None):
+    def usual_layers(cls,
+        student:nn.Module, # Network whose layers are looked up
+        teacher:nn.Module, # The other one
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+        layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
+    ) -> tuple:
         "The pairs `layers`, or those of `match_stages`"
         return layers or _stage_pairs(student, teacher, data),
     def __init__(self,
-        layers, # `{student's layer: teacher's layer}`, or the name(s) of the student's
-        teacher_layers=None): # Name(s) of the teacher's; those of the student if None
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's; those of the student if None
+    ):
         self.pairs = as_pairs(layers, teacher_layers)
     @property
-    def student_layers(self): return [s for s,_ in self.pairs]
+    def student_layers(self) -> list[str]:
+        "The student's layers, in the order of the pairs"
+        return [s for s,_ in self.pairs]
     @property
-    def teacher_layers(self): return [t for _,t in self.pairs]
-    def features(self, o):
+    def teacher_layers(self) -> list[str]:
+        "The teacher's layers, in the order of the pairs"
+        return [t for _,t in self.pairs]
+    def features(self,
+        o:object, # What the term sees of a batch
+    ) -> list:
+        "Features of student and teacher of each pair (B, …)"
         fs = [(o.f_s[s],o.f_t[t]) for s,t in self.pairs]
         for f in fs: check_batch(*f)
         return fs
@@ -216,62 +275,110 @@ def _stage_pairs(student, teacher, data):
 class AT(LayerTerm):
     "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage; usual weight 1000"
     usual = 1000.
-    def __init__(self, layers, teacher_layers=None,
-        p=2, # Power of the activations
-        squared=True): # Mean of squares, as everyone runs it; else the paper's norm
+    def __init__(self,
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+        p:float=2, # Power of the activations
+        squared:bool=True, # Mean of squares, as everyone runs it; else the paper's norm
+    ):
         super().__init__(layers, teacher_layers); self.p,self.squared = p,squared
-    def compare(self, f_s, f_t): return attention(f_s, f_t, self.p, self.squared)
+    def compare(self,
+        f_s:torch.Tensor, # The student's maps (B, C, H, W)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "`attention` of one pair"
+        return attention(f_s, f_t, self.p, self.squared)
 
 # %% ../../nbs/11_distill.methods.ipynb #786980b6
 class NST(LayerTerm):
     "Neuron selectivity transfer (Huang and Wang 2017); usual weight 50"
     usual = 50.
-    def compare(self, f_s, f_t): return nst(f_s, f_t)
+    def compare(self,
+        f_s:torch.Tensor, # The student's maps (B, C, H, W)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "`nst` of one pair"
+        return nst(f_s, f_t)
 
 # %% ../../nbs/11_distill.methods.ipynb #6bc85587
 class SP(LayerTerm):
     "Similarity preserving (Tung and Mori 2019), on the last map; usual weight 3000"
     usual,usual_layers,aliases = 3000.,_both(last_map),('similarity',)
-    def compare(self, f_s, f_t): return similarity(f_s, f_t)
+    def compare(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "`similarity` of one pair"
+        return similarity(f_s, f_t)
 
 # %% ../../nbs/11_distill.methods.ipynb #1790133e
 class PKT(LayerTerm):
     "Probabilistic knowledge transfer (Passalis and Tefas 2018), on the penultimate vector; usual weight 30000"
     usual,usual_layers = 30000.,_both(penultimate)
-    def compare(self, f_s, f_t): return pkt(f_s, f_t)
+    def compare(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "`pkt` of one pair"
+        return pkt(f_s, f_t)
 
 # %% ../../nbs/11_distill.methods.ipynb #5386d0b3
 class RKD(LayerTerm):
     "Relational distillation (Park et al. 2019), on the penultimate vector; usual weight 1"
     usual_layers = _both(penultimate)
-    def __init__(self, layers, teacher_layers=None,
-        distance=25., # Weight of the distances
-        angle=50.): # Weight of the angles
+    def __init__(self,
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+        distance:float=25., # Weight of the distances
+        angle:float=50., # Weight of the angles
+    ):
         super().__init__(layers, teacher_layers); self.distance,self.angle = distance,angle
-    def compare(self, f_s, f_t): return rkd(f_s, f_t, self.distance, self.angle)
+    def compare(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "`rkd` of one pair"
+        return rkd(f_s, f_t, self.distance, self.angle)
 
 # %% ../../nbs/11_distill.methods.ipynb #f4102db5
 class HeadTerm(LayerTerm, abstract=True):
     "A term on pairs of layers, with a trainable part for each pair"
-    def prepare(self, o): return nn.ModuleList([self.head(*f) for f in self.features(o)])
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module:
+        "A head for each pair"
+        return nn.ModuleList([self.head(*f) for f in self.features(o)])
     def __call__(self, o): return sum(self.compare(h, *f) for h,f in zip(o.head, self.features(o)))
 
 # %% ../../nbs/11_distill.methods.ipynb #08d9b6d6
 _mse = in_float32(F.mse_loss)
 
-def as_map(f): return f if f.ndim==4 else f.flatten(1)[:,:,None,None]
+def as_map(
+    f:torch.Tensor, # Maps (B, C, H, W), or features (B, …)
+) -> torch.Tensor:
+    "Maps (B, C, H, W); anything else as maps of one pixel"
+    return f if f.ndim==4 else f.flatten(1)[:,:,None,None]
 
 def _bn(c, size): return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []   # a last batch of one value has no variance
 
 # %% ../../nbs/11_distill.methods.ipynb #614725c9
 class FSP(HeadTerm):
-    "Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next; usual weight 50"
+    """Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next; usual weight 50
+
+    Raises `ValueError` if there is only one pair."""
     usual = 50.
-    def __init__(self, layers, teacher_layers=None):
+    def __init__(self,
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+    ):
         super().__init__(layers, teacher_layers)
         if len(self.pairs)<2:
             raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks from layer to layer.')
-    def head(self, f_s, f_t):
+    def head(self,
+        f_s:torch.Tensor, # The student's maps (B, C, H, W)
+        f_t:torch.Tensor, # The teacher's
+    ) -> nn.Module:
+        "A 1×1 convolution to as many channels, where they differ"
         c_s,c_t = f_s.shape[1],f_t.shape[1]
         return nn.Identity() if c_s==c_t else nn.Conv2d(c_s, c_t, 1, bias=False)
     def __call__(self, o):
@@ -282,16 +389,29 @@ class FSP(HeadTerm):
 class FitNet(HeadTerm):
     "Regress the teacher's features (Romero et al. 2015); usual weight 100"
     usual = 100.
-    def __init__(self, layers, teacher_layers=None,
-        norm=True, # BatchNorm in the regressor
-        relu=True): # ReLU at its end, for layers of the teacher that end in one
+    def __init__(self,
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+        norm:bool=True, # BatchNorm in the regressor
+        relu:bool=True, # ReLU at its end, for layers of the teacher that end in one
+    ):
         super().__init__(layers, teacher_layers); self.norm,self.relu = norm,relu
-    def head(self, f_s, f_t):
+    def head(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> nn.Module:
+        "The regressor from one to the other"
         f_s,f_t = as_map(f_s),as_map(f_t)
         (c_s,*size_s),(c_t,*size_t) = f_s.shape[1:],f_t.shape[1:]
         return nn.Sequential(_resize(c_s, c_t, size_s, size_t), nn.AdaptiveAvgPool2d(tuple(size_t)),
                              *_bn(c_t, size_t)*self.norm, *[nn.ReLU()]*self.relu)
-    def compare(self, head, f_s, f_t): return _mse(head(as_map(f_s)), as_map(f_t))
+    def compare(self,
+        head:nn.Module, # The regressor
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "Mean squared error of the regressor"
+        return _mse(head(as_map(f_s)), as_map(f_t))
 
 # %% ../../nbs/11_distill.methods.ipynb #67d5fc61
 def _resize(c_s, c_t, size_s, size_t):
@@ -305,13 +425,24 @@ def _resize(c_s, c_t, size_s, size_t):
 # %% ../../nbs/11_distill.methods.ipynb #dd6c4ff6
 class GaussianHead(nn.Module):
     "q(t|s): a network for the mean, and a variance for each of the teacher's channels"
-    def __init__(self, mean, channels, variance=5., eps=1e-5, grows=False):
+    def __init__(self,
+        mean:nn.Module, # The student's map to the mean of the teacher's
+        channels:int, # Of the teacher's map
+        variance:float=5., # Where the variances start
+        eps:float=1e-5, # Least variance
+        grows:bool=False, # Is the mean larger than the student's map?
+    ):
         super().__init__()
         self.mean,self.eps,self.grows = mean,eps,grows
         self.alpha = nn.Parameter(torch.full((channels,), math.log(math.expm1(variance-eps))))
     @property
-    def variance(self): "σ² of each channel (C,)"; return F.softplus(at_least_float32(self.alpha)) + self.eps
-    def forward(self, f_s, f_t):
+    def variance(self) -> torch.Tensor:
+        "σ² of each channel (C,)"
+        return F.softplus(at_least_float32(self.alpha)) + self.eps
+    def forward(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
         "-log q(t|s) of each element (B, C, H, W), without its constant"
         f_s,f_t = as_map(f_s),as_map(f_t)
         if not self.grows: f_s,f_t = same_size(f_s, f_t)
@@ -323,27 +454,45 @@ class GaussianHead(nn.Module):
 class VID(HeadTerm):
     "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100 with the task at .1 or 1"
     usual,aliases = 10.,('VID-I',)
-    def __init__(self, layers, teacher_layers=None,
-        depth=3, # Number of 1×1 convolutions in the mean network
-        hidden=2., # Their width, in multiples of the teacher's channels
-        norm=True, # BatchNorm between them
-        variance=5., # Where the variances start
-        eps=1e-5): # Least variance
+    def __init__(self,
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+        depth:int=3, # Number of 1×1 convolutions in the mean network
+        hidden:float=2., # Their width, in multiples of the teacher's channels
+        norm:bool=True, # BatchNorm between them
+        variance:float=5., # Where the variances start
+        eps:float=1e-5, # Least variance
+    ):
         super().__init__(layers, teacher_layers)
         self.depth,self.hidden,self.norm,self.variance,self.eps = depth,hidden,norm,variance,eps
-    def head(self, f_s, f_t):
+    def head(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> nn.Module:
+        "q(t|s) of one pair"
         f_s,f_t = as_map(f_s),as_map(f_t)
         grows = f_s.shape[2:]==(1,1) and f_t.shape[2:]!=(1,1)
         mean = (_grow(f_s.shape[1], f_t.shape[1], tuple(f_t.shape[2:])) if grows
                 else self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, f_s.shape[2:], f_t.shape[2:]))))
         return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
-    def mean(self, c_s, c_t, size):
+    def mean(self,
+        c_s:int, # Channels of the student's map
+        c_t:int, # Channels of the teacher's
+        size:tuple, # Height and width
+    ) -> nn.Module:
+        "The network for the mean"
         widths,layers = [c_s] + [round(self.hidden*c_t)]*(self.depth-1) + [c_t],[]
         for i,(a,b) in enumerate(zip(widths, widths[1:])):
             if i: layers += [*_bn(a, size)*self.norm, nn.ReLU()]
             layers.append(nn.Conv2d(a, b, 1))
         return nn.Sequential(*layers)
-    def compare(self, head, f_s, f_t): return head(f_s, f_t).mean()
+    def compare(self,
+        head:nn.Module, # q(t|s)
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "Mean of -log q(t|s)"
+        return head(f_s, f_t).mean()
 
 # %% ../../nbs/11_distill.methods.ipynb #4693c082
 def _grow(c_s, c_t, size):
@@ -356,16 +505,38 @@ def _grow(c_s, c_t, size):
 class VIDLP(VID):
     "Variational information distillation of logits from the student's penultimate `layer` (Ahn et al. 2019, eq. 6)"
     usual_layers,aliases = _own(penultimate),('VID-LP',)
-    def __init__(self, layer, variance=5., eps=1e-5):
+    def __init__(self,
+        layer:str, # The student's layer before its logits
+        variance:float=5., # Where the variances start
+        eps:float=1e-5, # Least variance
+    ):
         super().__init__({layer: ''}, depth=1, variance=variance, eps=eps)
     teacher_layers = ()
-    def features(self, o): return [(vectors(o.f_s[self.pairs[0][0]]),o.z_t)]
-    def mean(self, c_s, c_t, size): return nn.Conv2d(c_s, c_t, 1, bias=False)
+    def features(self,
+        o:object, # What the term sees of a batch
+    ) -> list:
+        "The student's vectors (B, D) and the teacher's logits (B, C)"
+        return [(vectors(o.f_s[self.pairs[0][0]]),o.z_t)]
+    def mean(self,
+        c_s:int, # Length of the student's vectors
+        c_t:int, # Number of logits
+        size:tuple, # Not needed
+    ) -> nn.Module:
+        "One linear layer"
+        return nn.Conv2d(c_s, c_t, 1, bias=False)
 
 # %% ../../nbs/11_distill.methods.ipynb #86c03c10
 class ContrastHead(nn.Module):
     "Embeddings of student and teacher, and a memory of each over the training set"
-    def __init__(self, d_s, d_t, labels, dim=128, K=16384, T=.07, momentum=.5):
+    def __init__(self,
+        d_s:int, # Length of the student's vectors
+        d_t:int, # Length of the teacher's
+        labels:torch.Tensor, # Of the training set (N,)
+        dim:int=128, # Length of the embeddings
+        K:int|None=16384, # Negatives for each sample; all if None
+        T:float=.07, # Temperature
+        momentum:float=.5, # Of the memories
+    ):
         super().__init__()
         self.embed_s,self.embed_t,self.T,self.momentum = nn.Linear(d_s, dim),nn.Linear(d_t, dim),T,momentum
         self.K = K if K and K<len(labels) else None
@@ -381,14 +552,21 @@ class ContrastHead(nn.Module):
         vars(self).update({k: fn(getattr(self, k)) for k in self._of_data})
         return super()._apply(fn, recurse)
 
-    def negatives(self, y):
+    def negatives(self,
+        y:torch.Tensor, # Labels (B,)
+    ) -> torch.Tensor:
         "Places of `K` samples of other classes for each of the labels `y` (B, K), or the mask of all of them (B, N)"
         if self.K is None: return self.labels!=y[:,None]
         n,start = self.count[y][:,None],self.start[y][:,None]
         i = (torch.rand(len(y), self.K, device=y.device)*(len(self.labels)-n)).long()
         return self.by_class[i + n*(i>=start)]      # jump over the own class
 
-    def forward(self, f_s, f_t, index):
+    def forward(self,
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+        index:torch.Tensor, # Places of the samples in the training set (B,)
+    ) -> torch.Tensor:
+        "`crd` in both directions"
         vs = [unit(at_least_float32(e(vectors(f)))) for e,f in ((self.embed_s,f_s), (self.embed_t,f_t))]
         others,memories = self.negatives(self.labels[index]),(self.memory_t,self.memory_s)
         if not self.Z.any():
@@ -397,7 +575,7 @@ class ContrastHead(nn.Module):
         return sum(crd(v, m, index, others, z, self.T) for v,m,z in zip(vs, memories, self.Z))
 
     @torch.no_grad()
-    def after_backward(self):
+    def after_backward(self) -> None:
         "Take the embeddings of the last batch into the memories"
         if self._new is None: return
         (index,*vs),self._new = self._new,None
@@ -430,14 +608,20 @@ def _average(x):
 class CRD(HeadTerm):
     "Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8"
     needs_index,usual,usual_layers = True,.8,_both(penultimate)
-    def __init__(self, layer, teacher_layer=None,
-        dim=128, # Length of the embeddings
-        K=16384, # Negatives for each sample; all samples of other classes if None or more than there are samples
-        T=.07, # Temperature
-        momentum=.5): # Of the memories
+    def __init__(self,
+        layer:dict|str, # The student's penultimate layer, or `{student's: teacher's}`
+        teacher_layer:str|None=None, # The teacher's
+        dim:int=128, # Length of the embeddings
+        K:int|None=16384, # Negatives for each sample; all samples of other classes if None or more than there are
+        T:float=.07, # Temperature
+        momentum:float=.5, # Of the memories
+    ):
         super().__init__(layer, teacher_layer); check_T(T)
         self.dim,self.K,self.T,self.momentum = dim,K,T,momentum
-    def prepare(self, o):
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module:
+        "Embeddings and memories for each pair"
         return nn.ModuleList([ContrastHead(vectors(f_s).shape[1], vectors(f_t).shape[1], o.labels, self.dim, self.K, self.T,
                                        self.momentum) for f_s,f_t in self.features(o)])
     def __call__(self, o): return sum(h(*f, o.index) for h,f in zip(o.head, self.features(o)))
@@ -445,17 +629,32 @@ class CRD(HeadTerm):
 # %% ../../nbs/11_distill.methods.ipynb #2a1d17ba
 class ConnectorHead(nn.Module):
     "From the student's map to the teacher's, and through the rest of the teacher (frozen, no part of this module)"
-    def __init__(self, c_s, c_t, rest):
+    def __init__(self,
+        c_s:int, # Channels of the student's map
+        c_t:int, # Channels of the teacher's
+        rest:nn.Module, # What follows in the teacher
+    ):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.BatchNorm2d(c_t), nn.ReLU())
         self._rest = [rest]
-    def forward(self, f):
+    def forward(self,
+        f:torch.Tensor, # The student's map (B, C, H, W)
+    ) -> tuple[torch.Tensor,torch.Tensor]:
+        "The map as the teacher would have it, and the logits that the teacher makes of it"
         f = self.conv(f)
         return f,self._rest[0].to(f.device)(f)
 
 # %% ../../nbs/11_distill.methods.ipynb #5e39b325
-def rest_of(teacher, path, f_s, f_t, logits=None):
-    "A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, if it can take the student's maps `f_s`"
+def rest_of(
+    teacher:nn.Module, # Network that torch.fx can follow
+    path:str, # Its layer
+    f_s:torch.Tensor, # The student's maps (B, C, H, W)
+    f_t:torch.Tensor, # The teacher's there
+    logits:object=None, # Where its logits are in what it returns, see `as_logits`
+) -> nn.Module:
+    """A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, for the student's maps `f_s`
+
+    Raises `ValueError` if these are no maps, or if what follows cannot take maps of that size."""
     if f_s.ndim!=4 or f_t.ndim!=4:
         raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W).')
     with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
@@ -472,8 +671,15 @@ def rest_of(teacher, path, f_s, f_t, logits=None):
 class SRRL(HeadTerm):
     "Softmax regression representation learning (Yang et al. 2021), on the last map; usual weight 1"
     usual_layers = _both(last_map)
-    def __init__(self, layer, teacher_layer=None): super().__init__(layer, teacher_layer)
-    def prepare(self, o):
+    def __init__(self,
+        layer:dict|str, # The student's last map, or `{student's: teacher's}`
+        teacher_layer:str|None=None, # The teacher's
+    ):
+        super().__init__(layer, teacher_layer)
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module:
+        "A connector for each pair"
         return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)))
                               for (_,t),(f_s,f_t) in zip(self.pairs, self.features(o))])
     def __call__(self, o):
@@ -487,13 +693,21 @@ class SRRL(HeadTerm):
 # %% ../../nbs/11_distill.methods.ipynb #9ff0cebe
 class CrossLayerHead(nn.Module):
     "Projections of every layer of the student to every layer of the teacher, and attention between them"
-    def __init__(self, fs_s, fs_t, bs, factor=4):
+    def __init__(self,
+        fs_s:list, # Maps of the student's layers (B, C, H, W)
+        fs_t:list, # Maps of the teacher's
+        bs:int, # Length of the queries' and keys' inputs
+        factor:int=4, # By how much their embeddings are shorter
+    ):
         super().__init__()
         self.bs,width = bs,max(bs//factor, 1)
         embed = lambda: nn.Sequential(nn.Linear(bs, 2*width), nn.ReLU(), nn.Linear(2*width, width))
         self.queries,self.keys = (nn.ModuleList([embed() for _ in fs]) for fs in (fs_s, fs_t))
         self.project = nn.ModuleList([nn.ModuleList([_projector(a, b) for b in fs_t]) for a in fs_s])
-    def forward(self, fs_s, fs_t):
+    def forward(self,
+        fs_s:list, # Maps of the S layers of the student (B, C, H, W)
+        fs_t:list, # Maps of the T layers of the teacher
+    ) -> tuple[torch.Tensor,torch.Tensor]:
         "Weights (B, S, T), and squared errors of the projections (B, S, T)"
         q,k = (torch.stack([self._embed(e, f) for e,f in zip(es, fs)], 1)
                for es,fs in ((self.queries,fs_s), (self.keys,fs_t)))
@@ -519,18 +733,32 @@ class SemCKD(Term):
     "Semantic calibration across layers (Chen et al. 2021), on the ends of the stages; usual weight 400"
     usual = 400.
     @classmethod
-    def usual_layers(cls, student, teacher, data, layers=None):
+    def usual_layers(cls,
+        student:nn.Module, # Network whose layers are looked up
+        teacher:nn.Module, # The other one
+        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+        layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
+    ) -> tuple:
+        "The layers of both sides, ends of stages"
         pairs = layers or _stage_pairs(student, teacher, data)
         return list(pairs),list(pairs.values())
     def __init__(self,
-        layers, # Layers of the student
-        teacher_layers, # Layers of the teacher; any number
-        bs=None, # Length of queries' and keys' inputs; the batch size if None
-        factor=4): # By how much their embeddings are shorter
+        layers:list|str, # Layers of the student
+        teacher_layers:list|str, # Layers of the teacher; any number
+        bs:int|None=None, # Length of queries' and keys' inputs; the batch size if None
+        factor:int=4, # By how much their embeddings are shorter
+    ):
         self.student_layers,self.teacher_layers = ([p for p,_ in as_pairs(l)] for l in (layers, teacher_layers))
         self.bs,self.factor = bs,factor
-    def features(self, o): return [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
-    def prepare(self, o):
+    def features(self,
+        o:object, # What the term sees of a batch
+    ) -> tuple:
+        "Features of all layers of the student, and of the teacher"
+        return [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
+    def prepare(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module:
+        "Projections between all layers, and attention"
         for f in self.features(o)[1]: check_batch(o.f_s[self.student_layers[0]], f)
         return CrossLayerHead(*([as_map(f) for f in fs] for fs in self.features(o)), self.bs or o.bs, self.factor)
     def __call__(self, o):
@@ -540,24 +768,37 @@ class SemCKD(Term):
 
 # %% ../../nbs/11_distill.methods.ipynb #e298d79a
 class SimKD(LayerTerm):
-    "Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0"
+    """Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0
+
+    Raises `ValueError` if there is more than one pair."""
     task,by_class,usual_layers = 0.,True,_both(last_map)
     def __init__(self,
-        layer, # The student's last map
-        teacher_layer=None, # The teacher's last map
-        factor=2, # By how much the projector's middle is narrower than the teacher's map
-        norm=True): # BatchNorm in the projector
+        layer:dict|str, # The student's last map
+        teacher_layer:str|None=None, # The teacher's last map
+        factor:int=2, # By how much the projector's middle is narrower than the teacher's map
+        norm:bool=True, # BatchNorm in the projector
+    ):
         super().__init__(layer, teacher_layer); self.factor,self.norm = factor,norm
         if len(self.pairs)>1:
             raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last maps.')
     student_layers = ['projector']
     @property
-    def probe_layers(self): return [self.pairs[0][0]]
-    def before_train(self, model): model.head.eval()
+    def probe_layers(self) -> list[str]:
+        "The student's last map"
+        return [self.pairs[0][0]]
+    def before_train(self,
+        model:nn.Module, # The network of body, projector and head
+    ) -> None:
+        "The teacher's part stays in evaluation mode"
+        model.head.eval()
     def __call__(self, o): return _mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
 
-    def rebuild(self, o):
-        "The plain module student's body → projector → rest of the teacher"
+    def rebuild(self,
+        o:object, # What the term sees of a batch
+    ) -> nn.Module:
+        """The plain module student's body → projector → rest of the teacher
+
+        Raises `ValueError` if a copy of the student's body would do other things in training than the body."""
         (s,t), = self.pairs
         f_s,f_t = o.f_s[s],o.f_t[t]
         rest,order = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)),getattr(o, 'order', None)
@@ -575,7 +816,11 @@ class SimKD(LayerTerm):
             new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more))
         return new
 
-    def projector(self, c_s, c_t):
+    def projector(self,
+        c_s:int, # Channels of the student's map
+        c_t:int, # Channels of the teacher's
+    ) -> list[nn.Module]:
+        "1×1, 3×3 and 1×1 convolutions from one to the other"
         mid,layers = max(c_t//self.factor, 1),[]
         for a,b,k in ((c_s,mid,1), (mid,mid,3), (mid,c_t,1)):
             layers += [nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm), *[nn.BatchNorm2d(b)]*self.norm, nn.ReLU()]
@@ -606,11 +851,14 @@ def _chain(body, projector, head):
 
 # %% ../../nbs/11_distill.methods.ipynb #5bf029f1
 @architecture
-def simkd_student(student, # What `create` noted of the student, `dict(name=..., kwargs=...)`
-    teacher, # and of the teacher
-    layers, # `{student's last map: teacher's last map}`
-    factor=2, norm=True, # As in `SimKD`
-    order=None): # The teacher's outputs that the student has, in its order; all if None
+def simkd_student(
+    student:dict, # What `create` noted of the student, `dict(name=..., kwargs=...)`
+    teacher:dict, # and of the teacher
+    layers:dict, # `{student's last map: teacher's last map}`
+    factor:int=2, # As in `SimKD`
+    norm:bool=True, # As in `SimKD`
+    order:list|None=None, # The teacher's outputs that the student has, in its order; all if None
+) -> nn.Module:
     "The network that `SimKD` makes of two others"
     s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
     xb,(pair,) = torch.zeros(2, *student['kwargs']['in_shape']),as_pairs(layers)
@@ -618,8 +866,10 @@ def simkd_student(student, # What `create` noted of the student, `dict(name=...,
     return SimKD(layers, factor=factor, norm=norm).rebuild(SimpleNamespace(student=s, teacher=t, f_s=f_s, f_t=f_t, order=order))
 
 # %% ../../nbs/11_distill.methods.ipynb #f361fc4b
-def method_names(name): # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
-    "The names of the terms of a method, as in `usual_weights`"
+def method_names(
+    name:str, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
+) -> list[str]:
+    "The names of the terms of a method, as in `usual_weights`. Raises `ValueError` if no term is called so."
     known = {o.lower(): k for k,cls in _terms.items() for o in vars(cls).get('aliases', ())} | {k.lower(): k for k in _terms}
     parts = [o.strip() for o in str(name).split('+')]
     for o in parts:
@@ -630,13 +880,18 @@ def method_names(name): # Name of a term, such as 'SimKD', or a sum such as 'KD 
     return [known[o.lower()] for o in parts]
 
 # %% ../../nbs/11_distill.methods.ipynb #820b6df2
-def named_term(name, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
-    student, teacher, # Networks whose layers are looked up
-    data, # `DataLoaders`, a batch, or a tuple of inputs
-    layers=None, # `{student's layer: teacher's layer}` for terms on several maps; those of `match_stages` if None
-    weights=None, # Weights other than `usual_weights`, by name of the term
-    options=None): # More arguments of the terms, by name: `{'VID': dict(depth=2)}`
-    "The terms called `name`, on the layers that such methods look at"
+def named_term(
+    name:str, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
+    student:nn.Module, # Network whose layers are looked up
+    teacher:nn.Module, # The other one
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    layers:dict|None=None, # `{student's layer: teacher's layer}` for terms on several maps; `match_stages` if None
+    weights:dict|None=None, # Weights other than `usual_weights`, by name of the term
+    options:dict|None=None, # More arguments of the terms, by name: `{'VID': dict(depth=2)}`
+) -> Terms:
+    """The terms called `name`, on the layers that such methods look at
+
+    Raises `ValueError` if no term is called so, or if it needs more than its layers."""
     def build(k):
         cls = _terms[k]
         found = cls.usual_layers(student, teacher, data, layers)

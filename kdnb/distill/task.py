@@ -9,6 +9,7 @@ __all__ = ['usual_terms', 'loss_kind', 'unseen_shift', 'asks_yes_or_no', 'is_dis
 
 # %% ../../nbs/11a_distill.task.ipynb #802c3c1d
 import math,warnings
+from collections.abc import Callable,Iterator
 from contextlib import contextmanager
 from functools import partial
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
 from fastai.callback.mixup import MixHandler
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
 from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
@@ -25,7 +27,7 @@ from ..data import ArrayDataset
 from ..features import unwrap
 from ..measure import evaluating,inputs
 from .losses import class_dim
-from .methods import DKD,KD,BinaryKD,LogitTerm,LogitsMSE
+from .methods import DKD,KD,BinaryKD,LogitTerm,LogitsMSE,Term
 
 # %% ../../nbs/11a_distill.task.ipynb #6dd6dd20
 _kinds = dict(
@@ -53,8 +55,10 @@ def _parts(loss):
     return parts
 
 # %% ../../nbs/11a_distill.task.ipynb #1128c5c8
-def loss_kind(loss, # Any loss function
-    depth=4): # How deep to look into what is wrapped around it
+def loss_kind(
+    loss:Callable, # Any loss function
+    depth:int=4, # How deep to look into what is wrapped around it
+) -> str|None:
     "'classes', 'labels', 'values' or 'probabilities' (of labels), as the class of `loss` says, or of what it holds; or None"
     if (kind := _known(loss)) or not depth: return kind
     kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o) and not isinstance(o, (type,Learner))} - {None}
@@ -62,9 +66,11 @@ def loss_kind(loss, # Any loss function
 
 # %% ../../nbs/11a_distill.task.ipynb #c1ee49bc
 @torch.no_grad()
-def unseen_shift(loss, # Loss function
-    z, # Outputs
-    yb): # Targets, a tuple of tensors, the first with as many numbers as `z`
+def unseen_shift(
+    loss:Callable, # Loss function
+    z:torch.Tensor, # Outputs
+    yb:tuple, # Targets, a tuple of tensors, the first with as many numbers as `z`
+) -> str|None:
     "What `loss` does not see: that logits of a sample move ('rows'), outputs and targets ('both'), 'none'; None if unknown"
     z,y,more = z.float(),yb[0].float(),yb[1:]
     d = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
@@ -76,9 +82,11 @@ def unseen_shift(loss, # Loss function
     return 'both' if same(both) else 'rows' if same(rows) else 'none'
 
 # %% ../../nbs/11a_distill.task.ipynb #5375043c
-def asks_yes_or_no(loss, # Loss function
-    z, # Logits
-    yb): # Targets, a tuple of tensors, the first with as many numbers as `z`
+def asks_yes_or_no(
+    loss:Callable, # Loss function
+    z:torch.Tensor, # Logits
+    yb:tuple, # Targets, a tuple of tensors, the first with as many numbers as `z`
+) -> bool:
     "Are targets 0 or 1, and does `loss` want each logit to rise or fall accordingly?"
     y,z = yb[0].float(),z.detach().float()
     z = (z/z.abs().max().clamp(min=1)).requires_grad_()     # smoothed labels hold large logits back
@@ -92,14 +100,19 @@ def asks_yes_or_no(loss, # Loss function
 def _plain(o): return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
 
 # %% ../../nbs/11a_distill.task.ipynb #e1d84c93
-def is_distribution(p, # Tensor with the classes in the dimension of `class_dim`
-    eps=1e-3): # How far from 1 a sum may be
+def is_distribution(
+    p:torch.Tensor, # Tensor with the classes in the dimension of `class_dim`
+    eps:float=1e-3, # How far from 1 a sum may be
+) -> bool:
     "Is each row of `p` a distribution over the classes, nowhere negative and with sum 1?"
     if p.ndim<2 or p.shape[class_dim(p)]<2: return False
     return bool((p>=0).all() and ((p.float().sum(class_dim(p))-1).abs()<eps).all())
 
 # %% ../../nbs/11a_distill.task.ipynb #448bdf00
-def are_class_numbers(y, z):
+def are_class_numbers(
+    y:torch.Tensor, # Targets
+    z:torch.Tensor, # Logits (B, C), or of pixels (B, C, H, W)
+) -> bool:
     "Does `y` hold one whole number for each row of the logits `z`?"
     c = z.shape[class_dim(z)] if z.ndim>1 else 1
     return c>1 and y.numel()*c==z.numel() and not (y.is_floating_point() and (y!=y.round()).any())
@@ -119,8 +132,10 @@ _terms = 'KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for severa
 
 _uncertain = 'what the loss function {} asks of the outputs is not certain'
 
-def task_of(loss, # Loss function of the training
-    ask): # Function that gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
+def task_of(
+    loss:Callable, # Loss function of the training
+    ask:Callable, # Gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
+) -> str:
     "What outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'; ValueError if unknown"
     if (kind := loss_kind(loss))=='probabilities':
         raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. '
@@ -136,7 +151,9 @@ def task_of(loss, # Loss function of the training
                      f'Name the terms, {_terms}.')
 
 # %% ../../nbs/11a_distill.task.ipynb #cb10b2f2
-def targets(dls):
+def targets(
+    dls:DataLoaders, # `DataLoaders`
+) -> tuple:
     "Targets of the validation batch whose inputs `inputs` gives, a tuple"
     with no_random(reproducible=False):
         b = (dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)).one_batch()
@@ -145,9 +162,11 @@ def targets(dls):
 # %% ../../nbs/11a_distill.task.ipynb #9ceca6f3
 usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*.9)
 
-def check_targets(term, # A term
-    z, # The student's outputs
-    y): # Targets
+def check_targets(
+    term:Term, # A term
+    z:torch.Tensor, # The student's outputs
+    y:torch.Tensor, # Targets
+) -> None:
     "ValueError, if `term` takes outputs for logits of classes of which one is right, and targets are nothing of the kind"
     if not (term.softmax and term.by_class) or isinstance(term, DKD) or z.shape[class_dim(z)]<2: return
     if are_class_numbers(y, z) or (y.shape==z.shape and is_distribution(y)): return
@@ -157,7 +176,9 @@ def check_targets(term, # A term
                          'Use BinaryKD for several labels, LogitsMSE for numbers.')
 
 # %% ../../nbs/11a_distill.task.ipynb #3145e947
-def check_classes(dls): # `DataLoaders`
+def check_classes(
+    dls:DataLoaders, # `DataLoaders`
+) -> None:
     "ValueError, if the targets of `dls` are not one class number for each sample"
     y = next(iter(targets(dls)), None)
     if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.numel()==len(y): return
@@ -166,7 +187,9 @@ def check_classes(dls): # `DataLoaders`
                      'learn.distill knows other tasks, such as several labels or numbers.')
 
 # %% ../../nbs/11a_distill.task.ipynb #0f99c325
-def probabilities_in(z): # A network's answers
+def probabilities_in(
+    z:torch.Tensor, # A network's answers
+) -> str|None:
     "'probabilities' or 'log-probabilities', if all rows of `z` are such, else None"
     if not z.is_floating_point() or z.ndim<2 or z.shape[class_dim(z)]<2: return
     eps = 1e-2 if z.dtype in (torch.float16,torch.bfloat16) else 1e-3
@@ -174,13 +197,17 @@ def probabilities_in(z): # A network's answers
     if (z<=0).all() and (z.float().logsumexp(class_dim(z)).abs()<eps).all(): return 'log-probabilities'
 
 # %% ../../nbs/11a_distill.task.ipynb #7def164a
-def log_of(p): # Probabilities
+def log_of(
+    p:torch.Tensor, # Probabilities
+) -> torch.Tensor:
     "Logits of these probabilities"
     return p.float().clamp(min=torch.finfo(p.dtype).smallest_normal).log()
 
 # %% ../../nbs/11a_distill.task.ipynb #ead67559
-def class_names(dls, # `DataLoaders`, or None
-    c=None): # Number of outputs; any if None
+def class_names(
+    dls:DataLoaders, # `DataLoaders`, or None
+    c:int|None=None, # Number of outputs; any if None
+) -> list[str]|None:
     "Names of the classes that the outputs stand for, or None if they are not known"
     v = getattr(dls, 'vocab', None)
     if v is None or isinstance(v, (str,dict)) or not hasattr(v, '__len__'): return
@@ -189,9 +216,13 @@ def class_names(dls, # `DataLoaders`, or None
         if c is None or len(o)==c: return [str(k) for k in o]
 
 # %% ../../nbs/11a_distill.task.ipynb #6188c47b
-def class_order(names, # Names of the student's classes, or None
-    known): # Names of the teacher's classes, or None
-    "Where the teacher's outputs for the student's classes stand; None if they are in order, or unknown"
+def class_order(
+    names:list|None, # Names of the student's classes, or None
+    known:list|None, # Names of the teacher's classes, or None
+) -> list[int]|None:
+    """Where the teacher's outputs for the student's classes stand; None if they are in order, or unknown
+
+    Raises `ValueError` if the teacher does not know a class of the student."""
     if not names or not known or names==known: return
     numbers = [o==[str(i) for i in range(len(o))] for o in (names, known)]
     if numbers[0]!=numbers[1]: return                         # one side has no names
@@ -202,7 +233,9 @@ def class_order(names, # Names of the student's classes, or None
     return [known.index(o) for o in names]
 
 # %% ../../nbs/11a_distill.task.ipynb #0f1e6303
-def normalisation(dls): # `DataLoaders`, or None
+def normalisation(
+    dls:DataLoaders, # `DataLoaders`, or None
+) -> tuple|None:
     "`(mean, std)` of the images of `dls` before they were normalised, `(0, 1)` if they are not; None if that is not known"
     tfms = getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', ())
     found = [t for t in tfms if isinstance(t, Normalize)]
@@ -216,9 +249,14 @@ def normalisation(dls): # `DataLoaders`, or None
 
 # %% ../../nbs/11a_distill.task.ipynb #63a0e379
 class Feed:
-    "What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images"
-    def __init__(self, tfm=None, # Function of the inputs
-        ours=None, theirs=None): # `normalisation` of the student's images and of the teacher's; nothing is done if None
+    """What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images
+
+    Raises `ValueError` if `tfm` is no function."""
+    def __init__(
+        self, tfm:Callable|None=None, # Function of the inputs
+        ours:tuple|None=None, # `normalisation` of the student's images; nothing is done if None
+        theirs:tuple|None=None, # … of the teacher's
+    ):
         if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
         self.tfm,self.ours,self.theirs,self._on = tfm,ours,theirs,{}
     def __call__(self, *xb):
@@ -227,7 +265,10 @@ class Feed:
             raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the '
                              'teacher\'s inputs as tensors.')
         return xb if self.ours is None else tuple(map(self.renormalised, xb))
-    def renormalised(self, x):
+    def renormalised(self,
+        x:torch.Tensor, # Images (B, C, H, W) in the student's normalisation
+    ) -> torch.Tensor:
+        "The same images in the teacher's normalisation. Raises `ValueError` if they have another number of channels."
         (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
         if x.ndim!=s_s.ndim or not x.is_floating_point(): return x
         if s_s.shape[1] not in (1,x.shape[1]):
@@ -238,10 +279,14 @@ class Feed:
         return (x.float()*a + b).to(x.dtype)
 
 # %% ../../nbs/11a_distill.task.ipynb #b72e8842
-def feed_of(source, # The teacher's `DataLoaders`, or None
-    dls, # The student's
-    tfm=None): # Function from the student's inputs to what the teacher wants
-    "The `Feed` for a teacher that was trained on `source`, or None if it is given what the student is given"
+def feed_of(
+    source:DataLoaders|None, # The teacher's `DataLoaders`, or None
+    dls:DataLoaders, # The student's
+    tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants
+) -> Feed|None:
+    """The `Feed` for a teacher that was trained on `source`, or None if it is given what the student is given
+
+    Raises `ValueError` if the pixels are on other scales."""
     ours,theirs = (None,None) if source is None or source is dls else map(normalisation, (dls, source))
     alike = lambda a,b: a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5)
     if ours is None or theirs is None or all(map(alike, ours, theirs)): return None if tfm is None else Feed(tfm)
@@ -252,7 +297,9 @@ def feed_of(source, # The teacher's `DataLoaders`, or None
     return Feed(tfm, ours, theirs)
 
 # %% ../../nbs/11a_distill.task.ipynb #f2e3e51a
-def image_shape(dls):
+def image_shape(
+    dls:DataLoaders, # `DataLoaders`
+) -> tuple|None:
     "Shape (C, H, W) of the images of `dls`, or None if it has none at hand"
     ds = getattr(getattr(dls, 'train', None), 'dataset', None)
     if isinstance(ds, ArrayDataset): return tuple(ds.x.shape[1:]) if len(ds) else None
@@ -261,9 +308,11 @@ def image_shape(dls):
     return tuple(shape) if len(shape)==3 else None
 
 # %% ../../nbs/11a_distill.task.ipynb #d939bf93
-def check_size(teacher, # Network
-    xb, # What it is to be given
-    shape): # Shape (C, H, W) of the images it was trained on
+def check_size(
+    teacher:nn.Module, # Network
+    xb:tuple, # What it is to be given
+    shape:tuple|None, # Shape (C, H, W) of the images it was trained on
+) -> str|None:
     "A line to be said, if the images `xb` have another size; ValueError, if `teacher` cannot read them"
     got,by = tuple(xb[0].shape[1:]),lambda s: ' × '.join(map(str, s))
     if shape is None or got==shape: return
@@ -279,16 +328,23 @@ def check_size(teacher, # Network
 # %% ../../nbs/11a_distill.task.ipynb #5596ee73
 class TeacherAdapter:
     "Give a teacher its inputs, and terms its answers, in the form that they expect"
-    def __init__(self, teacher=None, # `Learner`, or a module, of which nothing is known
-        tfm=None): # Function from the student's inputs to what the teacher wants
+    def __init__(
+        self, teacher:Learner|nn.Module|None=None, # `Learner`, or a module, of which nothing is known
+        tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants
+    ):
         self.source,self.tfm = teacher.dls if isinstance(teacher, Learner) else None,tfm
         self.feed = self.order = self.form = self._hook = self._shape = self._index = None
         self.numbered,self._said = False,set()
-    def say(self, line):
+    def say(self,
+        line:str|None, # What there is to say, if anything
+    ) -> None:
+        "Print `line`, once"
         if line and line not in self._said: print(line)
         self._said.add(line)
     @contextmanager
-    def fed(self, net):
+    def fed(self,
+        net:nn.Module, # The teacher
+    ) -> Iterator[None]:
         "While it lasts, the network `net` is called with what the feed makes of its inputs"
         there = self._hook is not None
         self.connect(net)
@@ -302,7 +358,9 @@ def _forget_compiled(net):
 
 # %% ../../nbs/11a_distill.task.ipynb #9c52a00a
 @patch
-def connect(self:TeacherAdapter, net):
+def connect(self:TeacherAdapter,
+    net:nn.Module, # The teacher
+) -> None:
     "From now on `net` is called with what the feed makes of its inputs"
     if self.feed is None or self._hook is not None: return
     self._hook = unwrap(net).register_forward_pre_hook(lambda m, xb: self.feed(*xb)),net
@@ -310,7 +368,8 @@ def connect(self:TeacherAdapter, net):
 
 # %% ../../nbs/11a_distill.task.ipynb #0ce88d04
 @patch
-def disconnect(self:TeacherAdapter):
+def disconnect(self:TeacherAdapter) -> None:
+    "Let the teacher take its inputs as they come again"
     if self._hook is None: return
     (hook,net),self._hook = self._hook,None
     hook.remove()
@@ -318,9 +377,11 @@ def disconnect(self:TeacherAdapter):
 
 # %% ../../nbs/11a_distill.task.ipynb #673425fd
 @patch
-def meet(self:TeacherAdapter, dls, # The student's `DataLoaders`
-    teacher, # The teacher's network
-    ask=None): # Function that gives outputs of student and teacher for a batch; None if nobody compares them by class
+def meet(
+    self:TeacherAdapter, dls:DataLoaders, # The student's `DataLoaders`
+    teacher:nn.Module, # The teacher's network
+    ask:Callable|None=None, # Gives outputs of student and teacher for a batch; None if nobody compares them by class
+) -> None:
     "Find out how inputs and answers differ; say so, or ValueError if they do not fit"
     self.feed,self.order,self._index = feed_of(self.source, dls, self.tfm),None,None
     if self.source is None or self.source is dls: return
@@ -358,10 +419,13 @@ def _match(self:TeacherAdapter, dls, z_s, z_t):
 
 # %% ../../nbs/11a_distill.task.ipynb #a2dcebfe
 @patch
-def check(self:TeacherAdapter, term, # A term that is about to compare
-    z_s, z_t, # Logits of student and teacher
-    y=None): # Targets, if there are any
-    "Are logits and targets of the kind that `term` takes them for?"
+def check(
+    self:TeacherAdapter, term:Term, # A term that is about to compare
+    z_s:torch.Tensor, # Logits of the student
+    z_t:torch.Tensor, # Logits of the teacher, of the same shape
+    y:torch.Tensor|None=None, # Targets, if there are any
+) -> None:
+    "Are logits and targets of the kind that `term` takes them for? Raises `ValueError` if they are not."
     self.form,self.numbered = probabilities_in(z_t),y is not None and are_class_numbers(y, z_s)
     if y is not None: check_targets(term, z_s, y)
     if term.softmax and term.by_class and probabilities_in(z_s)=='probabilities':
@@ -376,11 +440,18 @@ def check(self:TeacherAdapter, term, # A term that is about to compare
 
 # %% ../../nbs/11a_distill.task.ipynb #260d1319
 @patch
-def compares(self:TeacherAdapter, term): "Does `term` compare logits?"; return term.softmax or isinstance(term, LogitTerm)
+def compares(self:TeacherAdapter,
+    term:Term, # A term
+) -> bool:
+    "Does `term` compare logits?"
+    return term.softmax or isinstance(term, LogitTerm)
 
 # %% ../../nbs/11a_distill.task.ipynb #9a857ca4
 @patch
-def logits(self:TeacherAdapter, z, term):
+def logits(self:TeacherAdapter,
+    z:torch.Tensor, # What the teacher has answered
+    term:Term, # The term that asks
+) -> torch.Tensor:
     "The teacher's answers `z` as `term` expects them"
     if self.form=='probabilities' and (term.softmax or term.by_class and self.numbered): z = log_of(z)
     if self.order is None or not term.by_class: return z

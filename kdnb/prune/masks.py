@@ -28,7 +28,7 @@ from ..measure import evaluating,weighted
 class Masked:
     "Mixed into the class of a layer, some of whose tensors are multiplied by the masks among its buffers"
     _masked_names = frozenset()     # of those tensors
-    def own_masks(self):
+    def own_masks(self) -> dict[str,torch.Tensor]:
         "`{name in this layer: mask}`"
         return {n: mask for k,mask in self._buffers.items() if (n := k.removesuffix('_mask'))!=k and n in self._masked_names}
 
@@ -90,8 +90,10 @@ def _computes(h):
     return h.name if isinstance(h, (WeightNorm,SpectralNorm)) else h._tensor_name if isinstance(h, BasePruningMethod) else None
 
 # %% ../../nbs/30_prune.masks.ipynb #aa4c4481
-def acting(m, # Layer
-    name='weight'): # One of its tensors
+def acting(
+    m:nn.Module, # Layer
+    name:str='weight', # One of its tensors
+) -> torch.Tensor:
     "The tensor `name` of `m` as it acts in evaluation: computed by what computes it, and under its mask"
     h = _hook(m, name)
     if isinstance(h, BasePruningMethod): return h.apply_mask(m)
@@ -103,7 +105,7 @@ def acting(m, # Layer
 
 # %% ../../nbs/30_prune.masks.ipynb #f1ada7d6
 @patch
-def fold_masks(self:Masked):
+def fold_masks(self:Masked) -> None:
     "Become a plain layer again, with zeros where the masks have them"
     masks = self.own_masks()
     with torch.no_grad():
@@ -160,7 +162,11 @@ def _put_on(m, name):
 
 # %% ../../nbs/30_prune.masks.ipynb #da60fbfd
 @patch
-def give_masks(self:Masked, new, masks): # A layer like this one, perhaps smaller; `{name in the layer: mask}`
+def give_masks(
+    self:Masked, # A layer like this one, perhaps smaller; `{name in the layer: mask}`
+    new:nn.Module, # A layer like this one, perhaps smaller
+    masks:dict, # `{name in the layer: mask}`
+) -> None:
     "Put `masks` on `new`"
     for n,mask in masks.items():
         _put_on(new, n)
@@ -169,7 +175,9 @@ def give_masks(self:Masked, new, masks): # A layer like this one, perhaps smalle
 # %% ../../nbs/30_prune.masks.ipynb #1c474e12
 _norms = nn.LayerNorm,nn.RMSNorm
 
-def weight_names(m):
+def weight_names(
+    m:nn.Module, # Layer
+) -> list[str]:
     "Names of the tensors of `m` itself that are weights: of two dimensions or more, no biases, no scales of a norm"
     if isinstance(m, weighted): return ['weight']
     if isinstance(m, _norms): return []
@@ -186,9 +194,11 @@ def _all_weights(model):
     return [(f'{path}.{n}'.lstrip('.'), m, n) for path,m in model.named_modules() if m not in inside for n in weight_names(m)]
 
 # %% ../../nbs/30_prune.masks.ipynb #1c0535ee
-def paths_of(model, # Network
-    entries, # Paths or patterns, modules, types; one or several
-    what='ignore'): # What they are given as, for messages
+def paths_of(
+    model:nn.Module, # Network
+    entries:str|type|nn.Module|tuple|list|None, # Paths or patterns, modules, types; one or several
+    what:str='ignore', # What they are given as, for messages
+) -> list[str]:
     "Paths of the modules and weights that `entries` name; `ValueError` for one that is not there"
     model,res = unwrap(model),[]
     there = dict(model.named_modules(remove_duplicate=False))
@@ -214,10 +224,14 @@ def _not_there(model, o, what):
 def _among(name, paths): return any(p in ('', name) or name.startswith(f'{p}.') for p in paths)
 
 # %% ../../nbs/30_prune.masks.ipynb #f0b9d620
-def prunable(model, # Any module
-    ignore=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
-    layers=None): # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
-    "`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation (masked weights are 0)"
+def prunable(
+    model:nn.Module, # Any module
+    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
+    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+) -> dict[str,torch.Tensor]:
+    """`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation (masked weights are 0)
+
+    Raises `ValueError` if nothing is left to prune."""
     model,named = unwrap(model),{}
     out,asked = paths_of(model, ignore),None if layers is None else _asked(model, layers)
     for name,m,n in reversed(_all_weights(model)):
@@ -246,8 +260,10 @@ def _nothing(model, ignore, layers):
             + (f" layers='all' prunes {', '.join(others[:3])}{', …' if others[3:] else ''}." if others else ''))
 
 # %% ../../nbs/30_prune.masks.ipynb #31100538
-def mask_model(model, # Network to mask, in place; masks of `torch.nn.utils.prune` are taken over
-    masks=None): # `{name of a parameter: mask of its shape}`, 1 or True stays, 0 or False goes; all ones if None
+def mask_model(
+    model:nn.Module, # Network to mask, in place; masks of `torch.nn.utils.prune` are taken over
+    masks:dict|None=None, # `{name of a parameter: mask of its shape}`, 1 stays, 0 goes; all ones if None
+) -> nn.Module:
     "Multiply parameters by `masks` from now on; masks that are there already are replaced. Returns `model`"
     if masks is None: masks = {k: torch.ones_like(w) for k,w in prunable(model).items()}
     todo = [(o, which, mask) for name,mask in masks.items() for o,which,mask in _places(unwrap(model), name, mask)]
@@ -284,14 +300,20 @@ def _maskable(model, name, m, which):
     return p
 
 # %% ../../nbs/30_prune.masks.ipynb #eef87d8e
-def raw(model, name):
+def raw(
+    model:nn.Module, # Any network
+    name:str, # Of the parameter, as in `masks`
+) -> nn.Parameter|None:
     "The parameter called `name` as the optimiser knows it, without its mask; None for one that is computed"
     path,_,which = name.rpartition('.')
     ps = unwrap(model).get_submodule(path)._parameters
     return ps.get(which, ps.get(f'{which}_orig') if isinstance(_hook(unwrap(model).get_submodule(path), which), BasePruningMethod) else None)
 
 # %% ../../nbs/30_prune.masks.ipynb #c753263d
-def unmask(model, names):
+def unmask(
+    model:nn.Module, # Any network
+    names:list, # Of parameters, as in `masks`
+) -> None:
     "Take the masks of the parameters called `names` away, in place; they are as if never masked"
     for name in names:
         path,_,which = name.rpartition('.')
@@ -301,7 +323,9 @@ def unmask(model, names):
         if not m.own_masks(): m.fold_masks()
 
 # %% ../../nbs/30_prune.masks.ipynb #ae56d069
-def fold(model):
+def fold(
+    model:nn.Module, # Network with masks
+) -> nn.Module:
     "Make masks permanent zeros, in place: plain layers, the same parameters (but new ones where they were computed). Returns `model`"
     for m in list(model.modules()):
         _adopt(m)
@@ -309,7 +333,9 @@ def fold(model):
     return model
 
 # %% ../../nbs/30_prune.masks.ipynb #87ce7f95
-def masks(model): # Network, or a state dict of one
+def masks(
+    model:nn.Module|dict, # Network, or a state dict of one
+) -> dict[str,torch.Tensor]:
     "`{name of a parameter: its mask}` of all masks, those of `torch.nn.utils.prune` included"
     if isinstance(model, dict):
         return {n: v for k,v in model.items() if (n := k.removesuffix('_mask'))!=k and _has_tensor(model, n)}
@@ -329,20 +355,28 @@ def _has_tensor(state, name):
         k.startswith(f'{path}.parametrizations.{which}.'.lstrip('.')) for k in state)
 
 # %% ../../nbs/30_prune.masks.ipynb #81af078b
-def fraction_zero(ws): # `{name: weight}`
+def fraction_zero(
+    ws:dict, # `{name: weight}`
+) -> float:
+    "Fraction of all these numbers that are 0"
     n = sum(w.numel() for w in ws.values())
     return 1-sum(int(w.count_nonzero()) for w in ws.values())/n
 
 # %% ../../nbs/30_prune.masks.ipynb #f457c958
-def sparsity(model, # Network
-    layers=None): # Layers that count, as in `prunable`: 'all', paths, modules or types; linear and convolution layers if None
+def sparsity(
+    model:nn.Module, # Network
+    layers:object=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; the usual if None
+) -> float:
     "Fraction of the weights of linear and convolution layers (of `layers`) that are 0"
     ws = prunable(model, layers=layers)
     if layers is None: say_share(model, ws)
     return fraction_zero(ws)
 
 # %% ../../nbs/30_prune.masks.ipynb #60230a5a
-def say_share(model, ws):
+def say_share(
+    model:nn.Module, # Network that is pruned
+    ws:dict, # `{name: weight}` of what is pruned
+) -> None:
     "Warn if the weights `ws` of linear and convolution layers are less than half of the parameters, and others are weights, too"
     model,n = unwrap(model),sum(w.numel() for w in ws.values())
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
@@ -353,8 +387,10 @@ def say_share(model, ws):
                   f"parameters of this {type(model).__name__}. {kinds} hold others: layers='all' counts and prunes them, too.", stacklevel=3)
 
 # %% ../../nbs/30_prune.masks.ipynb #44468fe0
-def layer_sparsity(model, # Network
-    layers=None): # As in `sparsity`
+def layer_sparsity(
+    model:nn.Module, # Network
+    layers:str|type|nn.Module|tuple|list|None=None, # As in `sparsity`
+) -> pd.DataFrame:
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
     rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in prunable(model, layers=layers).items()}
     df = pd.DataFrame.from_dict(rows, orient='index', columns=['weights','nonzero']).rename_axis('layer')
@@ -362,8 +398,10 @@ def layer_sparsity(model, # Network
     return df.assign(sparsity=1-df.nonzero/df.weights)
 
 # %% ../../nbs/30_prune.masks.ipynb #d02e60ba
-def load_masked(model, # Network, with masks or without
-    state): # State dict of a network with masks, or without
+def load_masked(
+    model:nn.Module, # Network, with masks or without
+    state:dict, # State dict of a network with masks, or without
+) -> nn.Module:
     "Load `state` and put its masks on; the network has these masks afterwards, and no others. Returns `model`"
     if set(state)=={'model','opt'}: state = state['model']     # what `learn.save` writes
     there,net = masks(state),unwrap(model)
@@ -384,8 +422,14 @@ _load = Learner.load
 
 @patch
 @delegates(_load)
-def load(self:Learner, file, device=None, **kwargs):
-    "As fastai's; masks in the file are put on where the network has none"
+def load(self:Learner,
+    file:str, # As in `save`
+    device:object=None, # As in fastai
+    **kwargs,
+) -> Learner:
+    """As fastai's; masks in the file are put on where the network has none
+
+    Raises `ValueError` if the file lacks masks that the network has."""
     def bring(model, state, prefix, *_):
         for k in [*state]: state[_our_name(k, state, model)] = state.pop(k)
         here,there = masks(model),masks({k.removeprefix(prefix): v for k,v in state.items()})

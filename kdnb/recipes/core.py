@@ -11,6 +11,7 @@ __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
 import hashlib,importlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
+from collections.abc import Callable,Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass,field
@@ -25,6 +26,8 @@ from fastcore.basics import noop,patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -52,11 +55,15 @@ from ..processes import Processes,alone,join_processes,wait_for_all
 # %% ../../nbs/50_recipes.core.ipynb #de28794c
 RUN_FORMAT = 'kdnb-run-1'
 
-def versions(): return ({o: version(o) for o in ('torch','torchvision','fastai')}
+def versions() -> dict[str,str]:
+    "What the run was made with"
+    return ({o: version(o) for o in ('torch','torchvision','fastai')}
                         | dict(kdnb=__version__, python=platform.python_version()))
 
 # %% ../../nbs/50_recipes.core.ipynb #8964a7fa
-def machine(): return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
+def machine() -> dict:
+    "Where the run was made"
+    return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
                            device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')
 
 # %% ../../nbs/50_recipes.core.ipynb #1bdca7c9
@@ -82,7 +89,10 @@ def _read_run(path):
 class Record:
     "A run's folder, read"
     latency,latency_spread,sets,layers,verdict,loads,ends = {},{},{},{},None,True,(None,None)
-    def __init__(self, path): # Folder of a run
+    def __init__(
+        self,
+        path:str|Path, # Folder of a run
+    ):
         self.path = Path(path)
         self._take(_read_run(self.path))
 
@@ -112,7 +122,7 @@ def _row(o): return {k: v for k,v in o.items() if k!='made_from'}
 _columns = 'test_accuracy','weights','weights_kept','params','macs','bytes','latency_ms'
 
 @patch
-def table(self:Record):
+def table(self:Record) -> pd.DataFrame:
     "The stages as a `DataFrame`, a row for each name: means over seeds, and the spread (standard deviation) of the test accuracy"
     if not self.stages: return pd.DataFrame()
     df = pd.DataFrame(self.stages)
@@ -123,7 +133,10 @@ def table(self:Record):
     return res.astype({k: int for k in whole})
 
 # %% ../../nbs/50_recipes.core.ipynb #40849673
-def accuracies(run, stages):
+def accuracies(
+    run:Record, # Record, or run
+    stages:dict, # `{name of a stage: words}`
+) -> str:
     "What the test accuracy is in each of `stages` that are there, in words"
     acc,seeds = run.table()['test_accuracy'],len(run.seeds)
     said = [f'{100*acc[stage]:.2f} % {words}' for stage,words in stages.items() if stage in acc]
@@ -142,7 +155,9 @@ recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdn
            'sequential': 'kdnb.recipes.sequential:distill_then_prune',     # fastai has a `sequential`
            'vid': 'kdnb.recipes.vid:vid'}
 
-def recipe(name=None): # Its name; that of the function, with hyphens, if None
+def recipe(
+    name:str|Callable|None=None, # Its name; that of the function, with hyphens, if None
+) -> Callable:
     "Decorator that makes a function known as a recipe"
     if callable(name): return recipe()(name)
     def known(f):
@@ -151,8 +166,12 @@ def recipe(name=None): # Its name; that of the function, with hyphens, if None
     return known
 
 # %% ../../nbs/50_recipes.core.ipynb #0f555a98
-def bring(module): # Name of a module that can be imported from here, or the path of a Python file
-    "Import code of the user's own: what it registers (recipes, criteria, terms) is known from then on"
+def bring(
+    module:str|Path, # Name of a module that can be imported from here, or the path of a Python file
+) -> object:
+    """Import code of the user's own: what it registers (recipes, criteria, terms) is known from then on
+
+    Raises `ValueError` if it cannot be imported."""
     path = Path(module)
     name,is_file = (path.stem,True) if path.suffix=='.py' else (str(module),False)
     def known(): return name in sys.modules and (not is_file or _same_file(sys.modules[name], path))
@@ -181,8 +200,10 @@ def _import_here(name):
     finally: sys.path.remove(str(Path.cwd()))
 
 # %% ../../nbs/50_recipes.core.ipynb #626db7ba
-def find_recipe(name): # One of `recipes`, 'module:function', 'file.py:function', or a function
-    "The function that runs the recipe called `name`"
+def find_recipe(
+    name:str|Callable, # One of `recipes`, 'module:function', 'file.py:function', or a function
+) -> Callable:
+    "The function that runs the recipe called `name`. Raises `ValueError` if there is none."
     if callable(name): return name
     where = recipes.get(name, name)
     if callable(where): return where
@@ -195,11 +216,13 @@ def find_recipe(name): # One of `recipes`, 'module:function', 'file.py:function'
     return found
 
 # %% ../../nbs/50_recipes.core.ipynb #370fbbe8
-def ask_recipe(f, # Function that runs a recipe
-    dls, # `DataLoaders`
-    settings, # What was asked for
-    **usual): # What recipes are told if they take it: folder, name of the data, and so on
-    "The run that the recipe makes"
+def ask_recipe(
+    f:Callable, # Function that runs a recipe
+    dls:DataLoaders, # `DataLoaders`
+    settings:dict, # What was asked for
+    **usual, # What recipes are told if they take it: folder, name of the data, and so on
+) -> Record:
+    "The run that the recipe makes. Raises `ValueError` if it does not take a setting, or returns no run."
     takes = inspect.signature(f).parameters
     if not any(p.kind==p.VAR_KEYWORD for p in takes.values()):
         if odd := [k for k in settings if k not in takes]:
@@ -211,7 +234,9 @@ def ask_recipe(f, # Function that runs a recipe
     return run
 
 # %% ../../nbs/50_recipes.core.ipynb #ccfad45b
-def settable(recipe): # Function that runs a recipe
+def settable(
+    recipe:Callable, # Function that runs a recipe
+) -> list[str]:
     "Names of what may be set of it besides data, folder and display; none if it takes whatever it is given"
     own,takes = ('dls','path','data','force','show'),inspect.signature(recipe).parameters
     defaults = getattr(sys.modules.get(recipe.__module__), f'{recipe.__name__}_defaults', {})
@@ -235,9 +260,11 @@ def _method_title(o):
     return ' + '.join(map(_method_title, o.terms)) if isinstance(o, Terms) else o if isinstance(o, str) else type(o).__name__
 
 # %% ../../nbs/50_recipes.core.ipynb #79439e2a
-def methods_by_title(given, # Name of a method, or term, or several, or a dict of them by title
-    what='methods'): # What the setting is called
-    "`{title: name or term}`"
+def methods_by_title(
+    given:object, # Name of a method, or term, or several, or a dict of them by title
+    what:str='methods', # What the setting is called
+) -> dict:
+    "`{title: name or term}`. Raises `ValueError` if something else is given."
     res = _titles(given, _method_title, _is_method)
     for o in res.values():
         if not isinstance(o, (str,Term,Terms)):
@@ -247,16 +274,29 @@ def methods_by_title(given, # Name of a method, or term, or several, or a dict o
     return res
 
 # %% ../../nbs/50_recipes.core.ipynb #ed336414
-def said_methods(methods): return [*methods] if all(isinstance(o, str) for o in methods.values()) else methods
+def said_methods(
+    methods:dict, # `{title: name or term}`
+) -> object:
+    "Their names, where names are all there is"
+    return [*methods] if all(isinstance(o, str) for o in methods.values()) else methods
 
 # %% ../../nbs/50_recipes.core.ipynb #def96c9a
-def term_for(method, student, teacher, data, *args, **kwargs): # Name or term; what `named_term` needs
+def term_for(
+    method:str|Term|Terms, # Name or term
+    student:nn.Module, # Network whose layers are looked up
+    teacher:nn.Module, # The other one
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    *args, **kwargs, # More arguments of `named_term`
+) -> Term|Terms:
     "The term that `method` is or names"
     return named_term(method, student, teacher, data, *args, **kwargs) if isinstance(method, str) else method
 
 # %% ../../nbs/50_recipes.core.ipynb #b9272a48
-def check_keeps(terms, recipe): # Term or sum; name of the recipe
-    "`terms`, if none of them puts another network in the student's place"
+def check_keeps(
+    terms:Term|Terms, # Term or sum
+    recipe:str, # Name of the recipe
+) -> Term|Terms:
+    "`terms`, if none of them puts another network in the student's place. Raises `ValueError` if one does."
     for o in terms.terms if isinstance(terms, Terms) else (terms,):
         if type(o).rebuild is not Term.rebuild:
             raise ValueError(f'{type(o).__name__} replaces the student, and {recipe} goes on with the one it had. Choose another term, or `sequential`.')
@@ -268,7 +308,9 @@ def _criterion_title(c):
     return next((k for k,f in criteria.items() if f is c), None) or getattr(getattr(c, 'func', c), '__name__', type(c).__name__)
 
 # %% ../../nbs/50_recipes.core.ipynb #82f384f3
-def criteria_by_title(given): # Name of a criterion, or a function of a `Scoring`, or several, or a dict of them by title
+def criteria_by_title(
+    given:object, # Name of a criterion, or a function of a `Scoring`, or several, or a dict of them by title
+) -> dict:
     "`{title: name or function}`, checked; one of your own comes as its function, so that its code is part of what a stage is made from"
     return {k: _criterion(c) for k,c in _titles(given, _criterion_title, lambda o: not isinstance(o, (tuple,list))).items()}
 
@@ -277,8 +319,14 @@ def _criterion(c):
     return c if f.__module__.startswith('kdnb.') else f
 
 # %% ../../nbs/50_recipes.core.ipynb #a5729916
-def check_settings(name, settings, defaults):
-    "`defaults` of the recipe `name`, changed by `settings`"
+def check_settings(
+    name:str, # Name of the recipe
+    settings:dict, # What was asked for
+    defaults:dict, # What there is
+) -> dict:
+    """`defaults` of the recipe `name`, changed by `settings`
+
+    Raises `ValueError` if there is no such setting, or if a value is of another kind."""
     if odd := settings.keys()-defaults.keys():
         raise ValueError(f'{name} has no setting {sorted(odd)[0]!r}. There are {", ".join(defaults)}.')
     settings = {k: (v,) if isinstance(defaults[k], tuple) and isinstance(v, Number) else v for k,v in settings.items()}
@@ -295,20 +343,28 @@ def _fits(v, default):
     return not isinstance(default, tuple) or all(_fits(o, default[0]) for o in (v if isinstance(v, (tuple,list,dict)) else [v]))
 
 # %% ../../nbs/50_recipes.core.ipynb #b8af44a8
-def name_of(network): # Name, module or `Learner`
+def name_of(
+    network:object, # Name, module or `Learner`
+) -> str:
     "What a record calls it"
     return network if isinstance(network, str) else type(unwrap(getattr(network, 'model', network))).__name__
 
 # %% ../../nbs/50_recipes.core.ipynb #3df61151
-def check_epochs(epochs, *what): # What each number is for
-    "`epochs` as a tuple, if they are whole numbers, one for each of `what`"
+def check_epochs(
+    epochs:object, # What was asked for
+    *what:str, # What each number is for
+) -> tuple:
+    "`epochs` as a tuple, if they are whole numbers, one for each of `what`. Raises `ValueError` if they are not."
     epochs = tuple(epochs) if isinstance(epochs, (tuple,list)) else (epochs,)
     if len(epochs)!=len(what) or any(isinstance(o, bool) or not isinstance(o, int) or o<1 for o in epochs):
         raise ValueError(f'epochs is {epochs}, expected {len(what)} whole numbers: for {", ".join(what)}.')
     return epochs
 
 # %% ../../nbs/50_recipes.core.ipynb #1e22e8be
-def check_seeds(seeds): # How many, or which
+def check_seeds(
+    seeds:object, # How many, or which
+) -> tuple:
+    "`seeds` as a tuple of different whole numbers. Raises `ValueError` if they are none."
     if isinstance(seeds, int) and seeds>0: return tuple(range(seeds))
     if isinstance(seeds, (tuple,list,range)):
         seeds = tuple(seeds)
@@ -328,7 +384,9 @@ def _lock(path):
     _locks[path] = lock
 
 # %% ../../nbs/50_recipes.core.ipynb #35f8deaf
-def release(path): # Folder of a run
+def release(
+    path:str|Path, # Folder of a run
+) -> None:
     "Let other processes write the run in `path`; `finish` does it, and this does after an error"
     if lock := _locks.pop(Path(path).resolve(), None): lock.release()
 
@@ -361,14 +419,15 @@ class Run(Record):
     "Named stages in a folder: trains them, measures them, writes them down"
     test_every_epoch = False    # also note the best epoch's test accuracy, see `testing_every_epoch`
     def __init__(self,
-        path, # Folder of the run; a run that is there goes on
-        recipe, # Name of the recipe
-        dls, # Any `DataLoaders`; a third loader is the test set, as in `ArrayDataLoaders`
-        data='user data', # Name of the data, for the record
-        seeds=1, # How many repetitions, or their seeds
-        force=False, # Begin anew: delete the run in `path`
-        show=True, # Progress bars
-        **settings): # What else defines the run, for the record; plain data
+        path:str|Path, # Folder of the run; a run that is there goes on
+        recipe:str, # Name of the recipe
+        dls:DataLoaders, # Any `DataLoaders`; a third loader is the test set, as in `ArrayDataLoaders`
+        data:str='user data', # Name of the data, for the record
+        seeds:int|tuple|list=1, # How many repetitions, or their seeds
+        force:bool=False, # Begin anew: delete the run in `path`
+        show:bool=True, # Progress bars
+        **settings, # What else defines the run, for the record; plain data
+    ):
         self.path,self.recipe,self.dls,self.data,self.seeds,self.settings = Path(path),recipe,dls,data,check_seeds(seeds),_said(settings)
         check_classes(dls)
         self.rank,self.n_processes = join_processes()
@@ -384,16 +443,20 @@ class Run(Record):
         if self.rank: self._old = _read_run(self.path); self._take_up()
 
     @property
-    def test(self):
+    def test(self) -> DataLoader:
         "The data on which stages are measured, and nothing is chosen: the test set, or the validation set if there is none"
         return self.test_of(self.dls)
     @staticmethod
-    def test_of(dls): return dls[2] if len(dls.loaders)>2 else dls.valid
+    def test_of(
+        dls:DataLoaders, # `DataLoaders`
+    ) -> DataLoader:
+        "The third loader of `dls`, or the validation set"
+        return dls[2] if len(dls.loaders)>2 else dls.valid
     @property
-    def models(self):
+    def models(self) -> dict[str,nn.Module]:
         "The networks of the first seed, by stage"
         return {name: m for (name,seed),m in self.networks.items() if seed==self.seeds[0]}
-    def each_seed(self):
+    def each_seed(self) -> Iterator[int]:
         "Go through the seeds; `run.seed` is the one in force"
         for self.seed in self.seeds: yield self.seed
         self.seed = self.seeds[0]
@@ -480,16 +543,23 @@ def _write(self:Run, last=False):
     wait_for_all()
 
 # %% ../../nbs/50_recipes.core.ipynb #ed5af882
-def fused_adam(params, **kwargs):
+def fused_adam(
+    params:list, # Parameters, as fastai hands them over
+    **kwargs,
+) -> OptimWrapper:
     "torch's fused Adam with torch's defaults; it takes about a third off the step of a small network"
     return OptimWrapper(params, torch.optim.Adam, fused=True, **kwargs)
 
 # %% ../../nbs/50_recipes.core.ipynb #42ad4b75
-def network_for(dls, # Data whose images it must take
-    name, # Name of an architecture, or a module, which is copied
-    seed=0, # Of the random weights
-    **kwargs): # Arguments of the architecture
-    "A new network, or a copy of the given one, if it takes the images"
+def network_for(
+    dls:DataLoaders, # Data whose images it must take
+    name:str|nn.Module, # Name of an architecture, or a module, which is copied
+    seed:int=0, # Of the random weights
+    **kwargs, # Arguments of the architecture
+) -> nn.Module:
+    """A new network, or a copy of the given one, if it takes the images
+
+    Raises `ValueError` if it cannot take the images."""
     set_seed(seed, reproducible=True)
     model,x = deepcopy(name) if isinstance(name, nn.Module) else create(name, dls, **kwargs),torch.zeros(2, *in_shape(dls))
     try:
@@ -501,13 +571,24 @@ def network_for(dls, # Data whose images it must take
 
 # %% ../../nbs/50_recipes.core.ipynb #1428568b
 @patch
-def network(self:Run, name, dls=None, **kwargs):
+def network(self:Run,
+    name:str|nn.Module, # Name of an architecture, or a module, which is copied
+    dls:DataLoaders|None=None, # Other data than the run's
+    **kwargs,
+) -> nn.Module:
     "`network_for` the run's data, with the random weights of the seed"
     return network_for(dls or self.dls, name, self.seed, **kwargs)
 
 # %% ../../nbs/50_recipes.core.ipynb #c3858565
 @patch
-def learner(self:Run, model, opt_func=fused_adam, dls=None, metrics=accuracy, loss_func=None, **kwargs):
+def learner(self:Run,
+    model:nn.Module, # Network to train
+    opt_func:Callable=fused_adam, # Makes the optimiser
+    dls:DataLoaders|None=None, # Other data than the run's
+    metrics:object=accuracy, # As in `Learner`
+    loss_func:Callable|None=None, # The data's if None
+    **kwargs,
+) -> Learner:
     "A `Learner` on the run's data, from the run's seed; the network of an earlier stage is copied, so that it stays"
     dls = dls or self.dls
     if any(m is model for m in self.networks.values()): model = deepcopy(model)
@@ -520,12 +601,17 @@ def learner(self:Run, model, opt_func=fused_adam, dls=None, metrics=accuracy, lo
 class StageBar(Callback):
     "One progress bar for a stage, an epoch a tick"
     order = 61   # after the recorder and fastai's own bar
-    def __init__(self, stage): self._stage = stage
-    def before_fit(self):
+    def __init__(self,
+        stage:str, # What the bar is called
+    ):
+        self._stage = stage
+    def before_fit(self) -> None:
+        "Begin the bar"
         self._bar = progress_bar(range(self.n_epoch), leave=True)
         self._bar.comment = self._stage
         self._bar.update(0)
-    def after_epoch(self):
+    def after_epoch(self) -> None:
+        "One tick, with what the epoch has come to"
         values = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1] if self.recorder.values else []))
         self._bar.comment = f'{self._stage}: ' + ', '.join(f'{k} {v:.4f}' for k,v in values.items() if k in ('valid_loss','accuracy'))
         self._bar.update(self.epoch+1)
@@ -545,8 +631,10 @@ def _named_code(cbs):
     return [f for k,f in criteria.items() if k in names and not f.__module__.startswith('kdnb.')]
 
 # %% ../../nbs/50_recipes.core.ipynb #8bb2bedf
-def set_result(model, # Network as it is before a training
-    tensors): # What `tensors_in` said after it
+def set_result(
+    model:nn.Module, # Network as it is before a training
+    tensors:dict, # What `tensors_in` said after it
+) -> None:
     "Give `model` the tensors of a trained network, in place, and masks and sizes of layers as they are there"
     heads = {k for k in tensors_in(model) if k.startswith(f'{HEADS}.')}
     tensors = {k: v for k,v in tensors.items() if k in heads or not k.startswith(f'{HEADS}.')}
@@ -643,11 +731,14 @@ def _keep(self:Run, id_, record, parts):
 # %% ../../nbs/50_recipes.core.ipynb #117d75ad
 @patch
 def enter(self:Run,
-    stage, # Name of the stage
-    model, # A network that needs no training here
-    of=None, # The dense network of which `weights_kept` is a fraction; `model` itself if None
-    **more): # Anything else for the record; plain data
-    "Measure `model` on the test set and write the stage down; returns it"
+    stage:str, # Name of the stage
+    model:nn.Module, # A network that needs no training here
+    of:nn.Module|None=None, # The dense network of which `weights_kept` is a fraction; `model` itself if None
+    **more, # Anything else for the record; plain data
+) -> nn.Module:
+    """Measure `model` on the test set and write the stage down; returns it
+
+    Raises `ValueError` if there is a stage of that name, or a finished run would be overwritten."""
     id_,mark = self._id(stage),fingerprint(model, of and n_weights(of), more, self.test, self.dls.valid)
     def parts(): return dict(network=_short(model), data=_short([self.test, self.dls.valid])) | {k: _short(v) for k,v in more.items()}
     record = self._record(id_, mark, stage, parts)
@@ -657,17 +748,20 @@ def enter(self:Run,
 # %% ../../nbs/50_recipes.core.ipynb #e886246d
 @patch
 def fit(self:Run,
-    stage, # Name of the stage
-    learn, # `Learner` to train, from `run.learner`
-    n_epoch, # Epochs
-    lr, # Learning rate
-    fit='fit_one_cycle', # Fit method of the learner
-    cbs=(), # Callbacks of this stage, new ones; they end with what they know after training, also if that was earlier
-    result=noop, # Function that makes the stage's network of the trained one, e.g. removes noise
-    of=None, # The dense network of which `weights_kept` is a fraction; the network itself if None
-    more=None, # Anything else for the record: a dict of plain data, or a function of the network that gives one
-    **kwargs): # More arguments for the fit method
-    "Train `learn`, or go on where training stopped, or read the result; measure it; returns the network"
+    stage:str, # Name of the stage
+    learn:Learner, # `Learner` to train, from `run.learner`
+    n_epoch:int, # Epochs
+    lr:float, # Learning rate
+    fit:str='fit_one_cycle', # Fit method of the learner
+    cbs:object=(), # New callbacks for this stage; they end with what they know after training, also if it was earlier
+    result:Callable=noop, # Function that makes the stage's network of the trained one, e.g. removes noise
+    of:nn.Module|None=None, # The dense network of which `weights_kept` is a fraction; the network itself if None
+    more:dict|Callable|None=None, # For the record: a dict of plain data, or a function of the network that gives one
+    **kwargs, # More arguments for the fit method
+) -> nn.Module:
+    """Train `learn`, or go on where training stopped, or read the result; measure it; returns the network
+
+    Raises `ValueError` if there is a stage of that name, or a finished run would be overwritten."""
     id_,cbs,before = self._id(stage),list(L(cbs)),of and n_weights(of)
     mark = fingerprint(self.seed, learn, n_epoch, lr, fit, cbs, result, before, more, kwargs, self.test, *_named_code(cbs))
     def parts(): return _parts(learn, cbs, dict(epochs=n_epoch, lr=lr, fit=fit, result=result, more=more) | kwargs)
@@ -691,11 +785,12 @@ def fit(self:Run,
 # %% ../../nbs/50_recipes.core.ipynb #3231efa2
 @patch
 def teacher(self:Run,
-    given, # Trained `Learner`, or the network to train: a name or a module
-    n_epoch, # Epochs, if it is to be trained
-    lr, # Learning rate
-    stage='teacher', # Name of the stage
-    **kwargs): # More arguments of `fit`
+    given:str|nn.Module|Learner, # Trained `Learner`, or the network to train: a name or a module
+    n_epoch:int, # Epochs, if it is to be trained
+    lr:float, # Learning rate
+    stage:str='teacher', # Name of the stage
+    **kwargs, # More arguments of `fit`
+) -> nn.Module:
     "The teacher, as it is given or trained here"
     if isinstance(given, Learner): return self.enter(stage, given.model.eval())
     return self.fit(stage, self.learner(self.network(given)), n_epoch, lr, **kwargs)
@@ -720,14 +815,18 @@ def _restore(self:Run, state, learn, cbs):
 class EveryEpochTested(Callback):
     "Keep the test accuracy after each epoch in `test_accuracies`"
     order,run_valid = 65,False    # behind the recorder, before the checkpoint
-    def __init__(self, dl): # Loader of the test set
+    def __init__(
+        self, dl:DataLoader, # Loader of the test set
+    ):
         self._dl,self.test_accuracies = dl,[]
-    def after_epoch(self): self.test_accuracies.append(accuracy_on(self.model, self._dl))
+    def after_epoch(self) -> None:
+        "Note the accuracy on the test set"
+        self.test_accuracies.append(accuracy_on(self.model, self._dl))
 
 
 # %% ../../nbs/50_recipes.core.ipynb #c5bacbf4
 @contextmanager
-def testing_every_epoch():
+def testing_every_epoch() -> Iterator[None]:
     "Within it, runs write down `best_epoch_test_accuracy` beside the last epoch's, for comparison with papers that print it"
     was,Run.test_every_epoch = Run.test_every_epoch,True
     try: yield
@@ -753,7 +852,11 @@ def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
                 seconds=time.perf_counter()-start, curves=curves) | best
 
 # %% ../../nbs/50_recipes.core.ipynb #07b0797d
-def nesterov_sgd(params, mom=.9, **kwargs):
+def nesterov_sgd(
+    params:list, # Parameters, as fastai hands them over
+    mom:float=.9, # Momentum
+    **kwargs,
+) -> OptimWrapper:
     "torch's fused SGD with Nesterov momentum"
     return OptimWrapper(params, torch.optim.SGD, momentum=mom, nesterov=True, fused=True, **kwargs)
 
@@ -762,34 +865,42 @@ def _dropped(lr, drops, factor, pct): return lr*factor**sum(pct>=d for d in drop
 # %% ../../nbs/50_recipes.core.ipynb #a6dbffbc
 @patch
 def fit_drops(self:Learner,
-    n_epoch, # Epochs
-    lr=None, # Learning rate at the start; the learner's if None
-    drops=(.3,.6,.8), # When it drops, as fractions of training
-    factor=.2, # What it is multiplied by at each drop
-    wd=None, cbs=None, reset_opt=False, start_epoch=0): # As in `fit_one_cycle`
+    n_epoch:int, # Epochs
+    lr:float|None=None, # Learning rate at the start; the learner's if None
+    drops:tuple=(.3,.6,.8), # When it drops, as fractions of training
+    factor:float=.2, # What it is multiplied by at each drop
+    wd:float|None=None, # As in `fit_one_cycle`
+    cbs:object=None, # As in `fit_one_cycle`
+    reset_opt:bool=False, # As in `fit_one_cycle`
+    start_epoch:int=0, # As in `fit_one_cycle`
+) -> None:
     "Fit with a learning rate that falls in steps"
     schedule = ParamScheduler({'lr': partial(_dropped, self.lr if lr is None else lr, drops, factor)})
     self.fit(n_epoch, cbs=schedule+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../../nbs/50_recipes.core.ipynb #17a85183
-def fit_in_drops(run, # `Run`
-    stage, # Name of the stage
-    model, # Network to train
-    n_epoch, # Epochs
-    settings, # Holds `lr`, `drops`, `factor` and `wd`
-    which='', # What their names begin with, such as 'prune_'
-    loss_func=None, # The data's if None
-    dls=None, # Other data than the run's
-    **kwargs): # More arguments of `Run.fit`
+def fit_in_drops(
+    run:Run, # `Run`
+    stage:str, # Name of the stage
+    model:nn.Module, # Network to train
+    n_epoch:int, # Epochs
+    settings:dict, # Holds `lr`, `drops`, `factor` and `wd`
+    which:str='', # What their names begin with, such as 'prune_'
+    loss_func:Callable|None=None, # The data's if None
+    dls:DataLoaders|None=None, # Other data than the run's
+    **kwargs, # More arguments of `Run.fit`
+) -> nn.Module:
     "A stage of `run` by `nesterov_sgd` and `fit_drops`; returns the trained network"
     lr,drops,factor,wd = (settings[which+k] for k in ('lr','drops','factor','wd'))
     learn = run.learner(model, opt_func=nesterov_sgd, dls=dls, loss_func=loss_func)
     return run.fit(stage, learn, n_epoch, lr, 'fit_drops', drops=drops, factor=factor, wd=wd, **kwargs)
 
 # %% ../../nbs/50_recipes.core.ipynb #1901615f
-def untrained(dls, # Data whose images it must take
-    teacher, # Name of a network, module, or trained `Learner`
-    seed=0): # Of the random weights
+def untrained(
+    dls:DataLoaders, # Data whose images it must take
+    teacher:str|nn.Module|Learner, # Name of a network, module, or trained `Learner`
+    seed:int=0, # Of the random weights
+) -> nn.Module:
     "A new network like `teacher`"
     if isinstance(teacher, str): return network_for(dls, teacher, seed)
     set_seed(seed, reproducible=True)
@@ -798,10 +909,11 @@ def untrained(dls, # Data whose images it must take
 # %% ../../nbs/50_recipes.core.ipynb #25649980
 @patch
 def value(self:Run,
-    name, # Name of the value
-    f, # Function that computes it
+    name:str, # Name of the value
+    f:Callable, # Function that computes it
     *args, # Its arguments: networks and data are known by content
-    **kwargs): # Its arguments by name
+    **kwargs, # Its arguments by name
+) -> object:
     "`f(*args, **kwargs)`, computed once for the seed in force: plain data, arrays, tensors, `DataFrame`s"
     mark,path = fingerprint(self.seed, f, args, kwargs),self.path/'values'/f'{self._id(name)}.safetensors'
     def known():
@@ -819,12 +931,13 @@ def value(self:Run,
 # %% ../../nbs/50_recipes.core.ipynb #4e31d01f
 @patch
 def exhibit(self:Run,
-    name, # Name, one for each exhibit
-    kind, # How it is shown: 'table', 'curve', 'scatter', 'lines', 'log_alpha', 'weights', 'embedding', 'maps'
-    data, # What is shown, see the report
-    title, # Heading
-    text='', # What is to be seen
-    **labels): # Of the axes, with units
+    name:str, # Name, one for each exhibit
+    kind:str, # How it is shown: 'table', 'curve', 'scatter', 'lines', 'log_alpha', 'weights', 'embedding', 'maps'
+    data:object, # What is shown, see the report
+    title:str, # Heading
+    text:str='', # What is to be seen
+    **labels, # Of the axes, with units
+) -> None:
     "Hand something to the report"
     self.exhibits[name] = e = Exhibit(name, kind, title, text, data, labels)
     id_ = self._id(name)
@@ -852,8 +965,9 @@ def _latencies(models, dls):
 # %% ../../nbs/50_recipes.core.ipynb #f120ae54
 @patch
 def finish(self:Run,
-    model, # The network that the run has made; of the first seed
-    of=None): # The dense network it was made of
+    model:nn.Module, # The network that the run has made; of the first seed
+    of:nn.Module|None=None, # The dense network it was made of
+) -> Run:
     "Save `model`, measure the first seed's stages against each other, write `summary.json`; returns the run"
     self.ends = [next((k for k,m in self.models.items() if m is o), None) for o in (of, model)]
     if self.finished and not self._new:

@@ -8,8 +8,10 @@ __all__ = ['vbgs_kd_defaults', 'epochs_for', 'layer_widths', 'vbgs_kd']
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #113bc588
 import math
 from functools import partial
+from pathlib import Path
 import torch
 from torch import nn
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
@@ -38,31 +40,37 @@ vbgs_kd_defaults = dict(
     lr=1e-3, # Adam; the paper has SGD at .003 with momentum .5
     teacher_lr=3e-3) # Adam, one cycle
 
-def epochs_for(dls,
-    epochs=None, # `(teacher, student, sparse)`; by default small sets get more epochs, so γ has 4,500 steps to move
-    quick=False): # Few epochs, for a try
+def epochs_for(
+    dls:DataLoaders, # `DataLoaders`
+    epochs:tuple|None=None, # `(teacher, student, sparse)`; by default so many that γ has 4,500 steps to move
+    quick:bool=False, # Few epochs, for a try
+) -> tuple[int,int,int]:
     "Epochs of the three trainings"
     if epochs is None: return (5,5,100) if quick else (20,20,max(60, math.ceil(4500/len(dls.train))))
     return check_epochs(epochs, 'the teacher', 'the student', 'the sparse stage')
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #5a8c1e03
-def layer_widths(model): # Plain network
+def layer_widths(
+    model:nn.Module, # Plain network
+) -> list[int]:
     "Channels that each convolution makes, and features that each linear layer reads"
     return [m.in_features if isinstance(m, nn.Linear) else m.out_channels for m in model.modules() if isinstance(m, weighted)]
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #1769ec68
-def vbgs_kd(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
-    teacher='lenet5', # Name of a network, a module to train, or a trained `Learner`
-    student='lenet300', # Name of a network, or a module with linear or convolution layers
-    path='runs/vbgs_kd', # Folder of the run; one that is there goes on
-    epochs=None, # `(teacher, student, sparse)`
-    seeds=1, # How many repetitions, or their seeds
-    data='user data', # Name of the data, for the record
-    T_log_alpha=None, # Threshold on log α, see `kept`; the valley between the clusters if None
-    quick=False, # Few epochs, for a try
-    force=False, # Begin anew: delete the run in `path`
-    show=True, # Progress bars
-    **settings): # Changes to `vbgs_kd_defaults`
+def vbgs_kd(
+    dls:DataLoaders, # `ArrayDataLoaders` or any fastai `DataLoaders`
+    teacher:str|nn.Module|Learner='lenet5', # Name of a network, a module to train, or a trained `Learner`
+    student:str|nn.Module='lenet300', # Name of a network, or a module with linear or convolution layers
+    path:str|Path='runs/vbgs_kd', # Folder of the run; one that is there goes on
+    epochs:tuple|None=None, # `(teacher, student, sparse)`
+    seeds:int|tuple|list=1, # How many repetitions, or their seeds
+    data:str='user data', # Name of the data, for the record
+    T_log_alpha:float|None=None, # Threshold on log α, see `kept`; the valley between the clusters if None
+    quick:bool=False, # Few epochs, for a try
+    force:bool=False, # Begin anew: delete the run in `path`
+    show:bool=True, # Progress bars
+    **settings, # Changes to `vbgs_kd_defaults`
+) -> Run:
     "Distil, sparsify variationally, shrink (Ming et al. 2020); returns the finished `Run`"
     check_classes(dls)
     s,(n_teacher,n_student,n_sparse) = check_settings('vbgs_kd', settings, vbgs_kd_defaults),epochs_for(dls, epochs, quick)

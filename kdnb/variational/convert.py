@@ -8,8 +8,10 @@ __all__ = ['to_variational', 'threshold', 'kept', 'to_deterministic', 'threshold
 
 # %% ../../nbs/21_variational.convert.ipynb #c15738a0
 import math,warnings
+from collections.abc import Iterable
 import pandas as pd, torch
 from torch import nn
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels import channel_groups,plain_copy,shrink
 from ..features import layer_shapes
@@ -106,12 +108,16 @@ def _say_share(model, data):
     warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} layers get gates. {hint}')
 
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
-def to_variational(model, # Trained network, or the `Learner` that holds it and its data
-    data=None, # `DataLoaders`, a `Learner` or a batch to trace with; `groups='channels'` needs it
-    groups=None, # What shares a γ: 'neurons', 'channels', 'inputs' or 'weights'; None: 'channels' with data, else 'neurons'
-    noise='group', # 'group': γ is random; 'full': every weight of these layers too
-    init_from_pretrained=True): # Start from the weights of `model`; False draws new ones
-    "A copy of `model` with gates, that answers as `model` does; single weights with `groups='weights'`"
+def to_variational(
+    model:nn.Module|Learner, # Trained network, or the `Learner` that holds it and its data
+    data:DataLoaders|Learner|torch.Tensor|tuple|None=None, # Data to trace with, as `groups='channels'` needs them
+    groups:str|None=None, # What shares a γ: 'neurons', 'channels', 'inputs', 'weights'; if None 'channels' with data
+    noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
+    init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
+) -> nn.Module:
+    """A copy of `model` with gates, that answers as `model` does; single weights with `groups='weights'`
+
+    Raises `ValueError` if it is variational already, or if there is no layer that could be."""
     ways = None,'neurons','channels','inputs','weights'
     if groups not in ways: raise ValueError(f'groups is {groups!r}. There are {", ".join(ways[1:])}.')
     if isinstance(model, Learner): model,data = model.model,model.dls if data is None else data
@@ -144,10 +150,14 @@ def _convert(m, gate, noise, single):
     else: m._add_noise(noise, gate if gate is None else gate.to(dev.device, dev.dtype))
 
 # %% ../../nbs/21_variational.convert.ipynb #b0730d34
-def threshold(log_alpha, # Tensor, or the tensors of several layers in a list or dict
-    how='valley', # Least dense place between the two clusters, or the middle of the widest 'gap' there
-    per_layer=False): # A threshold for each entry of the dict `log_alpha`
-    "Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them"
+def threshold(
+    log_alpha:torch.Tensor|list|dict, # Tensor, or the tensors of several layers in a list or dict
+    how:str='valley', # Least dense place between the two clusters, or the middle of the widest 'gap' there
+    per_layer:bool=False, # A threshold for each entry of the dict `log_alpha`
+) -> float|dict:
+    """Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them
+
+    Raises `ValueError` if `how` is not known."""
     if how not in ('valley','gap'): raise ValueError(f"how is {how!r}, expected 'valley' or 'gap'.")
     if per_layer: return {n: threshold(o, how) for n,o in log_alpha.items()}
     v = (log_alpha.values() if isinstance(log_alpha, dict)
@@ -186,9 +196,13 @@ def _limits(las, model, T):
     return dict.fromkeys(las, 3.) | dict.fromkeys(gates, threshold(gates, T or 'valley') if gates else None)
 
 # %% ../../nbs/21_variational.convert.ipynb #fa483ee5
-def kept(model, # Variational network
-    T=None): # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
-    "`{path of a gate: mask}` of the groups that stay, those with log α below `T`"
+def kept(
+    model:nn.Module, # Variational network
+    T:float|dict|str|None=None, # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
+) -> dict[str,torch.Tensor]:
+    """`{path of a gate: mask}` of the groups that stay, those with log α below `T`
+
+    Raises `ValueError` if there is nothing variational, log α is not finite, or a layer would be empty."""
     las = log_alphas(model)
     if not las:
         raise ValueError('this network has no variational layer. '
@@ -209,8 +223,10 @@ def kept(model, # Variational network
     return masks
 
 # %% ../../nbs/21_variational.convert.ipynb #fe0a9f37
-def to_deterministic(model, # Variational network
-    T=None): # Threshold on log α, see `kept`
+def to_deterministic(
+    model:nn.Module, # Variational network
+    T:float|dict|str|None=None, # Threshold on log α, see `kept`
+) -> nn.Module:
     "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (Ming et al. 2020, eq. 13)"
     model = plain_copy(model)
     masks = kept(model, T)
@@ -221,9 +237,11 @@ def to_deterministic(model, # Variational network
     return model
 
 # %% ../../nbs/21_variational.convert.ipynb #b2b320aa
-def threshold_curve(model, # Variational network
-    dl, # Validation data; never the test set
-    n=20): # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
+def threshold_curve(
+    model:nn.Module, # Variational network
+    dl:Iterable, # Validation data; never the test set
+    n:int=20, # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
+) -> pd.DataFrame:
     "`DataFrame` by threshold T: groups kept, weights of the shrunken network, and its accuracy on `dl`"
     xb,_ = split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))
     las,rows = log_alphas(model),[]
@@ -237,17 +255,21 @@ def threshold_curve(model, # Variational network
     return pd.DataFrame(rows).set_index('T')
 
 # %% ../../nbs/21_variational.convert.ipynb #92367280
-def accuracy_threshold(model, # Variational network
-    dl, # Validation data; never the test set
-    max_drop=.002, # Accuracy that may be lost, a fraction
-    n=20): # Number of thresholds tried
+def accuracy_threshold(
+    model:nn.Module, # Variational network
+    dl:Iterable, # Validation data; never the test set
+    max_drop:float=.002, # Accuracy that may be lost, a fraction
+    n:int=20, # Number of thresholds tried
+) -> float:
     "The lowest threshold that costs at most `max_drop` of the accuracy that all groups together have on `dl`"
     curve = threshold_curve(model, dl, n)
     return float(curve.index[curve.accuracy>=curve.accuracy.iloc[-1]-max_drop][0])
 
 # %% ../../nbs/21_variational.convert.ipynb #cb4eb7d5
 @torch.no_grad()
-def weight_variance(layer):
+def weight_variance(
+    layer:nn.Module, # Layer of `variational_layers`
+) -> torch.Tensor:
     "Posterior variance of each weight of a variational layer, in its shape"
     if isinstance(layer, VDLayer): return layer.weight_logvar.exp()
     def square(g): return (g.gamma.double()**2 + g.gamma_logvar.double().exp())*g.open   # float32 has too few digits
@@ -256,8 +278,10 @@ def weight_variance(layer):
     return (var*layer.scales(square)[0] - (w*layer.scales(lambda g: g.mean.double())[0])**2).to(layer.weight)
 
 # %% ../../nbs/21_variational.convert.ipynb #ab767b38
-def weight_bits(model, # Variational network
-    T=None): # Threshold on log α, see `kept`
+def weight_bits(
+    model:nn.Module, # Variational network
+    T:float|dict|str|None=None, # Threshold on log α, see `kept`
+) -> pd.DataFrame:
     "`DataFrame` of weights kept, bits for each and bytes in all, a row per variational layer and a total"
     rows,plain = {},to_deterministic(model, T)
     for n,m in variational_layers(model).items():

@@ -9,14 +9,17 @@ __all__ = ['group_kl', 'log_alpha', 'GroupKL', 'Draw', 'HalfSquare', 'Gate', 'Ga
 
 # %% ../../nbs/20_variational.layers.ipynb #6ffa83c3
 import math
+from collections.abc import Callable
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../../nbs/20_variational.layers.ipynb #3055ce0c
-def group_kl(log_alpha, # log σ²/μ² of each group, any shape
-    exact=False): # The exact form (slower) instead of the sigmoid form
+def group_kl(
+    log_alpha:torch.Tensor, # log σ²/μ² of each group, any shape
+    exact:bool=False, # The exact form (slower) instead of the sigmoid form
+) -> torch.Tensor:
     "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, same shape as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
@@ -34,31 +37,42 @@ def _exact_kl(la):
     return (torch.where(m2<100, short, series) - _half.to(la))/2
 
 # %% ../../nbs/20_variational.layers.ipynb #470fc632
-def log_alpha(mu, logvar): return logvar - torch.log(mu**2 + 1e-8)
+def log_alpha(
+    mu:torch.Tensor, # Means, any shape
+    logvar:torch.Tensor, # Logarithms of the variances, of the same shape
+) -> torch.Tensor:
+    "log σ²/μ², in the shape of `mu`"
+    return logvar - torch.log(mu**2 + 1e-8)
 
 # %% ../../nbs/20_variational.layers.ipynb #c6b016fd
 class GroupKL(torch.autograd.Function):
     "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
     @staticmethod
-    def forward(ctx, mu, logvar, weight=1.):
+    def forward(ctx:object,
+        mu:torch.Tensor, # Means (n,)
+        logvar:torch.Tensor, # Logarithms of the variances (n,)
+        weight:float=1., # Of each group, or of all
+    ) -> torch.Tensor:
         la = log_alpha(mu, logvar)
         s = torch.sigmoid(-1.87320 - 1.48695*la)
         slope = weight*(-.63576*1.48695*s*(1-s) - .5*torch.sigmoid(-la))   # d KL / d log α
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
         return (weight*group_kl(la)).sum()
     @staticmethod
-    def backward(ctx, g): return *(g*o for o in ctx.saved_tensors),None
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return *(g*o for o in ctx.saved_tensors),None
 
 # %% ../../nbs/20_variational.layers.ipynb #0c6a1a31
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
-    def forward(ctx, mu, logvar, normal, open):
+    def forward(
+        ctx:object, mu:torch.Tensor, logvar:torch.Tensor, normal:torch.Tensor, open:torch.Tensor,
+    ) -> torch.Tensor:
         noise = torch.exp(logvar/2).mul_(open)*normal
         ctx.save_for_backward(open, noise)
         return torch.addcmul(noise, mu, open)
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx:object, g:torch.Tensor) -> tuple:
         open,noise = ctx.saved_tensors
         return _to_shape(g*open),_to_shape(g*noise/2),None,None
 
@@ -68,11 +82,11 @@ def _to_shape(g): return g if g.ndim==1 else g.sum(0)
 class HalfSquare(torch.autograd.Function):
     "½Σp² over many tensors, as one node: its gradient is p, one pass over each"
     @staticmethod
-    def forward(ctx, *ps):
+    def forward(ctx:object, *ps:torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*ps)
         return .5*torch.stack(torch._foreach_norm(ps)).square().sum()
     @staticmethod
-    def backward(ctx, g): return tuple(torch._foreach_mul(ctx.saved_tensors, g))
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.layers.ipynb #9417549c
 def _recomputing():
@@ -82,27 +96,36 @@ def _recomputing():
 # %% ../../nbs/20_variational.layers.ipynb #1d6f78a9
 class Gate(nn.Module):
     "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers that share a gate see one draw in a pass"
-    def __init__(self, n):
+    def __init__(self,
+        n:int, # How many groups there are
+    ):
         super().__init__()
         self.n,self._normal,self._first,self._seen = n,None,None,set()
         self.gamma,self.gamma_logvar = nn.Parameter(torch.ones(n)),nn.Parameter(torch.full((n,), -9.))
         self.register_buffer('open', torch.ones(n))     # 0 where a group is closed for good
 
     @property
-    def mean(self): return self.gamma*self.open
+    def mean(self) -> torch.Tensor:
+        "μ of each group (n,), 0 where the gate is closed"
+        return self.gamma*self.open
 
     @torch.no_grad()
-    def close(self, kept):
+    def close(self,
+        kept:torch.Tensor, # Mask (n,)
+    ) -> None:
         "Let the groups outside the mask `kept` be 0 from now on, without noise"
         self.open.mul_(kept)
         self.gamma.mul_(kept)
 
     @property
-    def log_alpha(self):
+    def log_alpha(self) -> torch.Tensor:
         "log σ²/μ² of each group (n,)"
         return log_alpha(self.gamma, self.gamma_logvar)
 
-    def draw(self, layer, *bs):
+    def draw(self,
+        layer:nn.Module, # The layer that asks
+        *bs:int, # How many examples; one γ for all if it is not given
+    ) -> torch.Tensor:
         "γ for `layer` in this pass (n,), or of every example (bs, n)"
         me,z = id(layer),self._normal
         self._first = self._first or me     # where a pass begins
@@ -112,42 +135,51 @@ class Gate(nn.Module):
         self._seen.add(me)
         return Draw.apply(self.gamma, self.gamma_logvar, self._normal, self.open)
 
-    def of(self, f):
+    def of(self,
+        f:Callable, # Function of a gate
+    ) -> torch.Tensor:
         "`f(gate)`, a number for each group, on the axis that it scales"
         return f(self)
     def __getstate__(self): return self.__dict__ | dict(_normal=None, _first=None, _seen=set())
-    def extra_repr(self): return str(self.n)
+    def extra_repr(self) -> str:
+        "The number of groups, for the representation"
+        return str(self.n)
 
 # %% ../../nbs/20_variational.layers.ipynb #b8da0b83
 class Gates(nn.Module):
     "Several gates on one axis of `n` places: of each, place `at[i]` is scaled by group `unit[i]`"
     def __init__(self,
-        n, # Places on the axis
-        parts): # `(gate, at, unit)` of each gate
+        n:int, # Places on the axis
+        parts:list, # `(gate, at, unit)` of each gate
+    ):
         super().__init__()
         self.n,self.gates = n,nn.ModuleList(g for g,_,_ in parts)
         for i,(_,at,unit) in enumerate(parts): self.register_buffer(f'places{i}', torch.stack([at, unit]))
 
-    def of(self, f):
+    def of(self,
+        f:Callable, # Function of a gate
+    ) -> torch.Tensor:
         "The product of `f(gate)`, a number for each group, on this axis"
         res = 1.
         for i,g in enumerate(self.gates):
             (at,unit),v = getattr(self, f'places{i}'),f(g)
             res = res*v.new_ones(*v.shape[:-1], self.n).index_copy(-1, at, v[...,unit])
         return res
-    def extra_repr(self): return f'places={self.n}'
+    def extra_repr(self) -> str:
+        "The number of places, for the representation"
+        return f'places={self.n}'
 
 # %% ../../nbs/20_variational.layers.ipynb #aecaa929
 class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient instead of three"
     @staticmethod
-    def forward(ctx, mean, var):
+    def forward(ctx:object, mean:torch.Tensor, var:torch.Tensor) -> torch.Tensor:
         tiny = 1e-6 if var.dtype==torch.float16 else 1e-12     # 1/σ must fit
         normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + tiny)
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
-    def backward(ctx, g): return g,g*ctx.saved_tensors[0]
+    def backward(ctx:object, g:torch.Tensor) -> tuple: return g,g*ctx.saved_tensors[0]
 
 # %% ../../nbs/20_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
@@ -187,19 +219,26 @@ class GroupLayer(NoisyLayer):
         self._add_logvars(('weight','bias') if noise=='full' else ())
         return self
 
-    def scales(self, f):
+    def scales(self,
+        f:Callable, # Function of a gate
+    ) -> tuple:
         "What `f` says of the gates, in shapes that broadcast over the weight and over the bias"
         ones,w,b = (1,)*(self.weight.ndim-2),1.,1.
         if self.inputs is not None: w = self.inputs.of(f).view(1, -1, *ones)
         if self.outputs is not None: w,b = w*(b := self.outputs.of(f)).view(-1, 1, *ones),b
         return w,b
 
-    def scaled(self, f):
+    def scaled(self,
+        f:Callable, # Function of a gate
+    ) -> tuple:
         "Weight and bias, multiplied by what `f` says of the gates"
         w,b = self.scales(f)
         return self.weight*w,self.bias if self.bias is None or self.outputs is None else self.bias*b
 
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor, # Inputs of the layer
+    ) -> torch.Tensor:
+        "Outputs; in training with γ drawn anew"
         if not self.training: return self._product(x, *self.scaled(lambda g: g.mean))
         if self.noise=='group': return self._product(x, *self.scaled(lambda g: g.draw(self)))
         return self._full(x)
@@ -224,14 +263,28 @@ def _gate_on(axis, n_in, n_out):
 # %% ../../nbs/20_variational.layers.ipynb #39056984
 class GroupLinear(GroupLayer, nn.Linear):
     "`nn.Linear` with a gate on its inputs (`axis='inputs'`) or outputs; `noise` is 'group' or 'full'"
-    def __init__(self, in_features, out_features, bias=True, noise='group', axis='inputs'):
+    def __init__(self,
+        in_features:int, # As in `nn.Linear`
+        out_features:int, # As in `nn.Linear`
+        bias:bool=True, # As in `nn.Linear`
+        noise:str='group', # 'group': γ is random; 'full': every weight too
+        axis:str='inputs', # What the gates scale: 'inputs' or 'outputs'
+    ):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self._add_noise(noise, **_gate_on(axis, in_features, out_features))
 
 # %% ../../nbs/20_variational.layers.ipynb #1e73f001
 class GroupConv2d(GroupLayer, nn.Conv2d):
     "`nn.Conv2d` with a gate on its filters (`axis='outputs'`) or on its inputs; `noise` is 'group' or 'full'"
-    def __init__(self, in_channels, out_channels, kernel_size, *args, noise='group', axis='outputs', **kwargs):
+    def __init__(self,
+        in_channels:int, # As in `nn.Conv2d`
+        out_channels:int, # As in `nn.Conv2d`
+        kernel_size:int|tuple, # As in `nn.Conv2d`
+        *args,
+        noise:str='group', # 'group': γ is random; 'full': every weight too
+        axis:str='outputs', # What the gates scale: 'inputs' or 'outputs'
+        **kwargs,
+    ):
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, *args, **kwargs)
         self._add_noise(noise, **_gate_on(axis, in_channels, out_channels))
 
@@ -241,11 +294,14 @@ class VDLayer(NoisyLayer):
     def _add_noise(self): self._add_logvars(('weight',)); return self
 
     @property
-    def log_alpha(self):
+    def log_alpha(self) -> torch.Tensor:
         "log σ²/θ² of each weight, in its shape"
         return log_alpha(self.weight, self.weight_logvar)
 
-    def forward(self, x):
+    def forward(self,
+        x:torch.Tensor, # Inputs of the layer
+    ) -> torch.Tensor:
+        "Outputs; in training with the noise of all weights"
         mean = self._product(x, self.weight, self.bias)
         if not self.training: return mean
         return AddNoise.apply(mean, self._product(x**2, self._var('weight'), None))
@@ -253,7 +309,11 @@ class VDLayer(NoisyLayer):
 # %% ../../nbs/20_variational.layers.ipynb #f684f57f
 class VDLinear(VDLayer, nn.Linear):
     "`nn.Linear` under sparse variational dropout (Molchanov et al. 2017, eq. 14)"
-    def __init__(self, in_features, out_features, bias=True):
+    def __init__(self,
+        in_features:int, # As in `nn.Linear`
+        out_features:int, # As in `nn.Linear`
+        bias:bool=True, # As in `nn.Linear`
+    ):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self._add_noise()
 
@@ -265,17 +325,23 @@ class VDConv2d(VDLayer, nn.Conv2d):
         self._add_noise()
 
 # %% ../../nbs/20_variational.layers.ipynb #db96730f
-def variational_layers(model):
+def variational_layers(
+    model:nn.Module, # Any network
+) -> dict[str,nn.Module]:
     "`{path: layer}` of noisy layers"
     return {n: m for n,m in model.named_modules() if isinstance(m, NoisyLayer)}
 
 # %% ../../nbs/20_variational.layers.ipynb #b4e22a3a
-def noise_groups(model):
+def noise_groups(
+    model:nn.Module, # Any network
+) -> dict[str,nn.Module]:
     "`{path: module}` of all that has a `log_alpha`: gates, and layers with one α per weight"
     return {n: m for n,m in model.named_modules() if isinstance(m, (Gate,VDLayer))}
 
 # %% ../../nbs/20_variational.layers.ipynb #f057d4dd
-def log_alphas(model):
+def log_alphas(
+    model:nn.Module, # Any network
+) -> dict[str,torch.Tensor]:
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
@@ -283,8 +349,13 @@ def _all(layers, *names): return [p for m in layers for n in names if (p := geta
 
 # %% ../../nbs/20_variational.layers.ipynb #f3a9615a
 class KL:
-    "What `kl` says of a network, again and again: its layers are looked up once"
-    def __init__(self, model, weight=None):
+    """What `kl` says of a network, again and again: its layers are looked up once
+
+    Raises `ValueError` if there is no variational layer."""
+    def __init__(self,
+        model:nn.Module, # Variational network
+        weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
+    ):
         self.weight = weight or {}
         self.gates,self.singles,self.layers = [[m for m in model.modules() if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
         if not self.gates+self.singles+self.layers:
@@ -302,7 +373,9 @@ class KL:
         return groups,theta
 
 # %% ../../nbs/20_variational.layers.ipynb #521fb511
-def kl(model, # Variational network
-    weight=None): # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
+def kl(
+    model:nn.Module, # Variational network
+    weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
+) -> tuple[torch.Tensor,torch.Tensor]:
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
     return KL(model, weight)()
