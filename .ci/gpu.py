@@ -19,10 +19,13 @@ NOT_RUN = 'not run yet\n'
 LINE = re.compile(r'Run on .+ on \d{4}-\d\d-\d\d, \d+ s, cells ([0-9a-f]{8})\n')
 
 def parts(fn):
-    "The notebook `fn`, its cells that import above the first GPU cell, and the GPU cells: nothing else is run"
-    nb = nbformat.read(fn, 4)
-    gpu = {o.idx_ for o in read_nb(fn).cells if 'gpu' in o.directives}
-    return nb,[nb.cells[i] for i in sorted(marked(fn, 'gpu')-gpu)],[nb.cells[i] for i in sorted(gpu)]
+    "The notebook `fn`, the cells that are run first, and its GPU cells"
+    nb,cells = nbformat.read(fn, 4),read_nb(fn).cells
+    gpu = {o.idx_ for o in cells if 'gpu' in o.directives}
+    first = [nb.cells[i] for i in sorted(marked(fn, 'gpu')-gpu)]
+    if any('default_exp' in o.directives for o in cells):     # what it defines above comes from the package
+        first.insert(0, nbformat.v4.new_code_cell('from kdnb.all import *'))
+    return nb,first,[nb.cells[i] for i in sorted(gpu)]
 
 def keys(gpu):
     "Of each GPU cell a checksum of it and of those above"

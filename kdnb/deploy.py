@@ -62,18 +62,21 @@ def _still(model):
     return model
 
 # %% ../nbs/41_export.onnx.ipynb #eef9780d
+_half = torch.float16,torch.bfloat16
+
 def _plain_floats(model):
     "`model` on the CPU in evaluation mode; what is half precision becomes float32"
-    half = any(p.dtype in (torch.float16,torch.bfloat16) for p in model.parameters())
+    half = any(p.dtype in _half for p in model.parameters())
     return (model.float() if half else model).cpu().eval()
 
 def _sample(data, model):
     "The inputs of a batch of `data`, as `_plain_floats` takes them"
-    return tree_map_only(torch.Tensor, lambda o: o.float() if o.dtype in (torch.float16,torch.bfloat16) else o, inputs(data, model))
+    def full(o): return o.float() if o.dtype in _half else o
+    return tree_map_only(torch.Tensor, full, inputs(data, model))
 
 # %% ../nbs/41_export.onnx.ipynb #a7ec4862
 def _graph(model, xb, opset, **kwargs):
-    "What the network `_still` made does with the inputs `xb`, as ONNX; its layers' places in that by path; the index of the logits"
+    "What a network of `_still` does with `xb`, as ONNX; what its layers are called there; the index of the logits"
     onnx,run,xb = _onnx()[0],model.forward,first_samples(xb, 2, 2)
     with torch.no_grad(): out = run(*xb)
     model.forward = lambda *xs: tuple(output_tensors(run(*xs)))
@@ -85,7 +88,7 @@ def _graph(model, xb, opset, **kwargs):
         raise ValueError(f'{type(model).__name__} cannot be exported: its code fixes the number of samples in a batch.')
     layers = _layers(graph.graph)
     _bare(graph)
-    graph.ir_version = min(graph.ir_version, 8 if opset<=18 else 10)
+    if opset<=18: graph.ir_version = 8      # as old as that opset
     onnx.checker.check_model(graph)
     return graph,layers,_logits_at(out)
 
@@ -114,18 +117,20 @@ def _translated(model, xb, custom_translation_table=None, **kwargs):
     table = dict(custom_translation_table or {})
     def export(table):
         with _silent(),torch.no_grad():
-            return torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs).model_proto
+            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs)
+        return program.model_proto
     try: return export(table)
     except Exception as e: error = e
     if unknown := _unknown(export, table, error):
-        raise ValueError(f'ONNX does not know {", ".join(unknown)}. Write that part of the network with other operations, or pass '
-                         'custom_translation_table= as torch.onnx.export takes it.')
+        raise ValueError(f'ONNX does not know {", ".join(unknown)}. Write that part of the network with other operations, '
+                         'or pass custom_translation_table= as torch.onnx.export takes it.')
     raise ValueError(f'{type(model).__name__} cannot be exported: {_cause(error)}')
 
 # %% ../nbs/41_export.onnx.ipynb #bb52f16d
 def _unknown(export, table, error):
     "Names of the operations that `export` cannot translate, beginning with the one in `error`"
-    m = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)', overload='(\w+)'", '\n'.join(map(str, _chain(error))))
+    m = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)', overload='(\w+)'",
+                  '\n'.join(map(str, _chain(error))))
     op = m and getattr(getattr(getattr(torch.ops, m[1]), m[2]), m[3])
     if op is None or op in table: return []
     from onnxscript import opset18
@@ -161,11 +166,14 @@ def _layers(graph):
     return said
 
 # %% ../nbs/41_export.onnx.ipynb #7983317c
-def _header(data, xb, logits, int8):
+def _header(data, xb, graph, logits, int8):
     "What the file says of itself"
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
-    return dict(format='kdnb-onnx-1', classes=[str(o) for o in getattr(data, 'vocab', None) or []], input=list(first.shape[1:]),
-                **_pixels(data), logits=logits, int8=int8)
+    said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
+    classes = [str(o) for o in getattr(data, 'vocab', None) or []]
+    if said[:1]!=[len(classes)]: classes = []
+    return dict(format='kdnb-onnx-1', classes=classes, input=list(first.shape[1:]), **_pixels(data),
+                inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
 
 # %% ../nbs/41_export.onnx.ipynb #07c8e9a0
 @contextmanager
@@ -185,7 +193,8 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads,options.inter_op_num_threads = threads,1
         options.log_severity_level = 3      # errors, not warnings
         with _one_sentence():
-            self.session = ort.InferenceSession(file if isinstance(file, bytes) else str(file), options, providers=['CPUExecutionProvider'])
+            file = file if isinstance(file, bytes) else str(file)
+            self.session = ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
         self.header = json.loads(self.session.get_modelmeta().custom_metadata_map.get('kdnb', '{}'))
         self.preprocess = Preprocess.of(self.header)
 
@@ -195,12 +204,11 @@ class OnnxNetwork(nn.Module):
         return out if len(out)>1 else out[0]
 
 # %% ../nbs/41_export.onnx.ipynb #8aacf7d3
-def _batches(data, model, n=512):
+def _batches(data, model, n=256):
     "Inputs of about the first `n` validation samples, batch by batch, the first sample alone"
     if not isinstance(data, DataLoaders): found = [data]
     else:
-        n_inp = lambda b: getattr(data, 'n_inp', max(1, len(b)-1))
-        found = (b[:n_inp(b)] for b in in_order(_valid(data) or data.train))
+        found = (_inputs_of(b, data) for b in in_order(_valid(data) or data.train))
     for i,b in enumerate(found):
         xb = _sample(b, model)
         size = len(next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor)))
@@ -210,6 +218,7 @@ def _batches(data, model, n=512):
         if size>1 or i: yield xb
         if (n := n-size)<=0: return
 
+def _inputs_of(b, dls): return b[:getattr(dls, 'n_inp', max(1, len(b)-1))]
 def _valid(dls): return dls.valid if len(dls.loaders)>1 and len(dls.valid) else None
 
 # %% ../nbs/41_export.onnx.ipynb #70405d7a
@@ -252,7 +261,8 @@ def _prove(model, graph, layers, logits, batches, tol):
     if diff<=tol and (logits is None or same==n): return diff,n,None if logits is None else same
     where = _first_difference(model, graph, layers, batches[-1], tol)
     what = f'by {diff:.2g} of the largest output (allowed: {tol:g})' if not diff<=tol else f'in {n-same} of {n} predictions'
-    raise ValueError(f'onnxruntime differs from torch {what}, first at {f"layer {where}" if where else "the output"}. Nothing was written. '
+    where = f'layer {where}' if where else 'the output'
+    raise ValueError(f'onnxruntime differs from torch {what}, first at {where}. Nothing was written. '
                      'Look there for code that draws random numbers, or does something else while it is exported.')
 
 # %% ../nbs/41_export.onnx.ipynb #680800b1
@@ -260,12 +270,12 @@ _made = '# Runs the file of the same name in onnxruntime. '
 
 def _script(header):
     "Python that runs the ONNX file beside it"
-    images,at = header['div'] and len(header['input'])==3,header['logits']
+    images,at = header['div'] and len(header['input'])==3 and len(header['inputs'])==1,header['logits']
     if images: takes = f'predict({"floats" if header["div"]==1 else "bytes"} (N, {", ".join(map(str, header["input"]))}))'
     else: takes = 'predict(arrays like the inputs of training)'
     feed = "{'input': x}" if images else '{o.name: x for o,x in zip(net.get_inputs(), xs)}'
     said = f'net.run(None, {feed})' if at is None else f'net.run(None, {feed})[{at}].argmax(1)'
-    if at is not None and header['classes']: said = f"[note['classes'][i] for i in {said}]"
+    if len(header['output'])==1 and header['classes']: said = f"[note['classes'][i] for i in {said}]"
     scale = "mean,std = np.float32(note['stats'])[..., None, None]; " if images and header['stats'] else ''
     ready = (scale and "x = (np.float32(x)/note['div'] - mean)/std; ") or (images and "x = np.float32(x)/note['div']; ") or ''
     return (f'{_made}{takes} gives {"the classes" if at is not None else "the outputs"}.\n'
@@ -292,7 +302,8 @@ def _data(data):
         if any(getattr(dl, 'n', None)!=0 for dl in data.loaders): return data
         data = None
     if not any(isinstance(o, torch.Tensor) for o in tree_leaves(data)):
-        raise ValueError(f'{"there are no data" if data is None else f"data is {described(data)}"}, and the file is checked on real samples. '
+        what = 'there are no data' if data is None else f'data is {described(data)}'
+        raise ValueError(f'{what}, and networks are checked and timed on real samples. '
                          'Pass DataLoaders that hold some, or a batch of inputs.')
     return data
 
@@ -311,12 +322,14 @@ class Exported:
     accuracy:float|None=None # … and after
 
     def __repr__(self):
-        classes = '' if self.same is None else ', equal predictions' if self.same==self.samples else f', {self.same} equal predictions'
-        lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size']
-        lines += [f'onnxruntime against torch on {self.samples} samples: largest difference {self.difference:.1g} of the largest output'
-                  + (' in float' if self.accuracy is not None else '') + classes + (' in int8' if self.accuracy is not None else '')]
-        if self.accuracy is not None: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
-        return '\n'.join(lines + [f'{self.script.name} runs it with numpy and onnxruntime alone'])
+        int8,kept = self.accuracy is not None,f'{self.same} of them get the same class'
+        if self.same==self.samples: kept = 'equal predictions'
+        said = [f'largest difference {self.difference:.1g} of the largest output{" in float" if int8 else ""}']
+        if self.same is not None: said += [f'{kept}{" in int8" if int8 else ""}']
+        lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size',
+                 f'onnxruntime against torch on {self.samples} samples: {", ".join(said)}']
+        if int8: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
+        return '\n'.join([*lines, f'{self.script.name} runs it with numpy and onnxruntime alone'])
 
 # %% ../nbs/41_export.onnx.ipynb #8bc00e51
 def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
@@ -335,9 +348,9 @@ def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)
     asked = _plain_floats(copy_network(unwrap(model)))
     batches = [*_batches(data, asked)]
-    res = Exported(path, script, 0, opset, *_prove(asked, graph, layers, logits, batches, tol))
+    res = Exported(path, script, 0, graph.opset_import[0].version, *_prove(asked, graph, layers, logits, batches, tol))
     if int8: graph,res = _in_int8(graph, data, logits, max_drop, res)
-    header = _header(data, batches[0], logits, int8)
+    header = _header(data, batches[0], graph, logits, int8)
     onnx.helper.set_model_props(graph, dict(kdnb=json.dumps(header)))
     res.bytes = atomic_write(path, graph.SerializeToString(deterministic=True)).stat().st_size
     atomic_write(script, _script(header))
@@ -356,7 +369,7 @@ def _calibration(dls, model, n=256):
         idxs = [i*dl.n//min(n, dl.n) for i in range(min(n, dl.n))]
         dl = dl.new(get_idxs=lambda: idxs, shuffle=False)
     for b in in_order(dl):
-        xb = _sample(b[:getattr(dls, 'n_inp', max(1, len(b)-1))], model)
+        xb = _sample(_inputs_of(b, dls), model)
         yield xb
         if (n := n-len(tree_leaves(xb)[0]))<=0: return
 
@@ -369,7 +382,7 @@ def _quantised(graph, batches):
         def get_next(self): return next(self.feeds, None)
     names,copy = [o.name for o in graph.graph.input],type(graph)()
     copy.CopyFrom(graph)      # it is changed
-    feeds = (dict(zip(names, (o.numpy() for o in tree_leaves(xb)))) for xb in batches)
+    feeds = (dict(zip(names, (o.cpu().numpy() for o in tree_leaves(xb)))) for xb in batches)
     with tempfile.TemporaryDirectory() as folder,_silent():
         q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ, per_channel=True,
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
@@ -383,21 +396,25 @@ class _Logits(nn.Module):
 
 # %% ../nbs/41_export.onnx.ipynb #47e7904c
 def _check_int8(data, max_drop):
+    "Raise if int8 cannot be asked for"
     if not 0<=max_drop<=1: raise ValueError(f'max_drop is {max_drop}, expected a fraction of the validation set, such as .01.')
     if not isinstance(data, DataLoaders) or _valid(data) is None:
-        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. Pass DataLoaders that have both.')
+        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. '
+                         'Pass DataLoaders that have both.')
 
 # %% ../nbs/41_export.onnx.ipynb #b1be7046
 def _in_int8(graph, data, logits, max_drop, res):
     "`graph` with eight bits, and `res` with what that costs; too much is refused"
-    if logits is None: raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. Write it without int8.')
+    if logits is None:
+        raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. Write it without int8.')
     net = OnnxNetwork(graph.SerializeToString())
     graph = _quantised(graph, _calibration(data, net))
     small = OnnxNetwork(graph.SerializeToString())
     res.before,res.accuracy = (accuracy_on(_Logits(o, logits), data.valid) for o in (net, small))
+    before,after = 100*res.before,100*res.accuracy
     if res.before-res.accuracy>max_drop:
-        raise ValueError(f'int8 costs {100*(res.before-res.accuracy):.2f} points of validation accuracy ({100*res.before:.2f} → {100*res.accuracy:.2f} %), '
-                         f'max_drop={max_drop:g} allows {100*max_drop:g}. Nothing was written. Allow more, or write it without int8.')
+        raise ValueError(f'int8 costs {before-after:.2f} points of validation accuracy ({before:.2f} → {after:.2f} %), and '
+                         f'max_drop={max_drop:g} allows {100*max_drop:g}. Nothing was written. Allow more, or write it in float.')
     res.same = _compare(net, small, _batches(data, net), logits)[1]
     return graph,res
 
@@ -418,11 +435,13 @@ def _compiled(net, xb): return _eager(torch.compile(net, dynamic=False), xb)
 def _ways(model, data):
     "`{runtime: f(xb)}`, which gives a function that runs the network there"
     @lru_cache(None)
-    def graph(): return _graph(_still(model), _sample(data, model), 18)[0]
+    def graph():
+        still = _still(model)
+        return _graph(still, _sample(data, still), 18)[0]
     @lru_cache(None)
     def small():
         if not isinstance(data, DataLoaders): raise ValueError('it needs DataLoaders, for training samples')
-        return _quantised(graph(), _calibration(data, model))
+        return _quantised(graph(), _calibration(data, _still(model)))
     def session(graph, xb):
         net = OnnxNetwork(graph().SerializeToString())
         return partial(net.session.run, None, net.feed(*xb))
@@ -448,7 +467,8 @@ def runtimes(model, # Network, masked or shrunken, or the `Learner` that holds i
     "What one batch takes in each runtime on one thread of this processor, as `Runtimes`"
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,ways = _data(data),_ways(model, data)
-    if odd := [k for k in which or () if k not in ways]: raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
+    if odd := [k for k in which or () if k not in ways]:
+        raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
     ways = {k: f for k,f in ways.items() if which is None or k in (*which,'eager')}
     if dense is not None: ways = {'dense, eager': _ways(dense, data)['eager']} | ways
     still,table = _still(model),pd.DataFrame(index=pd.Index(ways, name='runtime'))
@@ -485,8 +505,11 @@ def _same(a, b, at):
 # %% ../nbs/41_export.onnx.ipynb #9ed6b320
 class Runtimes:
     "Milliseconds of each runtime, as `table`, and which of them to take, as `advice`"
-    def __init__(self, table, batches, rounds): self.table,self.batches,self.rounds,self.load = table,batches,rounds,os.getloadavg()[0]
-    def _how(self): return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
+    def __init__(self, table, batches, rounds):
+        self.table,self.batches,self.rounds = table,batches,rounds
+        self.load = os.getloadavg()[0]
+    def _how(self):
+        return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
     def __repr__(self): return f'{self.shown().to_string()}\n{self._how()}\n{self.advice}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{self._how()}<p>{self.advice}'
 
@@ -520,5 +543,5 @@ def advice(self:Runtimes):
     best,exact = self.fastest(),self.fastest([k for k in self.table.index if k not in _rounded])
     if best==exact: return f'Take {say(best)}.'
     kept = min(self.table['same'][k] for k in best.values())
-    price = '' if pd.isna(kept) else f' and gives another class to {100*(1-kept):.1f} % of the samples'
+    price = '' if pd.isna(kept) else f', and {100*kept:.1f} % of the samples keep their class'
     return f'Take {say(best)}: it rounds{price}. Without rounding: {say(exact)}.'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['results_folder', 'all_grids', 'per_seed', 'trial_rows', 'rows_file', 'stored_rows', 'add_rows', 'runs_here', 'rounds',
-           'work_through', 'gather', 'state_of', 'MissingRows', 'read_rows', 'printed', 'spread', 'seeds_of', 'Verdict',
-           'verdict']
+           'work_through', 'gather', 'state_of', 'MissingRows', 'read_rows', 'printed', 'spread', 'seeds_of',
+           'with_rows', 'Verdict', 'verdict']
 
 # %% ../nbs/62_evidence.ipynb #3a711146
 import json,math,sys,time
@@ -141,6 +141,7 @@ def state_of(path=None):
 # %% ../nbs/62_evidence.ipynb #ac37cdc9
 class MissingRows(ValueError): "Rows that a table needs have not been made yet"
 
+
 # %% ../nbs/62_evidence.ipynb #09515247
 def read_rows(paper, # Folder in results
     table, # Name of a grid there
@@ -153,7 +154,7 @@ def read_rows(paper, # Folder in results
     if not whole:
         first = next(k for k in names if k not in done)
         raise MissingRows(f'{paper}/{table} has no complete seed yet: {names[first]} has not been run, and {len(names)-len(done&names.keys())-1} '
-                          f'more. Run it with `make evidence`' + (f' where there is a GPU.' if grid.device=='cuda' else '.'))
+                          f'more. Run it with `make evidence`' + (' where there is a GPU.' if grid.device=='cuda' else '.'))
     order = {k: i for i,k in enumerate(whole)}
     return pd.DataFrame(sorted((o for o in rows if o['key'] in order), key=lambda o: order[o['key']]))
 
@@ -184,6 +185,18 @@ def seeds_of(rows): # From `read_rows`
     def of(k, name): return f'{name}{"s"*(rows[k].nunique()>1)} {", ".join(map(str, sorted(rows[k].unique())))}'
     epochs = sorted({int(o) for o in rows.epochs.dropna()}) if 'epochs' in rows else []
     return '; '.join([of('seed', 'seed'), *([f'{", ".join(map(str, epochs))} epochs'] if epochs else []), ', '.join(rows.device.unique())])
+
+# %% ../nbs/62_evidence.ipynb #b8e3ee94
+def with_rows(paper, # Folder in results
+    table, # Name of a grid there
+    f, # Function of the table's rows
+    path=None): # Folder of results
+    "What `f` makes of the rows, under a line that says what they are; 'not run yet' if there is no complete seed"
+    try: rows = read_rows(paper, table, path)
+    except MissingRows as e: return print(f'not run yet: {e}')
+    print(f'{table}: {seeds_of(rows)}')
+    return f(rows)
+
 
 # %% ../nbs/62_evidence.ipynb #b1f1839b
 class Verdict:

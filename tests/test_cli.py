@@ -45,6 +45,17 @@ def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
     assert {f: f.read_bytes() for f in (out/'stages').iterdir()}==before
     for o in ('teacher','small','±','Report: ',f"load_model('{out/'model.safetensors'}')",'means of 2 seeds'): assert o in text
 
+def test_the_network_of_a_run_as_onnx(run, photos, capsys, tmp_path):
+    pytest.importorskip('onnxruntime')
+    out,file = run[0],tmp_path/'small.onnx'
+    assert 'pass the folder as --data FOLDER' in said(capsys, 1, 'export', out).replace('Pass', 'pass')
+    text = said(capsys, 0, 'export', out, '--onnx', '--data', photos, '--out', file)
+    net,(x,_) = OnnxNetwork(file),folder_dls(photos).valid.one_batch()
+    model = load_model(out/'model.safetensors')
+    assert 'equal predictions' in text and net.header['stats']==read_header(out/'model.safetensors')[0]['stats']
+    assert torch.equal(net(x).argmax(1), model(x.as_subclass(Tensor)).argmax(1)) and len(net.header['classes'])==10
+    assert 'int8' in said(capsys, 0, 'export', out, '--int8', '--max-drop', 1, '--data', photos, '--out', file)
+
 def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
     out,_ = run
     page = (out/'report.html').read_text()
@@ -220,7 +231,7 @@ def test_sweep_is_handed_on(monkeypatch, capsys):
 
 def test_help_teaches_and_is_quick():
     code = '''import sys; from kdnb.cli import main
-for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['compress','--epochs','x']):
+for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['export','--help'], ['compress','--epochs','x']):
     try: main(argv)
     except SystemExit: pass
 assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest
 from nbclient import NotebookClient
 from kdnb.evidence import (MissingRows,Verdict,add_rows,all_grids,gather,per_seed,printed,read_rows,results_folder,rounds,rows_file,spread,
-                           state_of,stored_rows,verdict,work_through)
+                           state_of,stored_rows,verdict,with_rows,work_through)
 from kdnb.sweep import Grid
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +77,13 @@ def test_a_table_without_a_complete_seed_is_refused(folder):
     add_rows('p', [row | dict(key=keys[1]), row | dict(key=keys[2], seed=1)], path)
     assert read_rows('p', 'a', path).key.tolist()==keys[:2]      # of seed 1 a trial is missing
     assert state_of(path).iloc[0].tolist()==['p','a','any',3,4,'0']
+
+def test_a_table_that_is_missing_says_so(folder, capsys):
+    path = folder('a')
+    assert with_rows('p', 'a', len, path) is None and 'not run yet: p/a has no complete seed' in capsys.readouterr().out
+    row = dict(paper='p', table='a', cell='x', seed=0, epochs=3, test_accuracy=.5, device='cpu')
+    add_rows('p', [row | dict(key=k) for k in Grid(path/'p'/'a.toml').combinations()], path)
+    assert with_rows('p', 'a', len, path)==4 and 'a: seed 0; 3 epochs; cpu' in capsys.readouterr().out
 
 @pytest.mark.parametrize('d,printed,holds,words', [
     ([.006,.004,.005], .7, True, '+0.50 ± 0.10 points over 3 seeds (5.0 spreads), printed +0.70: same direction.'),

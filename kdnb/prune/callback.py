@@ -63,6 +63,11 @@ def _cut(s, sparsity, criterion, scope, rate=None, pattern=None):
     keep = select(worth, sparsity(worth) if callable(sparsity) else sparsity, rate, scope, keep_one=s.by=='channel')
     return mask_model(s.model, keep if s.by=='weight' else channel_masks(s.model, keep, s.groups))
 
+# %% ../../nbs/32_prune.callback.ipynb #1ff7de96
+def is_warmup(learn):
+    "Is this the first fit of `fine_tune`, with a frozen body?"
+    return 'unfreeze' in vars(learn)
+
 # %% ../../nbs/32_prune.callback.ipynb #8133dd6c
 _fine_tune = Learner.fine_tune
 
@@ -77,13 +82,21 @@ def fine_tune(self:Learner, *args, **kwargs):
     try: return _fine_tune(self, *args, **kwargs)
     finally: vars(self).pop('unfreeze', None)
 
-# %% ../../nbs/32_prune.callback.ipynb #1ff7de96
-def is_warmup(learn):
-    "Is this the first fit of `fine_tune`, with a frozen body?"
-    return 'unfreeze' in vars(learn)
-
 # %% ../../nbs/32_prune.callback.ipynb #10f0ca73
 def gradual(t): return 1-(1-t)**3
+
+# %% ../../nbs/32_prune.callback.ipynb #32bec37f
+def _check_schedule(schedule, sparsity, start, end, rounds, pattern):
+    if not callable(schedule) and schedule not in schedules:
+        raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, or a function of progress.')
+    if not 0 <= start <= end < 1:
+        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not after end, '
+                         'and end before 1, so that the last cut is made.')
+    if schedule!='one_shot' and (callable(sparsity) or pattern):
+        raise ValueError('a function of the scores, or a pattern, prunes once: schedule="one_shot".')
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
+        raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
+    for i in range(1, rounds) if callable(schedule) else (): check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
 
 # %% ../../nbs/32_prune.callback.ipynb #cf59827e
 schedules = ('one_shot','gradual','iterative')
@@ -123,19 +136,6 @@ class Pruner(TidyCallback):
         mask_model(self.model, {k: ones[k] for k in put})
         super().before_fit()      # nothing is left behind by what is refused above
         self.done,self._put,self._units = 0,put,s
-
-# %% ../../nbs/32_prune.callback.ipynb #32bec37f
-def _check_schedule(schedule, sparsity, start, end, rounds, pattern):
-    if not callable(schedule) and schedule not in schedules:
-        raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, or a function of progress.')
-    if not 0 <= start <= end < 1:
-        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not after end, '
-                         'and end before 1, so that the last cut is made.')
-    if schedule!='one_shot' and (callable(sparsity) or pattern):
-        raise ValueError('a function of the scores, or a pattern, prunes once: schedule="one_shot".')
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
-        raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
-    for i in range(1, rounds) if callable(schedule) else (): check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
 
 # %% ../../nbs/32_prune.callback.ipynb #63beb873
 @patch

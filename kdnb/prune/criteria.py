@@ -179,6 +179,12 @@ def differentiable(self:Scoring, batch_stats=False):
             for m,o in zip(norms, tracked): m.track_running_stats = o
             for m,o in zip(rnns, drops): m.dropout = o
 
+# %% ../../nbs/31_prune.criteria.ipynb #71798ca6
+def _enter(f, name, by):
+    if by is not None: check_choice('by', by, ('weight','channel'))
+    f.by,criteria[name] = by,f
+    return f
+
 # %% ../../nbs/31_prune.criteria.ipynb #783646bf
 criteria = {}
 
@@ -187,12 +193,6 @@ def criterion(f=None, # Function of a `Scoring`; or its name in the register
     "Enter the function below in `criteria`: `@criterion`, `@criterion('name')` or `@criterion(by='channel')`"
     if not callable(f): return lambda g: _enter(g, f or g.__name__, by)
     return _enter(f, f.__name__, by)
-
-# %% ../../nbs/31_prune.criteria.ipynb #71798ca6
-def _enter(f, name, by):
-    if by is not None: check_choice('by', by, ('weight','channel'))
-    f.by,criteria[name] = by,f
-    return f
 
 # %% ../../nbs/31_prune.criteria.ipynb #42a5c00c
 def check_criterion(criterion, by=None):

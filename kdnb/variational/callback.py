@@ -171,14 +171,6 @@ def put_back(self:VariationalSparsifier):
     super(VariationalSparsifier, self).put_back()
     self._put_lr_back()
 
-# %% ../../nbs/22_variational.callback.ipynb #198354c3
-@patch
-def columns(self:VariationalSparsifier):
-    def masks(): return dict(zip(noise_groups(self._noisy).values(), kept(self._noisy).values()))
-    own = dict(sparsity=lambda: cut_fraction(self._noisy, masks()),
-               groups=lambda: float(sum(o.sum() for o in masks().values())))
-    return super(VariationalSparsifier, self).columns() | own
-
 # %% ../../nbs/22_variational.callback.ipynb #b396119d
 def cut_fraction(model, # Variational network
     masks): # `{gate or layer of single weights: mask}` of what stays
@@ -187,6 +179,14 @@ def cut_fraction(model, # Variational network
     left = sum(m.weight.numel()*float(m.scales(lambda g: masks[g].float())[0].mean() if m.inputs or m.outputs else 1.)
                if isinstance(m, GroupLayer) else float(masks[m].sum()) for m in layers)
     return 1-left/sum(m.weight.numel() for m in layers)
+
+# %% ../../nbs/22_variational.callback.ipynb #198354c3
+@patch
+def columns(self:VariationalSparsifier):
+    def masks(): return dict(zip(noise_groups(self._noisy).values(), kept(self._noisy).values()))
+    own = dict(sparsity=lambda: cut_fraction(self._noisy, masks()),
+               groups=lambda: float(sum(o.sum() for o in masks().values())))
+    return super(VariationalSparsifier, self).columns() | own
 
 # %% ../../nbs/22_variational.callback.ipynb #c7f0bdb7
 @patch
