@@ -35,17 +35,18 @@ def client(nb, fn):
                           resources={'metadata': {'path': fn.parent}})
 
 def run(fn, flags, only=None):
-    "Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the outputs they have"
+    """Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the
+    outputs they have. Returns what tables say that lack rows, if these need no GPU."""
     todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
-    if only and not todo: return
-    print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
-    if not todo: return
+    if todo or not only: print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
+    if not todo: return []
     nb = nbformat.read(fn, 4)
     for i,c in enumerate(nb.cells): c.metadata.tags = [] if i in todo else ['skip-execution']
     client(nb, fn).execute(cleanup_kc=True)
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
+    return [t for i in todo for o in nb.cells[i].outputs if (t := o.get('text', '')).startswith('not run yet') and 'GPU' not in t]
 
 def readme():
     "`INDEX` as markdown that reads well on a git host: no hidden cells or directives, links from the root"
@@ -73,5 +74,6 @@ if __name__ == '__main__':
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
-    for fn in fns: run(fn, a.flags.split(), a.only)
+    lack = [t for fn in fns for t in run(fn, a.flags.split(), a.only)]
     if a.readme or INDEX in fns and not a.only: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    if a.only == 'rows' and lack: raise SystemExit('Tables without rows:\n' + ''.join(dict.fromkeys(lack)))

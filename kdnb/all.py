@@ -20,13 +20,16 @@ from kdnb.prune.masks import *
 from kdnb.prune.criteria import *
 from kdnb.prune.callback import *
 from kdnb.prune.student import *
+from kdnb.prune.sensitivity import *
 from kdnb.export import *
 from kdnb.deploy import *
+from kdnb.compress import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *
 from kdnb.recipes.prune_then_distill import *
 from kdnb.recipes.prue import *
 from kdnb.recipes.sequential import *
 from kdnb.recipes.vid import *
+from kdnb.recipes.budget import *
 from kdnb.report import *
 from kdnb.sweep import *

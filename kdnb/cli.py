@@ -15,7 +15,8 @@ _about = {
     'prune-then-distill': 'prune the teacher, design a student of what is left, let the pruned one teach (Park and No 2022)',
     'prue': 'prune the teacher so that it is less sure of itself, then let it teach (Wang et al. 2022)',
     'sequential': 'teach the student, prune it up to its breakpoint, tune its last layer (Malihi and Heidemann 2023)',
-    'vid': 'let the student match the teacher’s features, also with few samples (Ahn et al. 2019)'}
+    'vid': 'let the student match the teacher’s features, also with few samples (Ahn et al. 2019)',
+    'budget': 'cut a network to a budget of multiply-accumulates in several ways, and teach what is left'}
 _recipes = '\n'.join(f'  {k:19} {v}' for k,v in _about.items())
 
 _help = f'''
@@ -325,7 +326,10 @@ def run_sweep(
     return 0
 
 # %% ../nbs/70_cli.ipynb #5e41a0c2
-def export_run(args):
+def export_run(
+    args:argparse.Namespace, # What was said
+) -> int:
+    "Write the small network of a run as an ONNX file; returns the exit status"
     from kdnb.data import image_dls,image_sets
     from kdnb.deploy import to_onnx
     from kdnb.export import load_model,read_header

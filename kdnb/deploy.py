@@ -62,18 +62,21 @@ def _still(model):
     return model
 
 # %% ../nbs/41_export.onnx.ipynb #eef9780d
+_half = torch.float16,torch.bfloat16
+
 def _plain_floats(model):
     "`model` on the CPU in evaluation mode; what is half precision becomes float32"
-    half = any(p.dtype in (torch.float16,torch.bfloat16) for p in model.parameters())
+    half = any(p.dtype in _half for p in model.parameters())
     return (model.float() if half else model).cpu().eval()
 
 def _sample(data, model):
     "The inputs of a batch of `data`, as `_plain_floats` takes them"
-    return tree_map_only(torch.Tensor, lambda o: o.float() if o.dtype in (torch.float16,torch.bfloat16) else o, inputs(data, model))
+    def full(o): return o.float() if o.dtype in _half else o
+    return tree_map_only(torch.Tensor, full, inputs(data, model))
 
 # %% ../nbs/41_export.onnx.ipynb #a7ec4862
 def _graph(model, xb, opset, **kwargs):
-    "What the network `_still` made does with the inputs `xb`, as ONNX; its layers' places in that by path; the index of the logits"
+    "What a network of `_still` does with `xb`, as ONNX; what its layers are called there; the index of the logits"
     onnx,run,xb = _onnx()[0],model.forward,first_samples(xb, 2, 2)
     with torch.no_grad(): out = run(*xb)
     model.forward = lambda *xs: tuple(output_tensors(run(*xs)))
@@ -114,18 +117,20 @@ def _translated(model, xb, custom_translation_table=None, **kwargs):
     table = dict(custom_translation_table or {})
     def export(table):
         with _silent(),torch.no_grad():
-            return torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs).model_proto
+            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs)
+        return program.model_proto
     try: return export(table)
     except Exception as e: error = e
     if unknown := _unknown(export, table, error):
-        raise ValueError(f'ONNX does not know {", ".join(unknown)}. Write that part of the network with other operations, or pass '
-                         'custom_translation_table= as torch.onnx.export takes it.')
+        raise ValueError(f'ONNX does not know {", ".join(unknown)}. Write that part of the network with other operations, '
+                         'or pass custom_translation_table= as torch.onnx.export takes it.')
     raise ValueError(f'{type(model).__name__} cannot be exported: {_cause(error)}')
 
 # %% ../nbs/41_export.onnx.ipynb #bb52f16d
 def _unknown(export, table, error):
     "Names of the operations that `export` cannot translate, beginning with the one in `error`"
-    m = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)', overload='(\w+)'", '\n'.join(map(str, _chain(error))))
+    m = re.search(r"No ONNX function found for <OpOverload\(op='(\w+)\.(\w+)', overload='(\w+)'",
+                  '\n'.join(map(str, _chain(error))))
     op = m and getattr(getattr(getattr(torch.ops, m[1]), m[2]), m[3])
     if op is None or op in table: return []
     from onnxscript import opset18
@@ -166,7 +171,8 @@ def _header(data, xb, graph, logits, int8):
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
     said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
     classes = [str(o) for o in getattr(data, 'vocab', None) or []]
-    return dict(format='kdnb-onnx-1', classes=classes if classes and len(classes)==(said or [0])[0] else [], input=list(first.shape[1:]), **_pixels(data),
+    if said[:1]!=[len(classes)]: classes = []
+    return dict(format='kdnb-onnx-1', classes=classes, input=list(first.shape[1:]), **_pixels(data),
                 inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
 
 # %% ../nbs/41_export.onnx.ipynb #07c8e9a0
@@ -187,7 +193,8 @@ class OnnxNetwork(nn.Module):
         options.intra_op_num_threads,options.inter_op_num_threads = threads,1
         options.log_severity_level = 3      # errors, not warnings
         with _one_sentence():
-            self.session = ort.InferenceSession(file if isinstance(file, bytes) else str(file), options, providers=['CPUExecutionProvider'])
+            file = file if isinstance(file, bytes) else str(file)
+            self.session = ort.InferenceSession(file, options, providers=['CPUExecutionProvider'])
         self.header = json.loads(self.session.get_modelmeta().custom_metadata_map.get('kdnb', '{}'))
         self.preprocess = Preprocess.of(self.header)
 
@@ -254,7 +261,8 @@ def _prove(model, graph, layers, logits, batches, tol):
     if diff<=tol and (logits is None or same==n): return diff,n,None if logits is None else same
     where = _first_difference(model, graph, layers, batches[-1], tol)
     what = f'by {diff:.2g} of the largest output (allowed: {tol:g})' if not diff<=tol else f'in {n-same} of {n} predictions'
-    raise ValueError(f'onnxruntime differs from torch {what}, first at {f"layer {where}" if where else "the output"}. Nothing was written. '
+    where = f'layer {where}' if where else 'the output'
+    raise ValueError(f'onnxruntime differs from torch {what}, first at {where}. Nothing was written. '
                      'Look there for code that draws random numbers, or does something else while it is exported.')
 
 # %% ../nbs/41_export.onnx.ipynb #680800b1
@@ -294,7 +302,8 @@ def _data(data):
         if any(getattr(dl, 'n', None)!=0 for dl in data.loaders): return data
         data = None
     if not any(isinstance(o, torch.Tensor) for o in tree_leaves(data)):
-        raise ValueError(f'{"there are no data" if data is None else f"data is {described(data)}"}, and the file is checked on real samples. '
+        what = 'there are no data' if data is None else f'data is {described(data)}'
+        raise ValueError(f'{what}, and networks are checked and timed on real samples. '
                          'Pass DataLoaders that hold some, or a batch of inputs.')
     return data
 
@@ -313,12 +322,14 @@ class Exported:
     accuracy:float|None=None # … and after
 
     def __repr__(self):
-        classes = '' if self.same is None else ', equal predictions' if self.same==self.samples else f', {self.same} equal predictions'
-        lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size']
-        lines += [f'onnxruntime against torch on {self.samples} samples: largest difference {self.difference:.1g} of the largest output'
-                  + (' in float' if self.accuracy is not None else '') + classes + (' in int8' if self.accuracy is not None else '')]
-        if self.accuracy is not None: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
-        return '\n'.join(lines + [f'{self.script.name} runs it with numpy and onnxruntime alone'])
+        int8,kept = self.accuracy is not None,f'{self.same} of them get the same class'
+        if self.same==self.samples: kept = 'equal predictions'
+        said = [f'largest difference {self.difference:.1g} of the largest output{" in float" if int8 else ""}']
+        if self.same is not None: said += [f'{kept}{" in int8" if int8 else ""}']
+        lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size',
+                 f'onnxruntime against torch on {self.samples} samples: {", ".join(said)}']
+        if int8: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
+        return '\n'.join([*lines, f'{self.script.name} runs it with numpy and onnxruntime alone'])
 
 # %% ../nbs/41_export.onnx.ipynb #8bc00e51
 def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
@@ -388,19 +399,22 @@ def _check_int8(data, max_drop):
     "Raise if int8 cannot be asked for"
     if not 0<=max_drop<=1: raise ValueError(f'max_drop is {max_drop}, expected a fraction of the validation set, such as .01.')
     if not isinstance(data, DataLoaders) or _valid(data) is None:
-        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. Pass DataLoaders that have both.')
+        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. '
+                         'Pass DataLoaders that have both.')
 
 # %% ../nbs/41_export.onnx.ipynb #b1be7046
 def _in_int8(graph, data, logits, max_drop, res):
     "`graph` with eight bits, and `res` with what that costs; too much is refused"
-    if logits is None: raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. Write it without int8.')
+    if logits is None:
+        raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. Write it without int8.')
     net = OnnxNetwork(graph.SerializeToString())
     graph = _quantised(graph, _calibration(data, net))
     small = OnnxNetwork(graph.SerializeToString())
     res.before,res.accuracy = (accuracy_on(_Logits(o, logits), data.valid) for o in (net, small))
+    before,after = 100*res.before,100*res.accuracy
     if res.before-res.accuracy>max_drop:
-        raise ValueError(f'int8 costs {100*(res.before-res.accuracy):.2f} points of validation accuracy ({100*res.before:.2f} → {100*res.accuracy:.2f} %), '
-                         f'max_drop={max_drop:g} allows {100*max_drop:g}. Nothing was written. Allow more, or write it without int8.')
+        raise ValueError(f'int8 costs {before-after:.2f} points of validation accuracy ({before:.2f} → {after:.2f} %), and '
+                         f'max_drop={max_drop:g} allows {100*max_drop:g}. Nothing was written. Allow more, or write it in float.')
     res.same = _compare(net, small, _batches(data, net), logits)[1]
     return graph,res
 
@@ -421,11 +435,13 @@ def _compiled(net, xb): return _eager(torch.compile(net, dynamic=False), xb)
 def _ways(model, data):
     "`{runtime: f(xb)}`, which gives a function that runs the network there"
     @lru_cache(None)
-    def graph(): return _graph(_still(model), _sample(data, model), 18)[0]
+    def graph():
+        still = _still(model)
+        return _graph(still, _sample(data, still), 18)[0]
     @lru_cache(None)
     def small():
         if not isinstance(data, DataLoaders): raise ValueError('it needs DataLoaders, for training samples')
-        return _quantised(graph(), _calibration(data, model))
+        return _quantised(graph(), _calibration(data, _still(model)))
     def session(graph, xb):
         net = OnnxNetwork(graph().SerializeToString())
         return partial(net.session.run, None, net.feed(*xb))
@@ -451,7 +467,8 @@ def runtimes(model, # Network, masked or shrunken, or the `Learner` that holds i
     "What one batch takes in each runtime on one thread of this processor, as `Runtimes`"
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,ways = _data(data),_ways(model, data)
-    if odd := [k for k in which or () if k not in ways]: raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
+    if odd := [k for k in which or () if k not in ways]:
+        raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
     ways = {k: f for k,f in ways.items() if which is None or k in (*which,'eager')}
     if dense is not None: ways = {'dense, eager': _ways(dense, data)['eager']} | ways
     still,table = _still(model),pd.DataFrame(index=pd.Index(ways, name='runtime'))
@@ -491,7 +508,8 @@ class Runtimes:
     def __init__(self, table, batches, rounds):
         self.table,self.batches,self.rounds = table,batches,rounds
         self.load = os.getloadavg()[0]
-    def _how(self): return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
+    def _how(self):
+        return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
     def __repr__(self): return f'{self.shown().to_string()}\n{self._how()}\n{self.advice}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{self._how()}<p>{self.advice}'
 

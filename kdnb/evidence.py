@@ -139,11 +139,7 @@ def state_of(path=None):
     return pd.DataFrame(res)
 
 # %% ../nbs/62_evidence.ipynb #ac37cdc9
-class MissingRows(ValueError):
-    "Rows that a table needs have not been made yet, on the `device` that its grid needs ('' for any)"
-    def __init__(self, device, message):
-        super().__init__(message)
-        self.device = device
+class MissingRows(ValueError): "Rows that a table needs have not been made yet"
 
 
 # %% ../nbs/62_evidence.ipynb #09515247
@@ -157,7 +153,7 @@ def read_rows(paper, # Folder in results
     whole = [k for keys in seeds.values() if done.issuperset(keys) for k in keys]
     if not whole:
         first = next(k for k in names if k not in done)
-        raise MissingRows(grid.device, f'{paper}/{table} has no complete seed yet: {names[first]} has not been run, and {len(names)-len(done&names.keys())-1} '
+        raise MissingRows(f'{paper}/{table} has no complete seed yet: {names[first]} has not been run, and {len(names)-len(done&names.keys())-1} '
                           f'more. Run it with `make evidence`' + (' where there is a GPU.' if grid.device=='cuda' else '.'))
     order = {k: i for i,k in enumerate(whole)}
     return pd.DataFrame(sorted((o for o in rows if o['key'] in order), key=lambda o: order[o['key']]))
@@ -195,12 +191,9 @@ def with_rows(paper, # Folder in results
     table, # Name of a grid there
     f, # Function of the table's rows
     path=None): # Folder of results
-    "What `f` makes of the rows, under a line that says what they are; 'not run yet' if they need a GPU that nobody had"
+    "What `f` makes of the rows, under a line that says what they are; 'not run yet' if there is no complete seed"
     try: rows = read_rows(paper, table, path)
-    except MissingRows as e:
-        if e.device!='cuda': raise
-        print(f'not run yet: {e}')
-        return
+    except MissingRows as e: return print(f'not run yet: {e}')
     print(f'{table}: {seeds_of(rows)}')
     return f(rows)
 

@@ -56,9 +56,26 @@ def make(name):
     path.with_suffix('.json').write_text(json.dumps(report, indent=1)+'\n')
     print(name, run, sep='\n', flush=True)
 
-def main(names=()):
+def readme():
+    "`models/README.md`: a table of the reports, and the lines that load a network"
+    reports = [json.loads(o.read_text()) for o in sorted(MODELS.glob('*.json'))]
+    lines = ['# Small networks', '', 'Made by `results/models.py` (VBGS-KD, Ming et al. 2020: groups, then single weights, then tuned); '
+             'beside each its report. Test accuracy after the last epoch, one seed; settings were chosen on a validation split.', '',
+             '| network | data | seed | test accuracy (%) | weights | of the dense network (%) | MACs | bytes of the file |', '|---|---|---|---|---|---|---|---|']
+    for r in reports:
+        o = r['stages'][-1]
+        lines.append(f"| `{r['network']}` | {r['data']} | {r['seed']} | {100*o['test_accuracy']:.2f} | {o['weights']:,} | "
+                     f"{100*o['weights_kept']:.2f} | {o['macs']:,.0f} | {r['file_bytes']:,} |")
+    (MODELS/'README.md').write_text('\n'.join([*lines, '', *LOAD, '']))
+
+LOAD = ['```python', 'from kdnb.all import *', "model = load_model('models/mnist_lenet300.safetensors')",
+        "accuracy_on(model, image_dls('mnist', device='cpu').test)", '```']
+
+def main(names=()): # Of networks; 'readme' alone writes the table
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for name in names or NETWORKS: make(name)
+    for name in names or NETWORKS:
+        if name!='readme': make(name)
+    readme()
 
 if __name__=='__main__': main(sys.argv[1:])

@@ -176,7 +176,7 @@ def test_int8_that_costs_too_much_is_refused(learn, path):
     net = quiet(seeded(data(), lenet300(in_shape=SHAPE)), 5, 5e-3).model
     with torch.no_grad():      # the function stays, its first layer says numbers of very different size
         for t,by in ((net.fc1.weight[:3],1e4), (net.fc1.bias[:3],1e4), (net.fc2.weight[:,:3],1e-4)): t.mul_(by)
-    with pytest.raises(ValueError, match=r'int8 costs \d+\.\d\d points of validation accuracy .* max_drop=0.05 allows 5\.'):
+    with pytest.raises(ValueError, match=r'int8 costs \d+\.\d\d points of validation accuracy .* and max_drop=0.05 allows 5\.'):
         to_onnx(net, learn.dls, path, int8=True, max_drop=.05)
     assert not [*path.parent.iterdir()]
 

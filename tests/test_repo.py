@@ -21,7 +21,7 @@ MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__i
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
 FLOORS = dict(data=1, models=1, measure=1, features=1, trace=1, channels=1, terms=1, checkpoint=1, processes=1, distill=2, variational=2,
-              prune=2, export=2, deploy=3, recipes=3, report=4, sweep=5, evidence=6, cli=7, all=8)
+              prune=2, export=2, deploy=3, compress=3, recipes=4, report=5, sweep=6, evidence=7, cli=8, all=9)
 
 
 @pytest.fixture

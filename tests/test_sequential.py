@@ -126,3 +126,20 @@ def test_the_record_holds_the_curve_of_every_seed(done):
             assert o['breakpoint']==find_breakpoint(part).sparsity
     assert len(rows(done, 'teacher tuned'))==1 and len(rows(done, 'tuned'))==2
     assert json.loads((done.path/'stages'/'tuned-seed1.json').read_text())['curve_accuracy']==rows(done, 'tuned')[1]['curve_accuracy']
+
+def test_repeats_differ_and_each_is_kept(tmp_path, monkeypatch):
+    "Last layers are tuned in another order each time; a sweep that was stopped goes on at its repeat"
+    import kdnb.recipes.sequential as module
+    kwargs = dict(channels=False, sweep_epochs=1, levels=(0,.5), repeats=3, epochs=(1,1,1), method='KD')
+    whole,calls,true = recipe(tmp_path/'whole', **kwargs),[],module.sweep_sparsity
+    df = whole.exhibits['curves'].data['student']
+    assert df.repeat.tolist()==[0,0,1,1,2,2] and df.valid_loss.nunique()==6
+    def stopping(*args, **kwargs):
+        calls.append(kwargs['seed'])
+        if len(calls)==5: raise KeyboardInterrupt
+        return true(*args, **kwargs)
+    monkeypatch.setattr(module, 'sweep_sparsity', stopping)
+    with pytest.raises(KeyboardInterrupt): recipe(tmp_path/'run', **kwargs)
+    release(tmp_path/'run')
+    run = recipe(tmp_path/'run', **kwargs)
+    assert calls==[0,1,2,0,1,1,2] and run.exhibits['curves'].data['student'].equals(df)

@@ -14,13 +14,13 @@ MOST = dict(mnist_lenet300=.02, mnist_lenet5_caffe=.005)     # part of the dense
 
 def report(path): return json.loads(path.with_suffix('.json').read_text())
 
-def test_every_network_has_a_report():
-    assert {o.stem for o in SHIPPED}=={o.stem for o in MODELS.glob('*.json')}>={*MOST}
+def test_every_network_has_a_report(): assert {o.stem for o in SHIPPED}=={o.stem for o in MODELS.glob('*.json')}
 
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda o: o.stem)
 def test_size(path):
     r,model = report(path),load_model(path)
-    last,dense = r['stages'][-1],create(**read_header(path)[0]['arch'])
+    arch,last = read_header(path)[0]['arch'],r['stages'][-1]
+    dense = create(arch['name'], **arch['kwargs'])
     assert path.stat().st_size==r['file_bytes']<100_000
     assert n_weights(model, nonzero=True)==last['weights']<=MOST.get(path.stem, .05)*n_weights(dense)
     test_close(last['weights_kept'], last['weights']/n_weights(dense), 1e-9)
@@ -30,6 +30,8 @@ def test_size(path):
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda o: o.stem)
 def test_accuracy(path):
     "From bytes, as a user has them"
-    model,test = load_model(path),image_dls(report(path)['data'], device='cpu').test.dataset
-    batches = ((model.preprocess(x), y) for x,y in zip(test.x.split(500), test.y.split(500)))
-    test_close(accuracy_on(model, batches), report(path)['stages'][-1]['test_accuracy'], 2e-4)
+    model,said = load_model(path),report(path)['stages'][-1]['test_accuracy']
+    dl = image_dls(report(path)['data'], device='cpu').test
+    test_close(accuracy_on(model, dl), said, 2e-3)      # normalised by another training split
+    batches = zip(dl.dataset.x.split(500), dl.dataset.y.split(500))
+    test_close(accuracy_on(model, ((model.preprocess(x), y) for x,y in batches)), said, 2e-4)

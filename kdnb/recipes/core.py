@@ -153,7 +153,7 @@ def __repr__(self:Record):
 recipes = {'vbgs-kd': 'kdnb.recipes.vbgs_kd:vbgs_kd', 'prune-then-distill': 'kdnb.recipes.prune_then_distill:prune_then_distill',
            'prue': 'kdnb.recipes.prue:prue',
            'sequential': 'kdnb.recipes.sequential:distill_then_prune',     # fastai has a `sequential`
-           'vid': 'kdnb.recipes.vid:vid'}
+           'vid': 'kdnb.recipes.vid:vid', 'budget': 'kdnb.recipes.budget:budget'}
 
 def recipe(
     name:str|Callable|None=None, # Its name; that of the function, with hyphens, if None

@@ -6,6 +6,7 @@
 __all__ = ['distill_then_prune_defaults', 'only_last', 'channel_fraction', 'distill_then_prune', 'compression_table']
 
 # %% ../../nbs/54_recipes.sequential.ipynb #82c30d31
+import random
 from copy import deepcopy
 import pandas as pd
 from fastai.callback.training import BnFreeze
@@ -61,11 +62,20 @@ class _TuneLast:
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(self.n_epoch, self.lr, cbs=BnFreeze())
 
 # %% ../../nbs/54_recipes.sequential.ipynb #015f6262
-def _sweep(run, name, model, s, **kwargs):
-    "Accuracy on the validation set at every level"
-    tune = _TuneLast(s['sweep_epochs'], s['tune_lr']) if s['sweep_epochs'] else None
-    return run.value(f'sweep {name}', sweep_sparsity, run.learner(model), s['levels'], s['repeats'], tune, seed=run.seed, **kwargs)
+def _repeat(learn, seed, *args, **kwargs):
+    "One sweep, whose last layers are tuned in an order of their own"
+    if hasattr(learn.dls.train, 'rng'): learn.dls.train.rng = random.Random(seed)
+    return sweep_sparsity(learn, *args, seed=seed, **kwargs)
 
+# %% ../../nbs/54_recipes.sequential.ipynb #7d1c02aa
+def _sweep(run, name, model, s, **kwargs):
+    "Accuracy on the validation set at every level; each repeat is kept by itself"
+    tune = _TuneLast(s['sweep_epochs'], s['tune_lr']) if s['sweep_epochs'] else None
+    dfs = [run.value(f'sweep {name}'+f' {r}'*(r>0), _repeat, run.learner(model), run.seed+r, s['levels'], 1, tune, **kwargs)
+           for r in range(s['repeats'])]
+    return pd.concat([df.assign(repeat=r) for r,df in enumerate(dfs)], ignore_index=True)
+
+# %% ../../nbs/54_recipes.sequential.ipynb #9be4f7d3
 def _folded(model): return fold(model.requires_grad_(True))
 
 def _tune_last(run, stage, model, n_epoch, s, of, **more):
