@@ -9,7 +9,7 @@ __all__ = ['Grid', 'made_by', 'worker_process', 'keep_alive', 'pareto', 'SweepRe
 import gc,hashlib,itertools,json,math,os,re,signal,subprocess,sys,threading,time,traceback,uuid,_thread
 from contextlib import contextmanager,nullcontext
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, kdnb
 from fastcore.basics import noop,patch
 from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
 from .data import image_dls
@@ -350,10 +350,11 @@ def _result(stages, stage=None):
 def made_by():
     "Device, versions and commit of what is run here; '+' behind a commit whose code was changed since"
     def git(*args):
-        try: return subprocess.run(['git', *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        try: return subprocess.run(['git', *args], capture_output=True, text=True, cwd=Path(kdnb.__file__).parent).stdout.strip()
         except OSError: return ''
     commit = git('rev-parse', '--short=10', 'HEAD')
-    return dict(device=machine()['device'], versions=versions(), commit=commit + ('+' if commit and git('status', '--porcelain', '.') else ''))
+    changed = commit and git('status', '--porcelain', '.')
+    return dict(device=machine()['device'], versions=versions(), commit=commit + ('+' if changed else ''))
 
 
 # %% ../nbs/61_sweep.ipynb #7c307639
