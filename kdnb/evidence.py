@@ -43,12 +43,14 @@ def per_seed(grid): # `Grid`
     return res
 
 # %% ../nbs/62_evidence.ipynb #ee5042b8
+_passing = 'mark','latency_ms','latency_spread_ms'    # milliseconds measured beside other work say nothing
+
 def trial_rows(paper, table, grid, key, trial): # `key` is its checksum, `trial` what Optuna has of it
     "The rows of a finished trial"
     a,names = trial.user_attrs,dict(weights='nonzero', name='cell')
     values = {k: a['args'][k] for k in grid.lists if k!='seeds'}
     where = dict(paper=paper, table=table, trial=a['name'], key=key)
-    return [where | values | {names.get(k, k): v for k,v in o.items() if k!='mark'} | a['made'] for o in a['stages']]
+    return [where | values | {names.get(k, k): v for k,v in o.items() if k not in _passing} | a['made'] for o in a['stages']]
 
 # %% ../nbs/62_evidence.ipynb #a614ec97
 def rows_file(paper, path=None): return results_folder(path)/paper/'rows.jsonl'
