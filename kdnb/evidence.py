@@ -8,11 +8,12 @@ __all__ = ['results_folder', 'all_grids', 'per_seed', 'trial_rows', 'rows_file',
            'with_rows', 'Verdict', 'verdict']
 
 # %% ../nbs/62_evidence.ipynb #3a711146
-import json,math,sys,time
+import json,math,os,sys,time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 from .checkpoint import Checkpoint,atomic_write
+from .prune.criteria import check_choice
 from .report import percent
 from .sweep import Grid,_Worker,keep_alive,worker_process
 
@@ -26,10 +27,15 @@ def results_folder(path=None): # The folder itself, if it is another one
     raise FileNotFoundError(f'there is no folder results/ with papers.csv in {here} or above it. Run this in a clone of the project, or pass path=.')
 
 # %% ../nbs/62_evidence.ipynb #b3aa22bc
+def _grid(file):
+    "`Grid` of a file; what is wrong with it is said with the file's name"
+    try: return Grid(file)
+    except ValueError as e: raise ValueError(str(e) if str(file) in str(e) else f'{file}: {e}') from None
+
 def all_grids(path=None): # Folder of results, see `results_folder`
     "`{(paper, table): Grid}` of all grids there are, the most important first"
     files = sorted(results_folder(path).glob('*/*.toml'))
-    grids = {(f.parent.name, f.stem): Grid(f) for f in files}
+    grids = {(f.parent.name, f.stem): _grid(f) for f in files}
     return dict(sorted(grids.items(), key=lambda o: o[1].priority))
 
 # %% ../nbs/62_evidence.ipynb #0e76f2f7
@@ -38,7 +44,8 @@ def per_seed(grid): # `Grid`
     res = {}
     for key,(_,args) in grid.combinations().items():
         seeds = args.get('seeds', 1)
-        seed = seeds[0] if isinstance(seeds, (list,tuple)) and len(seeds)==1 else None
+        if isinstance(seeds, int): seeds = range(seeds)
+        seed = seeds[0] if isinstance(seeds, (list,tuple,range)) and len(seeds)==1 else None
         res.setdefault(seed, []).append(key)
     return res
 
@@ -56,11 +63,17 @@ def trial_rows(paper, table, grid, key, trial): # `key` is its checksum, `trial`
 def rows_file(paper, path=None): return results_folder(path)/paper/'rows.jsonl'
 
 # %% ../nbs/62_evidence.ipynb #ea48c76a
+def _row(file, i, line):
+    try: row = json.loads(line)
+    except ValueError: row = None
+    if isinstance(row, dict) and {'table','key'}<=row.keys(): return row
+    raise ValueError(f'{file} has no row in line {i}: {line[:60].decode(errors="replace")!r}. Take the line out, or take the file from git.')
+
 def stored_rows(paper, path=None):
     "All rows of a paper as dicts, in the order in which they came"
     f = rows_file(paper, path)
     if not f.exists(): return []
-    return [json.loads(o) for o in f.read_text(encoding='utf-8').splitlines() if o.strip()]
+    return [_row(f, i, o) for i,o in enumerate(f.read_bytes().split(b'\n'), 1) if o.strip()]
 
 # %% ../nbs/62_evidence.ipynb #4e237689
 def add_rows(paper, rows, path=None): # New rows; those of trials that have some are left out
@@ -86,31 +99,36 @@ def rounds(grids): # `{(paper, table): Grid}`
     return [(*k, g, counts[k][i]) for i in range(n) for k,g in grids.items() if i<len(counts[k])]
 
 # %% ../nbs/62_evidence.ipynb #d26dc47d
-def work_through(path, out, until=math.inf, papers=(), show=True): # Folders of results and of runs; when to stop; which papers, all if none
+def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of results and of runs; when to stop; which papers, all if none
+    parent=None): # Process without which it ends
     "Run trials of all grids until the time is over or nothing is left; write their rows"
     Checkpoint.share = None
     torch.set_flush_denormal(True)    # weights that die would cost four times as much
     grids = {k: g for k,g in all_grids(path).items() if runs_here(g) and (not papers or k[0] in papers)}
+    said = set()
     for paper,table,grid,first in rounds(grids):
-        if time.time()>=until: return
+        if time.time()>=until or parent and os.getppid()!=parent: return
         done = {o['key'] for o in stored_rows(paper, path) if o['table']==table}
         if done.issuperset(list(grid.combinations())[:first]): continue
         here = Path(out)/paper/table
-        worker = _Worker(grid, here/'journal.log', here, show=False, first=first, until=until, done=done)
+        grid.name = f'{grid.recipe} on {grid.data}'    # both may be changed in the file, and the journal stays
+        worker = _Worker(grid, here/'journal.log', here, show=False, parent=parent, first=first, until=until, done=done)
         def write():
             new = [o for k,t in worker.current().items() if t.value is not None for o in trial_rows(paper, table, grid, k, t)]
             for o in {o['trial']: o for o in add_rows(paper, new, path)}.values():
                 if show: print(f"{paper}/{table} {o['trial']}: {o['cell']} {percent(o['test_accuracy'], 2)}", flush=True)
         worker.work(wait=False, then=write)
         write()
-        for name,t in [(t.user_attrs['name'], t) for t in worker.current().values() if 'error' in t.user_attrs]:
-            print(f"{paper}/{table} {name} has failed: {t.user_attrs['error']}", flush=True)
+        failed = {k: t.user_attrs for k,t in worker.current().items() if 'error' in t.user_attrs}
+        for o in [o for k,o in failed.items() if (table,k) not in said]:
+            print(f"{paper}/{table} {o['name']} has failed: {o['error']}", flush=True)
+        said |= {(table,k) for k in failed}
 
 # %% ../nbs/62_evidence.ipynb #055e3c45
 def _main():
     "What a process of `gather` does"
-    path,out,until,papers = json.loads(sys.argv[1])
-    try: work_through(path, out, until or math.inf, papers)
+    path,out,until,papers,parent = json.loads(sys.argv[1])
+    try: work_through(path, out, until or math.inf, papers, parent=parent)
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/62_evidence.ipynb #97775bc0
@@ -120,10 +138,16 @@ def gather(minutes=None, # Stop after so long; all there is if None
     path=None, # Folder of results
     out='runs/evidence'): # Folder of the runs
     "Go on with the grids in `results`, in the order of their importance; several at once share the work"
+    if not (minutes is None or isinstance(minutes, (int,float)) and minutes>=0):
+        raise ValueError(f'minutes is {minutes!r}, expected a number from 0 on.')
+    if not isinstance(jobs, int) or jobs<1: raise ValueError(f'jobs is {jobs!r}, expected a whole number from 1 on.')
     path,out = results_folder(path).resolve(),Path(out).resolve()
     until = math.inf if minutes is None else time.time()+60*minutes
-    before = {f.name: len(stored_rows(f.name, path)) for f in path.iterdir() if f.is_dir()}
-    job = json.dumps([str(path), str(out), None if minutes is None else until, list(papers)])
+    there = list(dict.fromkeys(k for k,_ in all_grids(path)))
+    if not there: raise FileNotFoundError(f'there is no grid <paper>/<table>.toml in {path}.')
+    for o in papers: check_choice('papers', o, there)
+    before = {k: len(stored_rows(k, path)) for k in there}
+    job = json.dumps([str(path), str(out), None if minutes is None else until, list(papers), os.getpid()])
     keep_alive(lambda i: worker_process('kdnb.evidence', job, i), jobs, until=until)
     new = {k: len(stored_rows(k, path))-n for k,n in before.items()}
     print(', '.join(f'{k}: {n} new rows' for k,n in new.items() if n) or 'no new rows')
@@ -137,7 +161,7 @@ def state_of(path=None):
         done,seeds = {o['key'] for o in stored_rows(paper, path) if o['table']==table},per_seed(g)
         whole = [s for s,keys in seeds.items() if done.issuperset(keys)]
         res.append(dict(paper=paper, table=table, device=g.device or 'any', trials=sum(k in done for k in g.combinations()),
-                        of=len(g.combinations()), seeds=', '.join(map(str, whole))))
+                        of=len(g.combinations()), seeds=', '.join('several' if s is None else str(s) for s in whole)))
     return pd.DataFrame(res)
 
 # %% ../nbs/62_evidence.ipynb #ac37cdc9
@@ -149,7 +173,10 @@ def read_rows(paper, # Folder in results
     table, # Name of a grid there
     path=None): # Folder of results
     "The table's rows as a `DataFrame`, of the seeds that are complete; raises `MissingRows` if none is"
-    grid = Grid(results_folder(path)/paper/f'{table}.toml')
+    file = results_folder(path)/paper/f'{table}.toml'
+    if not file.exists():
+        raise FileNotFoundError(f'there is no grid {file}. There are {", ".join(f"{o.parent.name}/{o.stem}" for o in sorted(file.parents[1].glob("*/*.toml")))}.')
+    grid = _grid(file)
     rows,seeds = [o for o in stored_rows(paper, path) if o['table']==table],per_seed(grid)
     done,names = {o['key'] for o in rows},{k: name for k,(name,_) in grid.combinations().items()}
     whole = [k for keys in seeds.values() if done.issuperset(keys) for k in keys]

@@ -58,7 +58,7 @@ def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
     a.wait(), b.wait()
     work_through(path, tmp_path/'runs', show=False)      # what the other could not take over
     rows = stored_rows('p', path)
-    assert len({(o['key'], o['cell']) for o in rows})==len(rows) and len({o['key'] for o in rows})==6
+    assert len({(o['key'], o['cell']) for o in rows})==len(rows) and len({o['key'] for o in rows})==8
 
 def test_it_stops_when_the_time_is_over_and_goes_on(folder, tmp_path):
     path = folder('a', [.1,.2], steps=400)      # of .05 s each: a trial takes 20 s
@@ -84,6 +84,67 @@ def test_a_table_that_is_missing_says_so(folder, capsys):
     row = dict(paper='p', table='a', cell='x', seed=0, epochs=3, test_accuracy=.5, device='cpu')
     add_rows('p', [row | dict(key=k) for k in Grid(path/'p'/'a.toml').combinations()], path)
     assert with_rows('p', 'a', len, path)==4 and 'a: seed 0; 3 epochs; cpu' in capsys.readouterr().out
+
+def test_what_a_grid_asks_for_may_change_while_its_runs_stay(folder, tmp_path):
+    path = folder('a', [.1])
+    (path/'p'/'own.py').write_text('from sweep_recipes import steady as other')
+    work_through(path, tmp_path/'runs', show=False)
+    f = path/'p'/'a.toml'
+    f.write_text(f.read_text().replace('sweep_recipes:steady', 'own.py:other'))
+    with pytest.raises(MissingRows): read_rows('p', 'a', path)
+    work_through(path, tmp_path/'runs', show=False)
+    assert len(read_rows('p', 'a', path))==4 and len(stored_rows('p', path))==8
+
+def test_a_failure_is_told_once_and_stops_nothing_else(folder, tmp_path, capsys):
+    path = folder('a', [-1,.2])
+    work_through(path, tmp_path/'runs', show=False)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said)==2 and all('has failed: ValueError: lam is -1' in o for o in said) and 'seeds=0' in said[0] and 'seeds=1' in said[1]
+    assert {o['lam'] for o in stored_rows('p', path)}=={.2}
+
+def test_without_the_process_that_started_it_a_worker_ends(folder, tmp_path):
+    path = folder('a')
+    work_through(path, tmp_path/'runs', show=False, parent=os.getppid()+1)
+    assert not stored_rows('p', path) and not (tmp_path/'runs').exists()
+
+@pytest.mark.parametrize('line', [b'{"table": "a", "ke', b'<<<<<<< HEAD', b'[1]', b'{"cell": "x"}', b'\xff\xfe'])
+def test_a_line_that_is_no_row_is_named(line, folder):
+    path = folder('a')
+    rows_file('p', path).write_bytes(b'{"table": "a", "key": "1"}\n'+line)
+    for f in (lambda: stored_rows('p', path), lambda: read_rows('p', 'a', path), lambda: gather(path=path)):
+        with pytest.raises(ValueError, match='rows.jsonl has no row in line 2'): f()
+
+def test_a_line_ends_where_it_was_ended(folder):
+    rows = [dict(table='a', key=str(i), note=f'a{c}b') for i,c in enumerate('\u2028\x85\x0c\n')]
+    path = folder('a')
+    for o in rows: add_rows('p', [o], path)
+    assert stored_rows('p', path)==rows
+
+@pytest.mark.parametrize('seeds,of', [('', [0]), ('seeds = [[0,1]]', [None]), ('seeds = [3,4]', [3,4]), ('seeds = [[3],[4,5]]', [3,None])])
+def test_seeds_in_every_form(seeds, of, folder):
+    path = folder('a')
+    f = path/'p'/'a.toml'
+    f.write_text(f.read_text().replace('seeds = [0,1]', seeds))
+    grid = all_grids(path)['p','a']
+    assert [*per_seed(grid)]==of
+    add_rows('p', [dict(table='a', key=k) for k in grid.combinations()], path)
+    assert state_of(path).seeds.item()==', '.join('several' if o is None else str(o) for o in of)
+
+@pytest.mark.parametrize('wrong,says', [
+    (dict(minutes='60'), "minutes is '60'"), (dict(minutes=-1), 'minutes is -1'), (dict(jobs=0), 'jobs is 0'), (dict(jobs=1.5), 'jobs is 1.5'),
+    (dict(papers=['p','q']), "papers is 'q', expected 'p'")])
+def test_wrong_wishes_are_refused_before_anything_starts(wrong, says, folder, tmp_path):
+    with pytest.raises(ValueError, match=says): gather(path=folder('a'), out=tmp_path/'runs', **wrong)
+    assert not (tmp_path/'runs').exists()
+
+def test_what_is_wrong_with_a_grid_is_said_with_its_name(folder):
+    path = folder('a')
+    for text,says in [('recipe = "x', 'not TOML'), (GRID.format(priority=0, steps=1, lams=[1])+'[more]', 'has no .more')]:
+        (path/'p'/'b.toml').write_text(text)
+        for f in (lambda: gather(path=path), lambda: read_rows('p', 'b', path)):
+            with pytest.raises(ValueError, match=f'b.toml.*{says}'): f()
+    with pytest.raises(FileNotFoundError, match='c.toml. There are p/a, p/b'): read_rows('p', 'c', path)
+    with pytest.raises(FileNotFoundError, match='no grid'): gather(path=path/'p')
 
 @pytest.mark.parametrize('d,printed,holds,words', [
     ([.006,.004,.005], .7, True, '+0.50 ± 0.10 points over 3 seeds (5.0 spreads), printed +0.70: same direction.'),
