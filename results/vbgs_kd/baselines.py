@@ -3,7 +3,7 @@ validation accuracy. As many epochs as VBGS-KD's student and sparse stage togeth
 from functools import partial
 import numpy as np, torch
 from kdnb.all import *
-from kdnb.recipes.core import Run,check_epochs,check_settings,recipe
+from kdnb.recipes.core import Run,check_epochs,check_settings
 
 METHODS = 'plain','KD','KD + L1','KD + group L1'
 
@@ -61,7 +61,6 @@ def within_budget(model, dls, cut, budget, step):
         if accuracy_on(new := cut(deepcopy(model), level), dls.valid)>=floor: best = new
     return best
 
-@recipe('vbgs-kd-baselines')
 def baselines(dls, teacher='lenet5', student='lenet300', path='runs/vbgs_kd_baselines', epochs=(20,20,60), seeds=1, data='user data',
               force=False, show=True, **settings):
     "Each of `methods` on the data, teacher and epochs of `vbgs_kd`; returns the finished `Run`"
