@@ -292,6 +292,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdnb.deploy._cause': ('export.onnx.html#_cause', 'kdnb/deploy.py'),
                              'kdnb.deploy._chain': ('export.onnx.html#_chain', 'kdnb/deploy.py'),
                              'kdnb.deploy._channels_last': ('export.onnx.html#_channels_last', 'kdnb/deploy.py'),
+                             'kdnb.deploy._check_drop': ('export.onnx.html#_check_drop', 'kdnb/deploy.py'),
                              'kdnb.deploy._check_int8': ('export.onnx.html#_check_int8', 'kdnb/deploy.py'),
                              'kdnb.deploy._compare': ('export.onnx.html#_compare', 'kdnb/deploy.py'),
                              'kdnb.deploy._compiled': ('export.onnx.html#_compiled', 'kdnb/deploy.py'),

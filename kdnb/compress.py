@@ -7,7 +7,7 @@ __all__ = ['hows', 'read_limit', 'Budget', 'widths_of', 'in_order_of', 'rising_s
            'Compressed']
 
 # %% ../nbs/45_compress.ipynb #b68eca8a
-import math,re
+import math,re,warnings
 from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral,Real
@@ -37,10 +37,11 @@ def read_limit(what, # 'macs', 'params', 'bytes' or 'ms'
     unit,example = _units[what],dict(macs='20M', params='100k', bytes='1.5MB', ms='3ms')[what]
     expected = f'{what} is {given!r}, expected a fraction between 0 and 1, or a number with a unit such as {example!r}'
     if isinstance(given, str):
-        m = re.fullmatch(r'\s*(\d[\d,_]*\.?\d*|\.\d+)\s*([a-zA-Zµ%]*)\s*', given)
-        if m and m[2]=='%': v = float(m[1])/100*dense
-        elif not m or m[2] not in unit: raise ValueError(f'{expected}. Units of {what} are {", ".join(filter(None, unit))} and %.')
-        else: v = float(re.sub('[,_]', '', m[1]))*unit[m[2]]
+        m = re.fullmatch(r'\s*(\d+\.?\d*|\d{1,3}(?:[,_]\d{3})+(?:\.\d*)?|\.\d+)\s*([a-zA-Zµ%]*)\s*', given)
+        if not m or m[2] not in (*unit,'%'): raise ValueError(f'{expected}. Units of {what} are {", ".join(filter(None, unit))} and %.')
+        v = float(re.sub('[,_]', '', m[1]))
+        if not m[2] and 0<v<1: raise ValueError(f'{expected}. A fraction is no text: {what}={v:g}.')
+        v *= dense/100 if m[2]=='%' else unit[m[2]]
     elif isinstance(given, bool) or not isinstance(given, Real) or not (0<given<1 or given>=2 and given%1==0):
         raise ValueError(f'{expected}.')
     else: v = given*dense if given<1 else given
@@ -218,10 +219,10 @@ def _successor(learn, model):
     return new
 
 # %% ../nbs/45_compress.ipynb #84f0c059
-def _check(how, n_epoch, steps, round_to, criterion):
+def _check(how, n_epoch, steps, round_to, criterion, tries):
     check_choice('how', how, hows)
     check_criterion(criterion, 'channel')
-    for k,v,least in (('n_epoch',n_epoch,0), ('steps',steps,1), ('round_to',1 if round_to is None else round_to,1)):
+    for k,v,least in (('n_epoch',n_epoch,0), ('steps',steps,1), ('round_to',1 if round_to is None else round_to,1), ('tries',tries,1)):
         if isinstance(v, bool) or not isinstance(v, Integral) or v<least: raise ValueError(f'{k} is {v!r}, expected a whole number, {least} or more.')
 
 # %% ../nbs/45_compress.ipynb #447dcc4c
@@ -291,7 +292,7 @@ def compress_to(self:Learner,
     show=None, # Progress bar of `sensitivity`; if None as the learner
     **kwargs): # Passed on to `distill`, such as `cache=True` for the teacher's answers
     "Remove channels until the limits hold, and distil from the dense network; returns a `Compressed`. The learner stays as it is"
-    _check(how, n_epoch, steps, round_to, criterion)
+    _check(how, n_epoch, steps, round_to, criterion, tries)
     check_data(self)
     limits = {k: v for k,v in dict(macs=macs, params=params, bytes=bytes, ms=ms).items() if v is not None}
     args = dict(how=how, n_epoch=n_epoch, steps=steps, round_to=round_to, lr=lr, terms=terms, task=task, criterion=criterion, ignore=ignore, n=n,
@@ -310,7 +311,8 @@ def said(self:Compressed):
     cost = ', '.join(f'{_number(t[k].iloc[-1])} of {_number(t[k].iloc[0])} {v} ({100*t[k].iloc[-1]/t[k].iloc[0]:.1f} %)' for k,v in kinds.items()
                      if k in self.limits or k in ('macs','params') and 'ms' not in self.limits)
     a,b = t[metric].iloc[0],t[metric].iloc[-1]
-    after = f' after {self.n_epoch} epochs of distillation ({_shown(metric, t[metric]["cut"])} before them)' if self.n_epoch else ''
+    epochs = f'{self.n_epoch} epoch{"s" if self.n_epoch>1 else ""}'
+    after = f' after {epochs} of distillation ({_shown(metric, t[metric]["cut"])} before them)' if self.n_epoch else ''
     return f'{cost}; {metric} on the validation set {_shown(metric, a)} → {_shown(metric, b)}{_change(metric, a, b)}{after}.'
 
 def _shown(metric, v): return f'{v:.4g}' if metric=='valid_loss' or not 0<=v<=1 else f'{100*v:.2f} %'
@@ -354,17 +356,21 @@ def _smallest(learn, limits, max_drop, tries, args):
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0<=max_drop<100:
         raise ValueError(f'max_drop is {max_drop!r}, expected points of accuracy, such as .5.')
     if not learn.metrics: raise ValueError('max_drop needs a metric: Learner(..., metrics=accuracy).')
+    if 0<max_drop<.1:
+        warnings.warn(f'max_drop={max_drop:g} allows {max_drop:g} points, from 90 % to {90-max_drop:g} %. If a fraction is meant, '
+                      f'write max_drop={100*max_drop:g}.', stacklevel=3)
     low,high,best,rows = 0.,1.,None,[]
     for _ in range(tries):
         mid = (low+high)/2
         try: now = _compressed(learn, dict(macs=mid), **args)
         except ValueError as e:
             if 'cannot be reached' not in str(e): raise
-            low = mid; continue
+            low,refused = mid,e; continue
         value,= _metric(now.table)
         drop = _lost(value, now.table[value].iloc[0], now.table[value].iloc[-1])
         rows.append(dict(macs=now.table.macs.iloc[-1], fraction=mid, drop=drop, kept=drop<=max_drop+1e-9))
         low,high,best = (low,mid,now) if rows[-1]['kept'] else (mid,high,best)
+    if not rows: raise refused
     if best is None:
         raise ValueError(f'no network that was tried loses at most {max_drop} points; the largest had {_number(rows[-1]["macs"])} MACs and lost '
                          f'{rows[-1]["drop"]:.2f}. Allow more, or train longer: n_epoch={2*args["n_epoch"] or 5}.')

@@ -10,6 +10,7 @@ import ast,io,json,logging,math,os,re,tempfile,warnings
 from contextlib import contextmanager,redirect_stderr,redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache,partial
+from numbers import Real
 from pathlib import Path
 import pandas as pd, torch
 from torch import nn
@@ -336,7 +337,7 @@ def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     data, # `DataLoaders` or a batch of inputs to check on; those of the `Learner` if None
     path, # File to write (`.onnx`); a script that runs it (`.py`) comes beside it
     int8=False, # Eight bits for weights and for what layers say; needs `DataLoaders`
-    max_drop=.01, # Validation accuracy that int8 may cost, a fraction
+    max_drop=.01, # Validation accuracy that int8 may cost, a fraction: .01 is one percent of the samples, 1 all of them
     tol=1e-5, # Difference allowed between onnxruntime and torch, relative to the largest output
     opset=18, # Version of ONNX's operations
     **kwargs): # Passed to `torch.onnx.export`
@@ -344,7 +345,8 @@ def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     onnx,(path,script) = _onnx()[0],_target(path)
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,still = _data(data),_still(model)
-    if int8: _check_int8(data, max_drop)
+    _check_drop(max_drop)
+    if int8: _check_int8(data)
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)
     asked = _plain_floats(copy_network(unwrap(model)))
     batches = [*_batches(data, asked)]
@@ -395,9 +397,13 @@ class _Logits(nn.Module):
     def forward(self, *xb): return output_tensors(self.net(*xb))[self.i]
 
 # %% ../nbs/41_export.onnx.ipynb #47e7904c
-def _check_int8(data, max_drop):
+def _check_drop(max_drop):
+    "Raise if `max_drop` is no fraction"
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0<=max_drop<=1:
+        raise ValueError(f'max_drop is {max_drop!r}, expected a fraction of the validation set, such as .01.')
+
+def _check_int8(data):
     "Raise if int8 cannot be asked for"
-    if not 0<=max_drop<=1: raise ValueError(f'max_drop is {max_drop}, expected a fraction of the validation set, such as .01.')
     if not isinstance(data, DataLoaders) or _valid(data) is None:
         raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. '
                          'Pass DataLoaders that have both.')

@@ -241,3 +241,18 @@ def test_learners_that_cannot(monkeypatch):
     with pytest.raises(ValueError, match='needs a metric'): learn.compress_to(max_drop=1)
     made = learner('lenet5', opt_func=OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=.1)))
     with pytest.raises(ValueError, match='built by hand'): made.compress_to(macs=.5, how='uniform', n_epoch=0)
+
+@pytest.mark.parametrize('given,said', [('1,5k', "'1,5k', expected"), ('20,5%', "'20,5%', expected"), ('1_000,00', 'expected a fraction'), ('0.5', 'A fraction is no text: macs=0.5')])
+def test_numbers_that_read_in_two_ways(given, said):
+    with pytest.raises(ValueError, match=said): read_limit('macs', given, 1e6)
+
+def test_thousands_may_be_parted():
+    assert [read_limit('macs', o, 1e7) for o in ('1,234,567', '1_234_567', '1,234.5k', '.5M', '12.5 %')]==[1234567, 1234567, 1234500, 5e5, 1.25e6]
+
+def test_a_fraction_in_the_place_of_points_is_noticed(monkeypatch):
+    monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 0))
+    with pytest.warns(UserWarning, match='allows 0.002 points.*write max_drop=0.2'): learner('lenet5').compress_to(max_drop=.002, tries=1)
+    with pytest.raises(ValueError, match='tries is 0'): learner('lenet5').compress_to(max_drop=1, tries=0)
+
+def test_a_drop_where_no_budget_can_be_reached():
+    with pytest.raises(ValueError, match='cannot be reached'): compress(learner('lenet5'), max_drop=1, tries=1, round_to=64, how='uniform')

@@ -146,7 +146,8 @@ def test_bad_input(learn, path, monkeypatch):
     refused('ends in .onnx', net, dls, path.with_suffix('.pt'))
     refused('still has Group', to_variational(lenet300(in_shape=SHAPE)), dls, path)
     refused('a TorchScript module', torch.jit.trace(lenet300(in_shape=SHAPE), torch.randn(1,*SHAPE)), dls, path)
-    for d in (-.1, 5): refused('expected a fraction', net, dls, path, int8=True, max_drop=d)
+    for d in (-.1, 5, True, '1%'):
+        for int8 in (True, False): refused('expected a fraction', net, dls, path, int8=int8, max_drop=d)
     refused('Pass DataLoaders that have both', net, inputs(dls), path, int8=True)
     path.with_suffix('.py').write_text('print("mine")')
     refused('was not written by to_onnx', net, dls, path)
