@@ -46,7 +46,8 @@ def run(fn, flags, only=None):
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
-    return [t for i in todo for o in nb.cells[i].outputs if (t := o.get('text', '')).startswith('not run yet') and 'GPU' not in t]
+    said = [o for i in todo for t in nb.cells[i].outputs for o in t.get('text', '').splitlines()]
+    return [o for o in said if o.startswith('not run yet') and 'GPU' not in o]
 
 def readme():
     "`INDEX` as markdown that reads well on a git host: no hidden cells or directives, links from the root"
@@ -76,4 +77,4 @@ if __name__ == '__main__':
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
     lack = [t for fn in fns for t in run(fn, a.flags.split(), a.only)]
     if a.readme or INDEX in fns and not a.only: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
-    if a.only == 'rows' and lack: raise SystemExit('Tables without rows:\n' + ''.join(dict.fromkeys(lack)))
+    if a.only == 'rows' and lack: raise SystemExit('\n'.join(['Tables without rows:', *dict.fromkeys(lack)]))
