@@ -1062,6 +1062,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'kdnb/prune/sensitivity.py'),
                                         'kdnb.prune.sensitivity._groups_gone': ( 'prune.sensitivity.html#_groups_gone',
                                                                                  'kdnb/prune/sensitivity.py'),
+                                        'kdnb.prune.sensitivity._in_fit': ('prune.sensitivity.html#_in_fit', 'kdnb/prune/sensitivity.py'),
                                         'kdnb.prune.sensitivity._measured': ( 'prune.sensitivity.html#_measured',
                                                                               'kdnb/prune/sensitivity.py'),
                                         'kdnb.prune.sensitivity._store': ('prune.sensitivity.html#_store', 'kdnb/prune/sensitivity.py'),

@@ -292,7 +292,7 @@ def _target(path):
     if path.is_dir(): raise ValueError(f'{path} is a folder. Name a file in it: {path/"model.onnx"}.')
     if path.suffix!='.onnx': raise ValueError(f'path is {path}, expected a name that ends in .onnx.')
     script = path.with_suffix('.py')
-    if script.exists() and not script.read_text(encoding='utf-8', errors='replace').startswith(_made):
+    if script.is_dir() or script.exists() and not script.read_text(encoding='utf-8', errors='replace').startswith(_made):
         raise ValueError(f'{script} is there already, and was not written by to_onnx. Choose another name than {path.name}.')
     return path,script
 

@@ -256,3 +256,15 @@ def test_a_fraction_in_the_place_of_points_is_noticed(monkeypatch):
 
 def test_a_drop_where_no_budget_can_be_reached():
     with pytest.raises(ValueError, match='cannot be reached'): compress(learner('lenet5'), max_drop=1, tries=1, round_to=64, how='uniform')
+
+
+@pytest.mark.parametrize('ask', [lambda learn: learn.compress_to(macs=.5, n_epoch=0), sensitivity], ids=['compress_to','sensitivity'])
+def test_in_the_middle_of_a_fit_it_is_refused_and_the_fit_goes_on(ask):
+    said = []
+    class Ask(Callback):
+        def after_batch(self):
+            if self.training and self.iter==1:
+                with pytest.raises(RuntimeError, match='in the middle of a fit') as e: ask(self.learn)
+                said.append(str(e.value))
+    learn = learner(n_epoch=1, cbs=Ask())
+    assert len(said)==1 and learn.recorder.losses[-1].isfinite()

@@ -6,6 +6,7 @@
 __all__ = ['least', 'without', 'validate_as', 'check_data', 'sensitivity', 'plot_sensitivity']
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #8d055861
+import inspect,sys
 from collections import OrderedDict
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
@@ -98,9 +99,18 @@ def _store(key, folder, df, most=32):
     if folder: save_state(Path(folder)/f'{key}.safetensors', df.to_dict('list'))
     return df.copy()
 
+# %% ../../nbs/34_prune.sensitivity.ipynb #4038fa11
+def _in_fit(learn):
+    "Is this called from a fit of `learn`, by one of its callbacks?"
+    code,frame = inspect.unwrap(Learner.fit).__code__,sys._getframe()
+    while frame and not (frame.f_code is code and frame.f_locals.get('self') is learn): frame = frame.f_back
+    return frame is not None
+
+
 # %% ../../nbs/34_prune.sensitivity.ipynb #3e9c1d1d
 def check_data(learn): # `Learner`
-    "Raise if the learner holds no training or no validation data"
+    "Raise if the learner holds no training or no validation data, or is in the middle of a fit, which validating would end"
+    if _in_fit(learn): raise RuntimeError('the learner is in the middle of a fit, and measuring would end it. Call this after the fit.')
     for i,what in enumerate(('training','validation')):
         try: n = len(learn.dls.loaders[i])
         except (AttributeError,IndexError,TypeError): n = 0
