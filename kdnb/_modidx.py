@@ -734,6 +734,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.evidence._grid': ('evidence.html#_grid', 'kdnb/evidence.py'),
                                'kdnb.evidence._main': ('evidence.html#_main', 'kdnb/evidence.py'),
                                'kdnb.evidence._row': ('evidence.html#_row', 'kdnb/evidence.py'),
+                               'kdnb.evidence._worker': ('evidence.html#_worker', 'kdnb/evidence.py'),
                                'kdnb.evidence.add_rows': ('evidence.html#add_rows', 'kdnb/evidence.py'),
                                'kdnb.evidence.all_grids': ('evidence.html#all_grids', 'kdnb/evidence.py'),
                                'kdnb.evidence.gather': ('evidence.html#gather', 'kdnb/evidence.py'),

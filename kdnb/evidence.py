@@ -98,6 +98,13 @@ def rounds(grids): # `{(paper, table): Grid}`
     n = max(map(len, counts.values()), default=0)
     return [(*k, g, counts[k][i]) for i in range(n) for k,g in grids.items() if i<len(counts[k])]
 
+# %% ../nbs/62_evidence.ipynb #3fc321ea
+def _worker(paper, table, grid, out, **kwargs):
+    here = Path(out)/paper/table
+    grid.name = f'{grid.recipe} on {grid.data}'    # both may be changed in the file, and the journal stays
+    return _Worker(grid, here/'journal.log', here, show=False, **kwargs)
+
+
 # %% ../nbs/62_evidence.ipynb #d26dc47d
 def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of results and of runs; when to stop; which papers, all if none
     parent=None): # Process without which it ends
@@ -110,9 +117,7 @@ def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of r
         if time.time()>=until or parent and os.getppid()!=parent: return
         done = {o['key'] for o in stored_rows(paper, path) if o['table']==table}
         if done.issuperset(list(grid.combinations())[:first]): continue
-        here = Path(out)/paper/table
-        grid.name = f'{grid.recipe} on {grid.data}'    # both may be changed in the file, and the journal stays
-        worker = _Worker(grid, here/'journal.log', here, show=False, parent=parent, first=first, until=until, done=done)
+        worker = _worker(paper, table, grid, out, parent=parent, first=first, until=until, done=done)
         def write():
             new = [o for k,t in worker.current().items() if t.value is not None for o in trial_rows(paper, table, grid, k, t)]
             for o in {o['trial']: o for o in add_rows(paper, new, path)}.values():
@@ -143,9 +148,12 @@ def gather(minutes=None, # Stop after so long; all there is if None
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f'jobs is {jobs!r}, expected a whole number from 1 on.')
     path,out = results_folder(path).resolve(),Path(out).resolve()
     until = math.inf if minutes is None else time.time()+60*minutes
-    there = list(dict.fromkeys(k for k,_ in all_grids(path)))
+    grids = all_grids(path)
+    there = list(dict.fromkeys(k for k,_ in grids))
     if not there: raise FileNotFoundError(f'there is no grid <paper>/<table>.toml in {path}.')
     for o in papers: check_choice('papers', o, there)
+    for (paper,table),g in grids.items():    # what has failed is tried again
+        if (out/paper/table/'journal.log').exists(): _worker(paper, table, g, out).add(retry_failed=True)
     before = {k: len(stored_rows(k, path)) for k in there}
     job = json.dumps([str(path), str(out), None if minutes is None else until, list(papers), os.getpid()])
     keep_alive(lambda i: worker_process('kdnb.evidence', job, i), jobs, until=until)

@@ -5,6 +5,7 @@ import nbformat, numpy as np, pandas as pd, pytest
 from nbclient import NotebookClient
 from kdnb.evidence import (MissingRows,Verdict,add_rows,all_grids,gather,per_seed,printed,read_rows,results_folder,rounds,rows_file,spread,
                            state_of,stored_rows,verdict,with_rows,work_through)
+from kdnb import evidence
 from kdnb.sweep import Grid
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,6 +68,18 @@ def test_it_stops_when_the_time_is_over_and_goes_on(folder, tmp_path):
     assert time.time()-start<8 and not stored_rows('p', path)
     trials = list((tmp_path/'runs'/'p'/'a').glob('*'))
     assert trials      # something was begun
+
+def test_what_has_failed_is_tried_again_by_the_next_call(folder, tmp_path, monkeypatch, capsys):
+    path = folder('a', [-.1])
+    work_through(path, tmp_path/'runs')
+    assert 'has failed: ValueError: lam is -0.1' in capsys.readouterr().out
+    def begun(): return (tmp_path/'runs'/'p'/'a'/'log.txt').read_text().count('begin')
+    assert begun()==2
+    work_through(path, tmp_path/'runs', show=False)
+    assert begun()==2      # not by the same call
+    monkeypatch.setattr(evidence, 'keep_alive', lambda *args, **kwargs: work_through(path, tmp_path/'runs', show=False))
+    gather(path=path, out=tmp_path/'runs')
+    assert begun()==4
 
 def test_a_table_without_a_complete_seed_is_refused(folder):
     path = folder('a')
