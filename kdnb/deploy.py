@@ -332,6 +332,18 @@ class Exported:
         if int8: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
         return '\n'.join([*lines, f'{self.script.name} runs it with numpy and onnxruntime alone'])
 
+# %% ../nbs/41_export.onnx.ipynb #47e7904c
+def _check_drop(max_drop):
+    "Raise if `max_drop` is no fraction"
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0<=max_drop<=1:
+        raise ValueError(f'max_drop is {max_drop!r}, expected a fraction of the validation set, such as .01.')
+
+def _check_int8(data):
+    "Raise if int8 cannot be asked for"
+    if not isinstance(data, DataLoaders) or _valid(data) is None:
+        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. '
+                         'Pass DataLoaders that have both.')
+
 # %% ../nbs/41_export.onnx.ipynb #8bc00e51
 def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     data, # `DataLoaders` or a batch of inputs to check on; those of the `Learner` if None
@@ -395,18 +407,6 @@ class _Logits(nn.Module):
     "The `i`-th of the tensors that `net` returns"
     def __init__(self, net, i): super().__init__(); self.net,self.i = net,i
     def forward(self, *xb): return output_tensors(self.net(*xb))[self.i]
-
-# %% ../nbs/41_export.onnx.ipynb #47e7904c
-def _check_drop(max_drop):
-    "Raise if `max_drop` is no fraction"
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0<=max_drop<=1:
-        raise ValueError(f'max_drop is {max_drop!r}, expected a fraction of the validation set, such as .01.')
-
-def _check_int8(data):
-    "Raise if int8 cannot be asked for"
-    if not isinstance(data, DataLoaders) or _valid(data) is None:
-        raise ValueError('int8 looks at training samples, and its accuracy is measured on the validation set. '
-                         'Pass DataLoaders that have both.')
 
 # %% ../nbs/41_export.onnx.ipynb #b1be7046
 def _in_int8(graph, data, logits, max_drop, res):
