@@ -167,6 +167,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdnb.compress.Budget.__init__': ('compress.html#budget.__init__', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.at': ('compress.html#budget.at', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.cost': ('compress.html#budget.cost', 'kdnb/compress.py'),
+                               'kdnb.compress.Budget.counts': ('compress.html#budget.counts', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.exceeded': ('compress.html#budget.exceeded', 'kdnb/compress.py'),
                                'kdnb.compress.Budget.time': ('compress.html#budget.time', 'kdnb/compress.py'),
                                'kdnb.compress.Compressed': ('compress.html#compressed', 'kdnb/compress.py'),

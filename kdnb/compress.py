@@ -62,8 +62,10 @@ class Budget:
 
     def cost(self, model):
         "`{'macs': …, 'params': …, 'bytes': …}` of `model`, and 'ms' if that is limited"
-        res = dict(macs=macs(model, self.xb)[''], params=n_params(model), bytes=n_bytes(model))
-        return res | (dict(ms=self.time(model)) if 'ms' in self.given else {})
+        return self.counts(model) | (dict(ms=self.time(model)) if 'ms' in self.given else {})
+    def counts(self, model):
+        "What of the cost is counted, not timed"
+        return dict(macs=macs(model, self.xb)[''], params=n_params(model), bytes=n_bytes(model))
     def time(self, model):
         "Milliseconds; for a fraction those of the dense network as it was first measured, times the ratio of now"
         if model is self.model: return float(latency([model], self.xb)[0])
@@ -129,7 +131,7 @@ def _savings(model, groups, worth, widths, budget):
     for g in groups:
         n = g.n-widths[g.name][1] if len(widths[g.name])>1 else 0
         small = without(model, [(g, least(worth[g.name], n, g.blocks))]) if n else model
-        cost = dict(macs=macs(small, budget.xb)[''], params=n_params(small), bytes=n_bytes(small))
+        cost = budget.counts(small)
         res[g.name] = max(1-cost[k]/budget.dense[k] for k in names)/max(n, 1)
     return res
 

@@ -69,11 +69,12 @@ def _row(file, i, line):
     if isinstance(row, dict) and {'table','key'}<=row.keys(): return row
     raise ValueError(f'{file} has no row in line {i}: {line[:60].decode(errors="replace")!r}. Take the line out, or take the file from git.')
 
-def stored_rows(paper, path=None):
-    "All rows of a paper as dicts, in the order in which they came"
+def stored_rows(paper, path=None, table=None):
+    "Rows of a paper, or of one of its tables, as dicts, in the order in which they came"
     f = rows_file(paper, path)
     if not f.exists(): return []
-    return [_row(f, i, o) for i,o in enumerate(f.read_bytes().split(b'\n'), 1) if o.strip()]
+    rows = [_row(f, i, o) for i,o in enumerate(f.read_bytes().split(b'\n'), 1) if o.strip()]
+    return [o for o in rows if table in (None, o['table'])]
 
 # %% ../nbs/62_evidence.ipynb #4e237689
 def add_rows(paper, rows, path=None): # New rows; those of trials that have some are left out
@@ -104,7 +105,6 @@ def _worker(paper, table, grid, out, **kwargs):
     grid.name = f'{grid.recipe} on {grid.data}'    # both may be changed in the file, and the journal stays
     return _Worker(grid, here/'journal.log', here, show=False, **kwargs)
 
-
 # %% ../nbs/62_evidence.ipynb #d26dc47d
 def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of results and of runs; when to stop; which papers, all if none
     parent=None): # Process without which it ends
@@ -115,7 +115,7 @@ def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of r
     said = set()
     for paper,table,grid,first in rounds(grids):
         if time.time()>=until or parent and os.getppid()!=parent: return
-        done = {o['key'] for o in stored_rows(paper, path) if o['table']==table}
+        done = {o['key'] for o in stored_rows(paper, path, table)}
         if done.issuperset(list(grid.combinations())[:first]): continue
         worker = _worker(paper, table, grid, out, parent=parent, first=first, until=until, done=done)
         def write():
@@ -166,7 +166,7 @@ def state_of(path=None):
     "What there is of each grid: trials that have rows, of how many, and the seeds that are complete"
     res = []
     for (paper,table),g in all_grids(path).items():
-        done,seeds = {o['key'] for o in stored_rows(paper, path) if o['table']==table},per_seed(g)
+        done,seeds = {o['key'] for o in stored_rows(paper, path, table)},per_seed(g)
         whole = [s for s,keys in seeds.items() if done.issuperset(keys)]
         res.append(dict(paper=paper, table=table, device=g.device or 'any', trials=sum(k in done for k in g.combinations()),
                         of=len(g.combinations()), seeds=', '.join('several' if s is None else str(s) for s in whole)))
@@ -174,7 +174,6 @@ def state_of(path=None):
 
 # %% ../nbs/62_evidence.ipynb #ac37cdc9
 class MissingRows(ValueError): "Rows that a table needs have not been made yet"
-
 
 # %% ../nbs/62_evidence.ipynb #09515247
 def read_rows(paper, # Folder in results
@@ -185,7 +184,7 @@ def read_rows(paper, # Folder in results
     if not file.exists():
         raise FileNotFoundError(f'there is no grid {file}. There are {", ".join(f"{o.parent.name}/{o.stem}" for o in sorted(file.parents[1].glob("*/*.toml")))}.')
     grid = _grid(file)
-    rows,seeds = [o for o in stored_rows(paper, path) if o['table']==table],per_seed(grid)
+    rows,seeds = stored_rows(paper, path, table),per_seed(grid)
     done,names = {o['key'] for o in rows},{k: name for k,(name,_) in grid.combinations().items()}
     whole = [k for keys in seeds.values() if done.issuperset(keys) for k in keys]
     if not whole:
@@ -233,7 +232,6 @@ def with_rows(paper, # Folder in results
     except MissingRows as e: return print(f'not run yet: {e}')
     print(f'{table}: {seeds_of(rows)}')
     return f(rows)
-
 
 # %% ../nbs/62_evidence.ipynb #b1f1839b
 class Verdict:
