@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'kdnb'},
   'syms': { 'kdnb.channels': { 'kdnb.channels.ChannelGroup': ('channels.html#channelgroup', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroup.__repr__': ('channels.html#channelgroup.__repr__', 'kdnb/channels.py'),
+                               'kdnb.channels.ChannelGroup.n_blocks': ('channels.html#channelgroup.n_blocks', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroup.parts': ('channels.html#channelgroup.parts', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroup.traces': ('channels.html#channelgroup.traces', 'kdnb/channels.py'),
                                'kdnb.channels.ChannelGroups': ('channels.html#channelgroups', 'kdnb/channels.py'),

@@ -185,6 +185,8 @@ class ChannelGroup:
 
     @property
     def parts(self): return self.makers+self.norms+self.readers
+    @property
+    def n_blocks(self): return 1 if self.blocks is None else len(self.blocks.unique())
     def __repr__(self):
         kinds = dict(makers=self.makers, norms=self.norms, readers=self.readers, tensors=self.tensors)
         said = [f'{k} {", ".join(p.path for p in ps)}' for k,ps in kinds.items() if ps]

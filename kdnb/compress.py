@@ -85,7 +85,7 @@ class Budget:
 def widths_of(g, # `ChannelGroup`
     round_to=None): # Widths are multiples of it, or that of now
     "Numbers of channels that `g` may have, from all of them down"
-    step = math.lcm(round_to or 1, 1 if g.blocks is None else len(g.blocks.unique()))
+    step = math.lcm(round_to or 1, g.n_blocks)
     return [g.n, *range((g.n-1)//step*step, 0, -step)]
 
 # %% ../nbs/45_compress.ipynb #55142f2e

@@ -68,9 +68,8 @@ def validate_as(learn, # `Learner`
 def _groups_gone(s, worth, levels):
     "`(group, level, channels that go, all of them, network without them)`"
     for g in s.groups:
-        blocks = 1 if g.blocks is None else len(g.blocks.unique())
         for level in (0., *levels):
-            n = min(n_of(level, g.n//blocks), g.n//blocks-1)*blocks
+            n = min(n_of(level, g.n//g.n_blocks), g.n//g.n_blocks-1)*g.n_blocks
             yield g.name,level,n,g.n,lambda g=g,n=n: without(s.model, [(g, least(worth[g.name], n, g.blocks))])
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #2b2dfa3c
@@ -105,7 +104,6 @@ def _in_fit(learn):
     code,frame = inspect.unwrap(Learner.fit).__code__,sys._getframe()
     while frame and not (frame.f_code is code and frame.f_locals.get('self') is learn): frame = frame.f_back
     return frame is not None
-
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #3e9c1d1d
 def check_data(learn): # `Learner`

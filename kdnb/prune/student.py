@@ -78,8 +78,7 @@ def _narrower(equations, r, free, most):
 # %% ../../nbs/33_prune.student.ipynb #c41d7a52
 def _whole(g, width):
     "The largest number of channels that group `g` can have up to `width`"
-    blocks = 1 if g.blocks is None else len(g.blocks.unique())
-    return max(1, math.floor(width/blocks*(1+1e-9)))*blocks
+    return max(1, math.floor(width/g.n_blocks*(1+1e-9)))*g.n_blocks
 
 # %% ../../nbs/33_prune.student.ipynb #0a3e1569
 def _widths(model, groups, rounding):
@@ -98,7 +97,7 @@ def _widths(model, groups, rounding):
 def _behind(g, n):
     "Which units of group `g` stand behind the first `n`, or behind the first of each block"
     blocks = torch.zeros(g.n, dtype=torch.long, device='cpu') if g.blocks is None else g.blocks
-    per,behind = n//len(blocks.unique()),torch.zeros(g.n, dtype=torch.bool, device='cpu')
+    per,behind = n//g.n_blocks,torch.zeros(g.n, dtype=torch.bool, device='cpu')
     rank = torch.cat([torch.arange(int((blocks==b).sum()), device='cpu') for b in blocks.unique()])
     behind[blocks.argsort(stable=True)] = rank>=per
     return behind
