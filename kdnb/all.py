@@ -28,7 +28,6 @@ from kdnb.prune.callback import *
 from kdnb.prune.student import *
 from kdnb.prune.sensitivity import *
 from kdnb.export import *
-from kdnb.deploy import *
 from kdnb.compress import *
 from kdnb.recipes.core import *
 from kdnb.recipes.vbgs_kd import *

@@ -230,7 +230,7 @@ def _file(args): return args.model/'model.safetensors' if args.model.is_dir() el
 # %% ../nbs/70_cli.ipynb #c2b1bbcb
 def _look(args):
     "Size of the images that the network of `--model` takes, and how they are normalised"
-    from kdnb.export import read_header
+    from kdnb.export.files import read_header
     header = read_header(_file(args))[0]
     return args.size or tuple(header.get('input', ())[1:]) or None,header.get('stats') or None
 
@@ -253,7 +253,7 @@ def _trained(args, dls):
     if args.teacher: raise ValueError('model is the network to begin with, and so is teacher. Give one of them.')
     from fastai.learner import Learner
     from fastai.metrics import accuracy
-    from kdnb.export import load_model,read_header
+    from kdnb.export.files import load_model,read_header
     classes,shown = read_header(_file(args))[0].get('classes'),[str(o) for o in dls.vocab]
     if classes and classes!=shown: raise ValueError(f'the network of {args.model} tells {", ".join(classes)} apart, the images show {", ".join(shown)}.')
     return Learner(dls, load_model(_file(args)), metrics=accuracy)
@@ -371,8 +371,8 @@ def export_run(
 ) -> int:
     "Write the small network of a run as an ONNX file; returns the exit status"
     from kdnb.data import image_dls,image_sets
-    from kdnb.deploy import to_onnx
-    from kdnb.export import load_model,read_header
+    from kdnb.export.onnx import to_onnx
+    from kdnb.export.files import load_model,read_header
     from kdnb.recipes.core import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):

@@ -22,7 +22,7 @@ from PIL import Image
 from fastcore.basics import chunked,patch
 from . import __version__
 from .files import atomic_write
-from .export import load_lines
+from .export.files import load_lines
 from .measure import plot_breakpoint
 from .recipes.core import Record
 

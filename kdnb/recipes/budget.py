@@ -9,7 +9,9 @@ __all__ = ['budget_ways', 'budget_defaults', 'budget', 'budget_table']
 import pandas as pd
 from fastcore.foundation import L
 from fastai.learner import Learner
-from ..compress import Budget,cut_to,hows
+from ..compress.budget import Budget
+from ..compress.cut import cut_to
+from ..compress.order import hows
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..core import inputs
 from ..core import check_choice

@@ -40,7 +40,7 @@ from ..data import SampleIndex,TensorDL
 from ..distill.callback import HEADS
 from ..distill.methods import named_term,Term,Terms
 from ..distill.task import check_classes
-from ..export import _index_owner,load_model,_put,_resize,save_model
+from ..export.files import _index_owner,load_model,_put,_resize,save_model
 from ..files import atomic_write,load_state,save_state
 from ..masks import fold,mask_model,Masked,masks,unmask
 from ..measure import accuracy_on,cost,latency,macs,n_bytes,n_params,n_weights

@@ -3,7 +3,8 @@ nothing. All are distilled from the dense network for the same epochs, at severa
 from functools import partial
 import torch_pruning as tp
 from kdnb.all import *
-from kdnb.compress import Budget,cut_to
+from kdnb.compress.budget import Budget
+from kdnb.compress.cut import cut_to
 from kdnb.recipes.core import Run,check_epochs,check_settings
 
 OURS,NOTHING,LONGER = 'kdnb','from nothing','from nothing, longer'
