@@ -5,6 +5,7 @@ from importlib.machinery import ModuleSpec
 
 MOVED = {'terms': 'training.terms training.callbacks training.schedules core', 'checkpoint': 'training.checkpoint training.fingerprint files',
          'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
+         'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry recipes.record training.schedules files',
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 class MovedFinder(MetaPathFinder, Loader):
@@ -24,4 +25,4 @@ class MovedFinder(MetaPathFinder, Loader):
             raise AttributeError(f'module {module.__name__} has no attribute {name}')
         module.__getattr__ = find
 
-sys.meta_path.append(MovedFinder())
+sys.meta_path.insert(0, MovedFinder())

@@ -24,7 +24,7 @@ from . import __version__
 from .files import atomic_write
 from .export.files import load_lines
 from .measure import plot_breakpoint
-from .recipes.core import Record
+from .recipes.record import Record
 
 # %% ../nbs/60_report.ipynb #4ba5ea5f
 _units = ('', ' k', ' M', ' G', ' T')

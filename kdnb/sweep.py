@@ -15,7 +15,10 @@ from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
 from .data import image_dls
 from .files import atomic_write
 from .core import check_choice
-from .recipes.core import ask_recipe,bring,find_recipe,machine,release,settable,testing_every_epoch,versions
+from .recipes.registry import ask_recipe,bring,find_recipe,settable
+from .recipes.record import machine,versions
+from .files import release
+from .recipes.training import testing_every_epoch
 from .report import Page,_axes,_in_style,_render,html_table,human,label_points,percent,picture
 
 # %% ../nbs/61_sweep.ipynb #84fd642e

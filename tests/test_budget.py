@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from common import X, Y, data
 from kdnb.all import *
-from kdnb.recipes.core import bring
+from kdnb.recipes.registry import bring
 
 def few(): return data(test=(X[:50], Y[:50]))
 

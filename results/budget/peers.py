@@ -5,7 +5,8 @@ import torch_pruning as tp
 from kdnb.all import *
 from kdnb.compress.budget import Budget
 from kdnb.compress.cut import cut_to
-from kdnb.recipes.core import Run,check_epochs,check_settings
+from kdnb.recipes.run import Run
+from kdnb.recipes.settings import check_epochs,check_settings
 
 OURS,NOTHING,LONGER = 'kdnb','from nothing','from nothing, longer'
 PRUNERS = {
