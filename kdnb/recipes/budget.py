@@ -11,7 +11,6 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from ..compress.budget import Budget
 from ..compress.cut import cut_to
-from ..compress.order import hows
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..core import inputs
 from ..core import check_choice
@@ -22,7 +21,7 @@ from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/56_recipes.budget.ipynb #2af083b2
-budget_ways = *hows,'scratch'
+budget_ways = 'sensitivity','uniform','global','scratch'
 
 budget_defaults = dict(
     macs=None, # Budgets: fractions of the dense network's multiply-accumulates, or numbers with a unit; (.5,.25) if None

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
 from ..distill.callback import HEADS
-from ..export.files import _index_owner,_put,_resize
+from ..export.build import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks import fold,mask_model,Masked,masks,unmask
 from ..measure import accuracy_on,macs,n_bytes,n_params,n_weights
