@@ -7,6 +7,7 @@ from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
+from kdnb.show import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.terms import *

@@ -260,7 +260,7 @@ def compress(
     return 0
 
 def _print(record):
-    from kdnb.report import stage_rows,verdict
+    from kdnb.report.numbers import stage_rows,verdict
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
 # %% ../nbs/70_cli.ipynb #1d01f99a
@@ -279,7 +279,8 @@ def write_report(
 ) -> int:
     "Write the report of a run, or compare several; returns the exit status"
     from kdnb.recipes.record import Record
-    from kdnb.report import compare,report
+    from kdnb.report.comparison import compare
+    from kdnb.report.page import report
     records = [Record(o) for o in args.folders]
     several = len(records)>1
     out = args.out or (Path('compare.html') if several else args.folders[0]/'report.html')
@@ -295,7 +296,7 @@ def show_data(
     "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
     from kdnb.data import data_path,data_table
-    from kdnb.report import human
+    from kdnb.show import human
     df = data_table()
     print(f'Image sets in {data_path()}:\n')
     rows = [{'set': n, 'images': o.images, 'size': human(o.bytes, 'B'), 'files': o.state} for n,o in df.iterrows()]
