@@ -3,7 +3,8 @@ import importlib,sys,warnings
 from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-MOVED = {'terms': 'training.terms training.callbacks training.schedules core', 'checkpoint': 'training.checkpoint training.fingerprint files',
+MOVED = {'terms': 'training.terms training.optimizer training.callbacks training.schedules core',
+         'checkpoint': 'training.checkpoint training.state training.fingerprint files',
          'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers'}
 
 class MovedFinder(MetaPathFinder, Loader):

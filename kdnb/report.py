@@ -23,7 +23,7 @@ from fastcore.basics import chunked,patch
 from . import __version__
 from .files import atomic_write
 from .export import load_lines
-from .measure import plot_breakpoint
+from .measure.breakpoint import plot_breakpoint
 from .recipes.core import Record
 
 # %% ../nbs/60_report.ipynb #4ba5ea5f

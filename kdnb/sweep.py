@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, kdnb
 from fastcore.basics import noop,patch
 from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
-from .data import image_dls
+from .data.sets import image_dls
 from .files import atomic_write
 from .core import check_choice
 from .recipes.core import ask_recipe,bring,find_recipe,machine,release,settable,testing_every_epoch,versions

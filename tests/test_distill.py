@@ -14,7 +14,7 @@ from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, see
 from kdnb.all import *
 from kdnb.files import load_state
 from kdnb.features import as_logits
-from kdnb.training.terms import param_states
+from kdnb.training.optimizer import param_states
 
 DLS = data()
 
