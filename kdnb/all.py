@@ -10,7 +10,9 @@ from kdnb.features import *
 from kdnb.show import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
+from kdnb.training.optimizer import *
 from kdnb.training.terms import *
+from kdnb.training.state import *
 from kdnb.training.checkpoint import *
 from kdnb.training.processes import *
 from kdnb.training.fingerprint import *

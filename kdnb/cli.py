@@ -222,7 +222,8 @@ def _settings_of(args):
 # %% ../nbs/70_cli.ipynb #63920edd
 def _load(args):
     "The images, and what the record calls them"
-    from kdnb.data import folder_dls,image_dls,image_sets
+    from kdnb.data.folders import folder_dls
+    from kdnb.data.sets import image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
     if args.data in image_sets or not Path(args.data).exists():
         return image_dls(args.data, size=args.size, **kwargs),args.data
@@ -295,7 +296,8 @@ def show_data(
 ) -> int:
     "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
-    from kdnb.data import data_path,data_table
+    from kdnb.data.readers import data_path
+    from kdnb.data.sets import data_table
     from kdnb.show import human
     df = data_table()
     print(f'Image sets in {data_path()}:\n')
@@ -307,7 +309,7 @@ def show_data(
 
 # %% ../nbs/70_cli.ipynb #9b000c25
 def _show_folder(args):
-    from kdnb.data import folder_dls
+    from kdnb.data.folders import folder_dls
     dls = folder_dls(args.folder, args.size, device='cpu')
     counts = {k: dl.dataset.y.bincount(minlength=dls.c).tolist() for k,dl in zip(('train','valid','test'), dls.loaders)}
     rows = [{'class': str(c)} | {k: n[i] for k,n in counts.items()} for i,c in enumerate(dls.vocab)]
@@ -331,7 +333,7 @@ def export_run(
     args:argparse.Namespace, # What was said
 ) -> int:
     "Write the small network of a run as an ONNX file; returns the exit status"
-    from kdnb.data import image_dls,image_sets
+    from kdnb.data.sets import image_dls,image_sets
     from kdnb.deploy import to_onnx
     from kdnb.export import load_model,read_header
     from kdnb.recipes.record import Record

@@ -22,7 +22,7 @@ from .channels.layers import plain_copy
 import kdnb.distill.callback      # gives learners `distill`
 from .core import unwrap
 from .core import first_samples,inputs
-from .measure import latency,macs,n_bytes,n_params
+from .measure.counts import latency,macs,n_bytes,n_params
 from .prune.criteria import channel_masks,check_criterion,Scoring
 from .core import check_choice
 from .masks import mask_model

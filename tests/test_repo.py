@@ -87,7 +87,7 @@ DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
 def test_no_dead_link(path): assert not [*dead_links(path)]
 
 def test_dead_links_are_found():
-    text = '[a](04_measure.ipynb) [b](../measure.html#x) [c](50c_recipes.folder.ipynb#the-run) [d](50c_recipes.folder.ipynb#no) [e](https://x.y) <img src="images/no.png">'
+    text = '[a](04_measure.counts.ipynb) [b](../measure.html#x) [c](50c_recipes.folder.ipynb#the-run) [d](50c_recipes.folder.ipynb#no) [e](https://x.y) <img src="images/no.png">'
     assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50c_recipes.folder.ipynb#no','images/no.png']
 
 def test_papers_are_cited_by_author_and_year():

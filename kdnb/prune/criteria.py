@@ -26,7 +26,7 @@ from fastai.torch_core import no_random,to_device
 from ..channels.trial import channel_groups
 from ..core import check_choice,check_sparsity,evaluating,get_layer,inputs,unwrap
 from ..masks import acting,mask_model,masks,prunable,raw,unmask
-from ..measure import in_order,split_batch
+from ..measure.outputs import in_order,split_batch
 from ..training.terms import brought_by,LossTerm
 
 # %% ../../nbs/31_prune.criteria.ipynb #3b8d2149

@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from ..data import TensorDL
+from ..data.arrays import TensorDL
 from ..distill.task import check_classes
 from ..files import atomic_write,_lock,release
 from ..models import in_shape

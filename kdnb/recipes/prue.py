@@ -18,8 +18,9 @@ from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD,Term,Terms,method_names,named_term
-from ..features import hear,match_stages
-from ..measure import embed_predictions,predictions,uncertainty
+from ..features.capture import hear
+from ..features.layers import match_stages
+from ..measure.outputs import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
 from ..core import check_sparsity
 from ..masks import mask_model,masks,prunable

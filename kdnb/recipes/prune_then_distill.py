@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
-from ..measure import agreement,smoothness,uncertainty
+from ..measure.outputs import agreement,smoothness,uncertainty
 from ..prune.callback import prune_model
 from ..core import check_choice,check_sparsity
 from ..masks import mask_model,masks

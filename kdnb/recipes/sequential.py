@@ -15,8 +15,9 @@ from ..channels.shrink import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import method_names
 from ..core import get_layer
-from ..features import hear,last_linear
-from ..measure import _levels,find_breakpoint
+from ..features.capture import hear
+from ..features.layers import last_linear
+from ..measure.breakpoint import find_breakpoint,_levels
 from ..prune.callback import prune_model,sweep_sparsity
 from ..prune.criteria import Scoring
 from ..core import check_choice,check_sparsity

@@ -17,11 +17,12 @@ from ..distill.callback import HEADS
 from ..export import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks import fold,mask_model,Masked,masks,unmask
-from ..measure import accuracy_on,macs,n_bytes,n_params,n_weights
+from ..measure import accuracy_on
+from ..measure.counts import macs,n_bytes,n_params,n_weights
 from ..prune.criteria import criteria
 from .folder import RunFolder
 from .record import _row
-from ..training.checkpoint import set_tensors
+from ..training.state import set_tensors
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 
 # %% ../../nbs/50d_recipes.stage.ipynb #17e214ac

@@ -17,12 +17,15 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..core import set_layer
-from ..data import ArrayDataLoaders,image_dls
+from ..data.arrays import ArrayDataLoaders
+from ..data.sets import image_dls
 from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
 from ..distill.methods import method_names,usual_weights
 from ..core import get_layer
-from ..features import last_linear,layer_shapes,stage_ends
-from ..models import in_shape,n_classes
+from ..features import last_linear
+from ..features.capture import layer_shapes
+from ..features.layers import stage_ends
+from ..models.registry import in_shape,n_classes
 from .settings import check_epochs,check_settings,methods_by_title,name_of
 from .training import fit_in_drops,network_for
 from .run import Run
@@ -30,6 +33,11 @@ from .settings import said_methods,term_for
 from ..distill.task import check_classes
 from ..training.schedules import nesterov_sgd
 from ..core import check_weight
+from ..data.arrays import ArrayDataLoaders
+from ..data.sets import image_dls
+from ..features.layers import last_linear,stage_ends
+from ..features.capture import layer_shapes
+from ..models.registry import in_shape,n_classes
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
 vid_defaults = dict(

@@ -16,8 +16,9 @@ from fastai.learner import Learner
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
 from ..channels.shrink import shrink
-from ..features import layer_shapes
-from ..measure import accuracy_on,n_weights,split_batch
+from ..features.capture import layer_shapes
+from ..measure.outputs import accuracy_on,split_batch
+from ..measure.counts import n_weights
 from ..core import inputs
 from ..layers import weighted
 from .layers import (Gate,Gates,GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,
