@@ -42,7 +42,8 @@ from ..distill.methods import named_term,Term,Terms
 from ..distill.task import check_classes
 from ..export import _index_owner,load_model,_put,_resize,save_model
 from ..files import atomic_write,load_state,save_state
-from ..masks import fold,mask_model,Masked,masks,unmask
+from ..masks.model import fold,mask_model,masks,unmask
+from ..masks.layers import Masked
 from ..measure import accuracy_on,cost,latency,macs,n_bytes,n_params,n_weights
 from ..models import create,in_shape
 from ..prune.criteria import check_criterion,criteria

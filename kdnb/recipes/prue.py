@@ -20,9 +20,9 @@ from ..distill.callback import KnowledgeDistillation
 from ..distill.methods import KD,Term,Terms,method_names,named_term
 from ..features import hear,match_stages
 from ..measure import embed_predictions,predictions,uncertainty
-from ..prune.callback import prune_model
+from ..prune.select import prune_model
 from ..core import check_sparsity
-from ..masks import mask_model,masks,prunable
+from ..masks.model import mask_model,masks,prunable
 from .core import accuracies,check_epochs,check_settings,criteria_by_title,fit_in_drops
 from .core import methods_by_title,name_of,network_for,Run,untrained
 from ..distill.task import check_classes
