@@ -129,6 +129,14 @@ def test_what_has_moved_down_is_found_where_it_was(module, names):
     mod = importlib.import_module(f'kdnb.{module}')
     assert all(hasattr(mod, o) for o in names.split())
 
+@pytest.mark.parametrize('old, names', {'variational.layers': 'Gates Draw', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha',
+    'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner'}.items())
+def test_what_has_moved_to_a_module_beside_is_found_where_it_was(old, names):
+    mod = importlib.import_module(f'kdnb.{old}')
+    for o in names.split(): assert getattr(mod, o) is getattr(kdnb.all, o)
+    with pytest.warns(FutureWarning, match=f'{names.split()[0]} of kdnb.{old} is in kdnb'): getattr(mod, names.split()[0])
+    assert not hasattr(mod, 'nothing')
+
 def test_version():
     ini = ConfigParser(interpolation=None)
     ini.read(ROOT/'settings.ini', encoding='utf-8')

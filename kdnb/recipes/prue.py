@@ -21,9 +21,9 @@ from ..distill.methods import KD,Term,Terms,method_names,named_term
 from ..features.capture import hear
 from ..features.layers import match_stages
 from ..measure.outputs import embed_predictions,predictions,uncertainty
-from ..prune.callback import prune_model
+from ..prune.select import prune_model
 from ..core import check_sparsity
-from ..masks import mask_model,masks,prunable
+from ..masks.model import mask_model,masks,prunable
 from .record import accuracies
 from .settings import check_epochs,check_settings,criteria_by_title
 from .training import fit_in_drops

@@ -15,9 +15,9 @@ from fastai.torch_core import set_seed
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
 from ..measure.outputs import agreement,smoothness,uncertainty
-from ..prune.callback import prune_model
+from ..prune.select import prune_model
 from ..core import check_choice,check_sparsity
-from ..masks import mask_model,masks
+from ..masks.model import mask_model,masks
 from ..prune.student import design_student,student_table
 from .record import accuracies
 from .settings import check_epochs,check_keeps,check_settings,criteria_by_title

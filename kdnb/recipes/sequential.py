@@ -18,10 +18,11 @@ from ..core import get_layer
 from ..features.capture import hear
 from ..features.layers import last_linear
 from ..measure.breakpoint import find_breakpoint,_levels
-from ..prune.callback import prune_model,sweep_sparsity
-from ..prune.criteria import Scoring
+from ..prune.select import prune_model
+from ..prune.rewind import sweep_sparsity
+from ..prune.scoring import Scoring
 from ..core import check_choice,check_sparsity
-from ..masks import fold
+from ..masks.model import fold
 from .settings import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
 from .training import network_for
 from .run import Run

@@ -16,8 +16,9 @@ from ..core import get_layer,set_layer,unwrap
 from ..distill.callback import HEADS
 from ..export import _index_owner,_put,_resize
 from ..files import atomic_write
-from ..masks import fold,mask_model,Masked,masks,unmask
-from ..measure import accuracy_on
+from ..masks.model import fold,mask_model,masks,unmask
+from ..masks import Masked
+from ..measure.outputs import accuracy_on
 from ..measure.counts import macs,n_bytes,n_params,n_weights
 from ..prune.criteria import criteria
 from .folder import RunFolder

@@ -24,8 +24,10 @@ from .run import Run
 from .settings import term_for
 from ..distill.task import check_classes
 from ..core import check_weight
-from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
-from ..variational.convert import threshold,to_deterministic,to_variational
+from ..variational.callback import train_size,VariationalSparsifier
+from ..variational.show import weight_pictures
+from ..variational.threshold import threshold,to_deterministic
+from ..variational.convert import to_variational
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
 vbgs_kd_defaults = dict(

@@ -33,11 +33,6 @@ from .settings import said_methods,term_for
 from ..distill.task import check_classes
 from ..training.schedules import nesterov_sgd
 from ..core import check_weight
-from ..data.arrays import ArrayDataLoaders
-from ..data.sets import image_dls
-from ..features.layers import last_linear,stage_ends
-from ..features.capture import layer_shapes
-from ..models.registry import in_shape,n_classes
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
 vid_defaults = dict(
