@@ -38,7 +38,8 @@ from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
 from ..data import SampleIndex,TensorDL
 from ..distill.callback import HEADS
-from ..distill.methods import named_term,Term,Terms
+from ..distill.names import named_term
+from ..distill.terms import Term,Terms
 from ..distill.task import check_classes
 from ..export import _index_owner,load_model,_put,_resize,save_model
 from ..files import atomic_write,load_state,save_state

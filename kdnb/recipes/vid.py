@@ -18,8 +18,11 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..core import set_layer
 from ..data import ArrayDataLoaders,image_dls
-from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
-from ..distill.methods import method_names,usual_weights
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.show import likelihood_maps,sorted_variances
+from ..distill.names import method_names
+from ..distill.terms import usual_weights
 from ..core import get_layer
 from ..features import last_linear,layer_shapes,stage_ends
 from ..models import in_shape,n_classes
