@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from .channels.shrink import _estimate_bn,max_difference
 from .channels.layers import plain_copy
-import kdnb.distill.callback      # gives learners `distill`
+import kdnb.distill.learner      # gives learners `distill`
 from .core import unwrap
 from .core import first_samples,inputs
 from .measure.counts import latency,macs,n_bytes,n_params

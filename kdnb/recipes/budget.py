@@ -10,7 +10,8 @@ import pandas as pd
 from fastcore.foundation import L
 from fastai.learner import Learner
 from ..compress import Budget,cut_to,hows
-from ..distill.callback import KnowledgeDistillation,check_terms
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
 from ..core import inputs
 from ..core import check_choice
 from ..prune.criteria import check_criterion
