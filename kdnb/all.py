@@ -51,7 +51,6 @@ from kdnb.prune.rewind import *
 from kdnb.prune.student import *
 from kdnb.prune.sensitivity import *
 from kdnb.export import *
-from kdnb.deploy import *
 from kdnb.compress import *
 from kdnb.recipes.record import *
 from kdnb.recipes.registry import *
