@@ -1,14 +1,21 @@
 "Everything of kdnb in one line: `from kdnb.all import *`"
 from fastai.vision.all import *
+from kdnb.core import *
+from kdnb.layers import weighted, own_axes, weight_names
+from kdnb.files import *
 from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
-from kdnb.trace import trace_channels
+from kdnb.training.callbacks import *
+from kdnb.training.schedules import *
+from kdnb.training.terms import *
+from kdnb.training.checkpoint import *
+from kdnb.training.processes import *
+from kdnb.training.fingerprint import *
+from kdnb.masks import *
 from kdnb.channels import *
-from kdnb.terms import *
-from kdnb.checkpoint import *
-from kdnb.processes import *
+from kdnb.channels.trace import trace_channels
 from kdnb.distill.losses import *
 from kdnb.distill.methods import *
 from kdnb.distill.task import *
@@ -16,7 +23,6 @@ from kdnb.distill.callback import *
 from kdnb.variational.layers import *
 from kdnb.variational.convert import *
 from kdnb.variational.callback import *
-from kdnb.prune.masks import *
 from kdnb.prune.criteria import *
 from kdnb.prune.callback import *
 from kdnb.prune.student import *

@@ -17,12 +17,15 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from .channels import _estimate_bn,max_difference,plain_copy
+from .channels.shrink import _estimate_bn,max_difference
+from .channels.layers import plain_copy
 import kdnb.distill.callback      # gives learners `distill`
-from .features import unwrap
-from .measure import first_samples,inputs,latency,macs,n_bytes,n_params
-from .prune.criteria import Scoring,channel_masks,check_choice,check_criterion
-from .prune.masks import mask_model
+from .core import unwrap
+from .core import first_samples,inputs
+from .measure import latency,macs,n_bytes,n_params
+from .prune.criteria import channel_masks,check_criterion,Scoring
+from .core import check_choice
+from .masks import mask_model
 from .prune.sensitivity import _Batches,check_data,least,sensitivity,validate_as,without
 
 # %% ../nbs/45_compress.ipynb #6be31079

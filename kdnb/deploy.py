@@ -18,12 +18,15 @@ from torch.utils._pytree import tree_leaves,tree_map,tree_map_only
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from .channels import copy_network,plain_copy,relative_difference
-from .checkpoint import atomic_write
+from .channels.layers import copy_network,plain_copy
+from .channels.trial import relative_difference
+from .files import atomic_write
 from .export import Preprocess,_pixels
-from .features import _fields,as_network,described,find_logits,unwrap
-from .measure import accuracy_on,first_samples,in_order,inputs,median_ms
-from .trace import output_tensors
+from .features import _fields,find_logits
+from .core import as_network,described,unwrap
+from .measure import accuracy_on,in_order,median_ms
+from .core import first_samples,inputs
+from .channels.trace import output_tensors
 
 # %% ../nbs/41_export.onnx.ipynb #848a9ba0
 def _onnx():

@@ -12,8 +12,9 @@ import json,math,os,sys,time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
-from .checkpoint import Checkpoint,atomic_write
-from .prune.criteria import check_choice
+from .training.checkpoint import Checkpoint
+from .files import atomic_write
+from .core import check_choice
 from .report import percent
 from .sweep import Grid,_Worker,keep_alive,worker_process
 

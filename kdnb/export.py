@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from .channels import index_layer,plain_copy,set_layer,set_sizes
-from .checkpoint import atomic_write
-from .measure import weighted
+from .channels.layers import index_layer,plain_copy,set_sizes
+from .core import set_layer
+from .files import atomic_write
+from .layers import weighted
 from .models import create
 
 # %% ../nbs/40_export.ipynb #369ed98e

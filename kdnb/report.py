@@ -21,7 +21,8 @@ from matplotlib.ticker import EngFormatter,LogLocator,MaxNLocator,NullFormatter
 from PIL import Image
 from fastcore.basics import chunked,patch
 from . import __version__
-from .export import atomic_write,load_lines
+from .files import atomic_write
+from .export import load_lines
 from .measure import plot_breakpoint
 from .recipes.core import Record
 

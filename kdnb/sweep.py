@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, kdnb
 from fastcore.basics import noop,patch
 from matplotlib.ticker import EngFormatter,LogLocator,NullFormatter
 from .data import image_dls
-from .checkpoint import atomic_write
-from .prune.criteria import check_choice
+from .files import atomic_write
+from .core import check_choice
 from .recipes.core import ask_recipe,bring,find_recipe,machine,release,settable,testing_every_epoch,versions
 from .report import Page,_axes,_in_style,_render,html_table,human,label_points,percent,picture
 

@@ -10,8 +10,9 @@ from torch.nn.utils import parametrize
 from fastai.vision.all import DynamicUnet, OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
 from common import quiet
 from kdnb.all import *
-from kdnb.channels import ChannelGroup, _removable, _silence, _some
-from kdnb.trace import OUTPUT, output_tensors
+from kdnb.channels.groups import ChannelGroup,_removable
+from kdnb.channels.trial import _silence,_some
+from kdnb.channels.trace import OUTPUT,output_tensors
 
 @contextmanager
 def tf32():

@@ -12,9 +12,9 @@ from torchvision.models import mobilenet_v2, resnet18
 import two_processes as ddp
 from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, seeded
 from kdnb.all import *
-from kdnb.checkpoint import load_state
+from kdnb.files import load_state
 from kdnb.features import as_logits
-from kdnb.terms import param_states
+from kdnb.training.terms import param_states
 
 DLS = data()
 

@@ -6,7 +6,7 @@ import pytest
 import kdnb.deploy as deploy
 from kdnb.all import *
 from kdnb.deploy import OnnxNetwork, Runtimes, runtimes, to_onnx
-from kdnb.trace import output_tensors
+from kdnb.channels.trace import output_tensors
 from common import Two, X, Y, quiet, seeded
 
 onnx,ort = pytest.importorskip('onnx'),pytest.importorskip('onnxruntime')

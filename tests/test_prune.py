@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 import two_processes as ddp
 from common import CPUAutocast, StopAt, Two, X, Y, data, ends, per_item, quiet, same, seeded, state
 from kdnb.all import *
-from kdnb.channels import channel_groups
+from kdnb.channels.trial import channel_groups
 
 
 def net(drop=0.):

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict, deque
 import pytest
 from common import X, Y, data, quiet, same
 from kdnb.all import *
-from kdnb.checkpoint import load_state, save_state
+from kdnb.files import load_state,save_state
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 

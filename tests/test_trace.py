@@ -1,8 +1,8 @@
 "Labels follow the numbers through any code, and what cannot be followed stays."
 import pytest
 from kdnb.all import *
-from kdnb.channels import _silence
-from kdnb.trace import OUTPUT, labels_of, put_labels, varies
+from kdnb.channels.trial import _silence
+from kdnb.channels.trace import labels_of,OUTPUT,put_labels,varies
 
 class Net(nn.Module):
     "A convolution of 16 channels, `between`, a convolution that reads `n`"

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 import torch.distributed as tdist
 from fastai.data.core import DataLoaders
 from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
-from ..measure import evaluating
+from ..core import evaluating
 from ..models import architecture,create
-from ..terms import check_weight,weight_at
+from ..core import check_weight
+from ..training.schedules import weight_at
 from .losses import *
 
 # %% ../../nbs/11_distill.methods.ipynb #639277f6

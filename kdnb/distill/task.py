@@ -24,8 +24,8 @@ from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
 from fastai.torch_core import no_random
 from ..data import ArrayDataset
-from ..features import unwrap
-from ..measure import evaluating,inputs
+from ..core import unwrap
+from ..core import evaluating,inputs
 from .losses import class_dim
 from .methods import DKD,KD,BinaryKD,LogitTerm,LogitsMSE,Term
 

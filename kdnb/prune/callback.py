@@ -19,11 +19,12 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random,set_seed
-from ..features import described,unwrap
-from .criteria import (Scoring,channel_masks,check_choice,check_criterion,check_pattern,check_sparsity,n_of,own_weights,
-                                 select,select_pattern)
-from .masks import fraction_zero,mask_model,masks,paths_of,prunable,raw,say_share,unmask
-from ..terms import QuickCallback,TidyCallback,is_training
+from ..core import described,unwrap
+from .criteria import channel_masks,check_criterion,check_pattern,n_of,own_weights,Scoring,select
+from .criteria import select_pattern
+from ..core import check_choice,check_sparsity
+from ..masks import fraction_zero,mask_model,masks,paths_of,prunable,raw,say_share,unmask
+from ..training.callbacks import is_training,QuickCallback,TidyCallback
 
 # %% ../../nbs/32_prune.callback.ipynb #6152466c
 def _check(sparsity, criterion, by, scope, pattern):

@@ -14,10 +14,14 @@ from matplotlib.ticker import PercentFormatter
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastprogress.fastprogress import progress_bar
-from ..channels import _estimate_bn,_remove,_removable,plain_copy
-from ..checkpoint import fingerprint,load_state,save_state
-from .criteria import Scoring,_shuffled,check_choice,check_criterion,check_sparsity,n_of
-from .masks import paths_of
+from ..channels.shrink import _estimate_bn
+from ..channels.groups import _removable,_remove
+from ..channels.layers import plain_copy
+from ..training.fingerprint import fingerprint
+from ..files import load_state,save_state
+from .criteria import check_criterion,n_of,Scoring,_shuffled
+from ..core import check_choice,check_sparsity
+from ..masks import paths_of
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #b84b5267
 def least(worth, # Scores of the channels of a group (n,)

@@ -11,9 +11,12 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 import pandas as pd, torch
-from ..channels import _removable,_remove,channel_groups,plain_copy
-from ..measure import n_params,weighted
-from .masks import layer_sparsity
+from ..channels.groups import _removable,_remove
+from ..channels.trial import channel_groups
+from ..channels.layers import plain_copy
+from ..measure import n_params
+from ..layers import weighted
+from ..masks import layer_sparsity
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
 @dataclass

@@ -11,9 +11,11 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from ..compress import Budget,cut_to,hows
 from ..distill.callback import KnowledgeDistillation,check_terms
-from ..measure import inputs
-from ..prune.criteria import check_choice,check_criterion
-from .core import Run,check_classes,check_epochs,check_keeps,check_settings,name_of,network_for,term_for
+from ..core import inputs
+from ..core import check_choice
+from ..prune.criteria import check_criterion
+from .core import check_epochs,check_keeps,check_settings,name_of,network_for,Run,term_for
+from ..distill.task import check_classes
 
 # %% ../../nbs/56_recipes.budget.ipynb #2af083b2
 budget_ways = *hows,'scratch'

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'recipes', 'versions', 'machine', 'Exhibit', 'Record', 'accuracies', 'recipe', 'bring', 'find_recipe',
            'ask_recipe', 'settable', 'methods_by_title', 'said_methods', 'term_for', 'check_keeps', 'criteria_by_title',
-           'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'fused_adam', 'network_for',
-           'StageBar', 'set_result', 'EveryEpochTested', 'testing_every_epoch', 'nesterov_sgd', 'fit_in_drops',
-           'untrained']
+           'check_settings', 'name_of', 'check_epochs', 'check_seeds', 'release', 'Run', 'network_for', 'StageBar',
+           'set_result', 'EveryEpochTested', 'testing_every_epoch', 'fit_in_drops', 'untrained']
 
 # %% ../../nbs/50_recipes.core.ipynb #cd34591c
-import hashlib,importlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
+import hashlib,importlib.util,inspect,json,platform,random,re,shutil,sys,time,warnings
 from collections.abc import Callable,Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass,field
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from numbers import Number
 from pathlib import Path
 import pandas as pd, torch
 from torch import nn
-from functools import partial
+from fastprogress.fastprogress import progress_bar
+from filelock import FileLock,Timeout
 from fastcore.basics import noop,patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
@@ -31,26 +32,25 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from fastprogress.fastprogress import progress_bar
-from filelock import FileLock,Timeout
 from .. import __version__
-from ..checkpoint import (Checkpoint,atomic_write,bookkeeping,callback_memory,fingerprint,load_state,save_state,set_callback_memory,
-                             set_tensors,tensors_in)
-from ..channels import index_layer,set_layer
+from ..channels.layers import index_layer
+from ..core import get_layer,set_layer,unwrap
 from ..data import SampleIndex,TensorDL
 from ..distill.callback import HEADS
-from ..distill.methods import Term,Terms,method_names,named_term
+from ..distill.methods import named_term,Term,Terms
 from ..distill.task import check_classes
-from ..export import _index_owner,_put,_resize,load_model,save_model
-from ..features import get_layer,unwrap
+from ..export import _index_owner,load_model,_put,_resize,save_model
+from ..files import atomic_write,load_state,save_state
+from ..masks import fold,mask_model,Masked,masks,unmask
 from ..measure import accuracy_on,cost,latency,macs,n_bytes,n_params,n_weights
 from ..models import create,in_shape
 from ..prune.criteria import check_criterion,criteria
-from ..prune.masks import Masked,fold,mask_model,masks,unmask
 from ..prune.student import design_student
-from ..processes import Processes,alone,join_processes,wait_for_all
+from ..training.checkpoint import callback_memory,Checkpoint,set_callback_memory,set_tensors
+from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
+from ..training.processes import alone,join_processes,Processes,wait_for_all
+from ..training.schedules import _dropped,fused_adam,nesterov_sgd
 
 # %% ../../nbs/50_recipes.core.ipynb #de28794c
 RUN_FORMAT = 'kdnb-run-1'
@@ -542,14 +542,6 @@ def _write(self:Run, last=False):
         if not (self.path/'run.json').exists() or text!=(self.path/'run.json').read_text(): atomic_write(self.path/'run.json', text)
     wait_for_all()
 
-# %% ../../nbs/50_recipes.core.ipynb #ed5af882
-def fused_adam(
-    params:list, # Parameters, as fastai hands them over
-    **kwargs,
-) -> OptimWrapper:
-    "torch's fused Adam with torch's defaults; it takes about a third off the step of a small network"
-    return OptimWrapper(params, torch.optim.Adam, fused=True, **kwargs)
-
 # %% ../../nbs/50_recipes.core.ipynb #42ad4b75
 def network_for(
     dls:DataLoaders, # Data whose images it must take
@@ -850,17 +842,6 @@ def _train(self:Run, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
     best = dict(best_epoch_test_accuracy=max(tested.test_accuracies)) if self.test_every_epoch else {}
     return dict(name=stage, seed=self.seed, mark=mark, epochs=n_epoch, updates=n_epoch*len(learn.dls.train),
                 seconds=time.perf_counter()-start, curves=curves) | best
-
-# %% ../../nbs/50_recipes.core.ipynb #07b0797d
-def nesterov_sgd(
-    params:list, # Parameters, as fastai hands them over
-    mom:float=.9, # Momentum
-    **kwargs,
-) -> OptimWrapper:
-    "torch's fused SGD with Nesterov momentum"
-    return OptimWrapper(params, torch.optim.SGD, momentum=mom, nesterov=True, fused=True, **kwargs)
-
-def _dropped(lr, drops, factor, pct): return lr*factor**sum(pct>=d for d in drops)
 
 # %% ../../nbs/50_recipes.core.ipynb #a6dbffbc
 @patch

@@ -21,10 +21,11 @@ from ..distill.methods import KD,Term,Terms,method_names,named_term
 from ..features import hear,match_stages
 from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.callback import prune_model
-from ..prune.criteria import check_sparsity
-from ..prune.masks import mask_model,masks,prunable
-from .core import (Run,accuracies,check_classes,check_epochs,check_settings,criteria_by_title,fit_in_drops,methods_by_title,
-                               name_of,network_for,untrained)
+from ..core import check_sparsity
+from ..masks import mask_model,masks,prunable
+from .core import accuracies,check_epochs,check_settings,criteria_by_title,fit_in_drops
+from .core import methods_by_title,name_of,network_for,Run,untrained
+from ..distill.task import check_classes
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d
 prue_defaults = dict(

@@ -16,11 +16,12 @@ from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
 from ..measure import agreement,smoothness,uncertainty
 from ..prune.callback import prune_model
-from ..prune.criteria import check_choice,check_sparsity
-from ..prune.masks import mask_model,masks
+from ..core import check_choice,check_sparsity
+from ..masks import mask_model,masks
 from ..prune.student import design_student,student_table
-from .core import (Run,accuracies,check_classes,check_epochs,check_keeps,check_settings,criteria_by_title,fit_in_drops,
-                               methods_by_title,name_of,network_for,term_for,untrained)
+from .core import accuracies,check_epochs,check_keeps,check_settings,criteria_by_title
+from .core import fit_in_drops,methods_by_title,name_of,network_for,Run,term_for,untrained
+from ..distill.task import check_classes
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #31436e4b
 prune_then_distill_defaults = dict(

@@ -11,16 +11,19 @@ from copy import deepcopy
 import pandas as pd
 from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
-from ..channels import shrink
+from ..channels.shrink import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import method_names
-from ..features import get_layer,hear,last_linear
+from ..core import get_layer
+from ..features import hear,last_linear
 from ..measure import _levels,find_breakpoint
 from ..prune.callback import prune_model,sweep_sparsity
-from ..prune.criteria import Scoring,check_choice,check_sparsity
-from ..prune.masks import fold
-from .core import (Run,check_classes,check_epochs,check_settings,criteria_by_title,methods_by_title,name_of,network_for,
-                               said_methods,term_for)
+from ..prune.criteria import Scoring
+from ..core import check_choice,check_sparsity
+from ..masks import fold
+from .core import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
+from .core import network_for,Run,said_methods,term_for
+from ..distill.task import check_classes
 
 # %% ../../nbs/54_recipes.sequential.ipynb #8de88a19
 distill_then_prune_defaults = dict(

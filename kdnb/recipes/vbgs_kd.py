@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels import shrink
+from ..channels.shrink import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
-from ..measure import weighted
-from ..prune.criteria import check_choice,check_sparsity
-from .core import (Run,check_classes,check_epochs,check_keeps,check_settings,methods_by_title,name_of,network_for,
-                               term_for)
-from ..terms import check_weight
+from ..layers import weighted
+from ..core import check_choice,check_sparsity
+from .core import check_epochs,check_keeps,check_settings,methods_by_title,name_of,network_for,Run
+from .core import term_for
+from ..distill.task import check_classes
+from ..core import check_weight
 from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
 from ..variational.convert import threshold,to_deterministic,to_variational
 

@@ -16,15 +16,18 @@ from fastai.callback.training import BnFreeze,GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from ..channels import set_layer
+from ..core import set_layer
 from ..data import ArrayDataLoaders,image_dls
 from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
 from ..distill.methods import method_names,usual_weights
-from ..features import get_layer,last_linear,layer_shapes,stage_ends
+from ..core import get_layer
+from ..features import last_linear,layer_shapes,stage_ends
 from ..models import in_shape,n_classes
-from .core import (Run,check_classes,check_epochs,check_settings,fit_in_drops,methods_by_title,name_of,nesterov_sgd,network_for,
-                               said_methods,term_for)
-from ..terms import check_weight
+from .core import check_epochs,check_settings,fit_in_drops,methods_by_title,name_of,network_for
+from .core import Run,said_methods,term_for
+from ..distill.task import check_classes
+from ..training.schedules import nesterov_sgd
+from ..core import check_weight
 
 # %% ../../nbs/55_recipes.vid.ipynb #49708cf2
 vid_defaults = dict(

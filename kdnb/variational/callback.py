@@ -13,10 +13,12 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper,SGD
-from ..channels import shrink
-from ..features import unwrap
-from ..measure import weighted
-from ..terms import LossTerm,check_weight,is_training
+from ..channels.shrink import shrink
+from ..core import unwrap
+from ..layers import weighted
+from ..training.terms import LossTerm
+from ..core import check_weight
+from ..training.callbacks import is_training
 from .convert import accuracy_threshold,kept,threshold,threshold_curve,to_deterministic
 from .layers import KL,Gate,GroupLayer,NoisyLayer,VDLayer,log_alphas,noise_groups,variational_layers
 

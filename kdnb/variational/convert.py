@@ -13,9 +13,13 @@ import pandas as pd, torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels import channel_groups,plain_copy,shrink
+from ..channels.trial import channel_groups
+from ..channels.layers import plain_copy
+from ..channels.shrink import shrink
 from ..features import layer_shapes
-from ..measure import accuracy_on,inputs,n_weights,split_batch,weighted
+from ..measure import accuracy_on,n_weights,split_batch
+from ..core import inputs
+from ..layers import weighted
 from .layers import (Gate,Gates,GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,
                                      log_alphas,noise_groups,variational_layers)
 
