@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
 from .core import evaluating,get_layer,unwrap
-from .layers import _all_weights,weighted
+from .layers import _all_weights,_computed_by,weighted
 
 # %% ../nbs/07_masks.ipynb #333e3e8e
 class Masked:
@@ -81,13 +81,7 @@ def _masked_class(cls, names):
 # %% ../nbs/07_masks.ipynb #b3bc1612
 def _hook(m, name):
     "The hook that computes the tensor `name` of layer `m` before it runs, if torch knows it"
-    return next((h for h in m._forward_pre_hooks.values() if _computes(h)==name), None)
-
-# %% ../nbs/07_masks.ipynb #2c8e7e4d
-def _computes(h):
-    "The name of what the hook `h` computes, or None"
-    if isinstance(h, _Adopted): return None
-    return h.name if isinstance(h, (WeightNorm,SpectralNorm)) else h._tensor_name if isinstance(h, BasePruningMethod) else None
+    return next((h for h in m._forward_pre_hooks.values() if _computed_by(h)==name), None)
 
 # %% ../nbs/07_masks.ipynb #aa4c4481
 def acting(
@@ -137,7 +131,7 @@ def _settle(m, name):
 # %% ../nbs/07_masks.ipynb #d17be80d
 class _Adopted(BasePruningMethod):
     "Stands where the hook of `torch.nn.utils.prune` stood, for `prune.remove`"
-    PRUNING_TYPE = 'unstructured'
+    PRUNING_TYPE,adopted = 'unstructured',True
     def compute_mask(self, t, default_mask): return default_mask
     def __call__(self, module, inputs): pass
     def remove(self, module): module._parameters[self._tensor_name].data.mul_(module._buffers.pop(f'{self._tensor_name}_mask'))
