@@ -22,10 +22,12 @@ from .channels.layers import plain_copy
 import kdnb.distill.callback      # gives learners `distill`
 from .core import unwrap
 from .core import first_samples,inputs
-from .measure import latency,macs,n_bytes,n_params
-from .prune.criteria import channel_masks,check_criterion,Scoring
+from .measure.counts import latency,macs,n_bytes,n_params
+from .prune.select import channel_masks
+from .prune.criteria import check_criterion
+from .prune.scoring import Scoring
 from .core import check_choice
-from .masks import mask_model
+from .masks.model import mask_model
 from .prune.sensitivity import _Batches,check_data,least,sensitivity,validate_as,without
 
 # %% ../nbs/45_compress.ipynb #6be31079

@@ -22,9 +22,10 @@ from .channels.layers import copy_network,plain_copy
 from .channels.trial import relative_difference
 from .files import atomic_write
 from .export import Preprocess,_pixels
-from .features import _fields,find_logits
+from .features.logits import _fields,find_logits
 from .core import as_network,described,unwrap
-from .measure import accuracy_on,in_order,median_ms
+from .measure.outputs import accuracy_on,in_order
+from .measure.counts import median_ms
 from .core import first_samples,inputs
 from .channels.trace import output_tensors
 

@@ -24,7 +24,7 @@ from .channels.layers import index_layer,plain_copy,set_sizes
 from .core import set_layer
 from .files import atomic_write
 from .layers import weighted
-from .models import create
+from .models.named import create
 
 # %% ../nbs/40_export.ipynb #369ed98e
 FORMAT = 'kdnb-1'

@@ -22,11 +22,14 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import show_image
 from ..core import as_network,described,evaluating,inputs,undisturbed,unwrap
-from ..data import take_index,TensorDL
+from ..data.arrays import take_index,TensorDL
 from .methods import GaussianHead,KD,Term,Terms
 from .task import targets,task_of,TeacherAdapter,usual_terms
-from ..features import answers,as_logits,Capture,find_logits,hear,mark_of
-from ..training.terms import LossTerm,TermSplitter
+from ..features.stored import answers,mark_of
+from ..features.logits import as_logits,find_logits
+from ..features.capture import Capture,hear
+from ..training.terms import LossTerm
+from ..training.optimizer import TermSplitter
 
 # %% ../../nbs/12_distill.callback.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):

@@ -21,9 +21,12 @@ from torch import nn,fx
 import torch.nn.functional as F
 import torch.distributed as tdist
 from fastai.data.core import DataLoaders
-from ..features import as_pairs,cut,hear,last_map,match_stages,penultimate
+from ..features.layers import as_pairs,last_map,match_stages,penultimate
+from ..features.halves import cut
+from ..features.capture import hear
 from ..core import evaluating
-from ..models import architecture,create
+from ..models.registry import architecture
+from ..models.named import create
 from ..core import check_weight
 from ..training.schedules import weight_at
 from .losses import *

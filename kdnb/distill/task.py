@@ -23,7 +23,7 @@ from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
 from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
 from fastai.torch_core import no_random
-from ..data import ArrayDataset
+from ..data.arrays import ArrayDataset
 from ..core import unwrap
 from ..core import evaluating,inputs
 from .losses import class_dim

@@ -15,14 +15,18 @@ from ..channels.shrink import shrink
 from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import method_names
 from ..core import get_layer
-from ..features import hear,last_linear
-from ..measure import _levels,find_breakpoint
-from ..prune.callback import prune_model,sweep_sparsity
-from ..prune.criteria import Scoring
+from ..features.capture import hear
+from ..features.layers import last_linear
+from ..measure.breakpoint import find_breakpoint,_levels
+from ..prune.select import prune_model
+from ..prune.rewind import sweep_sparsity
+from ..prune.scoring import Scoring
 from ..core import check_choice,check_sparsity
-from ..masks import fold
-from .core import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
-from .core import network_for,Run,said_methods,term_for
+from ..masks.model import fold
+from .settings import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
+from .training import network_for
+from .run import Run
+from .settings import said_methods,term_for
 from ..distill.task import check_classes
 
 # %% ../../nbs/54_recipes.sequential.ipynb #8de88a19
