@@ -7,7 +7,7 @@ __all__ = ['compare']
 
 # %% ../../nbs/60d_report.comparison.ipynb #fd8ae2aa
 import pandas as pd
-from ..recipes.core import Record
+from ..recipes.record import Record
 from .figures import plot_sizes
 from .numbers import stage_rows
 from .page import _facts,_lead,_note

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .. import __version__
 from ..export import load_lines
-from ..recipes.core import Record
+from ..recipes.record import Record
 from .exhibits import exhibit_html
 from .figures import _learning,plot_stages
 from .numbers import layer_rows,stage_rows,_tiles,verdict

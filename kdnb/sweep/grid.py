@@ -10,7 +10,7 @@ import hashlib,itertools,json,re,sys
 from pathlib import Path
 from ..core import check_choice
 from ..data import image_dls
-from ..recipes.core import bring,find_recipe,settable
+from ..recipes.registry import bring,find_recipe,settable
 
 # %% ../../nbs/61_sweep.grid.ipynb #84fd642e
 _grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list,

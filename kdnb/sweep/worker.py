@@ -11,7 +11,10 @@ from contextlib import contextmanager,nullcontext
 from pathlib import Path
 import numpy as np, kdnb
 from fastcore.basics import noop,patch
-from ..recipes.core import ask_recipe,machine,release,testing_every_epoch,versions
+from ..files import release
+from ..recipes.record import machine,versions
+from ..recipes.registry import ask_recipe
+from ..recipes.training import testing_every_epoch
 from ..show import percent
 from .grid import Grid,_plain
 from .storage import _Lock,_open,_optuna
