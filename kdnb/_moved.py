@@ -4,7 +4,8 @@ from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.callbacks training.schedules core', 'checkpoint': 'training.checkpoint training.fingerprint files',
-         'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers'}
+         'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
+         'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry recipes.record training.schedules files'}
 
 # modules that are there, and others that hold now some of what stood in them
 SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',

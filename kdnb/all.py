@@ -7,6 +7,7 @@ from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
+from kdnb.show import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.terms import *
@@ -37,7 +38,13 @@ from kdnb.prune.sensitivity import *
 from kdnb.export import *
 from kdnb.deploy import *
 from kdnb.compress import *
-from kdnb.recipes.core import *
+from kdnb.recipes.record import *
+from kdnb.recipes.registry import *
+from kdnb.recipes.settings import *
+from kdnb.recipes.folder import *
+from kdnb.recipes.stage import *
+from kdnb.recipes.training import *
+from kdnb.recipes.run import *
 from kdnb.recipes.vbgs_kd import *
 from kdnb.recipes.prune_then_distill import *
 from kdnb.recipes.prue import *

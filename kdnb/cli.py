@@ -213,7 +213,7 @@ def _typed(value): return value.strip('()\'"').replace(', ', ',')
 # %% ../nbs/70_cli.ipynb #ded6b898
 def _settings_of(args):
     "Names that `--set` takes"
-    core = sys.modules.get('kdnb.recipes.core')     # else nothing was run yet
+    core = sys.modules.get('kdnb.recipes.registry')     # else nothing was run yet
     if args.command!='compress' or not core: return ()
     try: recipe = core.find_recipe(args.recipe)
     except ValueError: return ()
@@ -233,10 +233,10 @@ def _load(args):
 def _recipe(args):
     "The recipe that is asked for, found before anything is loaded that takes time"
     def refuse(known): _command(args).error(f'argument --recipe: invalid choice: {args.recipe!r} (choose from {", ".join(map(repr, known))})')
-    core = sys.modules.get('kdnb.recipes.core')
+    core = sys.modules.get('kdnb.recipes.registry')
     known = core.recipes if core else _about
     if not (args.bring or args.recipe in known or ':' in args.recipe): refuse(known)
-    from kdnb.recipes.core import bring,find_recipe,recipes
+    from kdnb.recipes.registry import bring,find_recipe,recipes
     for o in args.bring: bring(o)
     if args.recipe not in recipes and ':' not in args.recipe: refuse(recipes)
     return find_recipe(args.recipe)
@@ -247,7 +247,7 @@ def compress(
 ) -> int:
     "Run a recipe; returns the exit status"
     recipe,(dls,data) = _recipe(args),_load(args)
-    from kdnb.recipes.core import ask_recipe
+    from kdnb.recipes.registry import ask_recipe
     from kdnb.report import how_to_load
     given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
     usual = dict(path=args.out or Path('runs')/f'{args.recipe.rpartition(":")[2]}-{data}', data=data, show=not args.quiet)
@@ -260,7 +260,7 @@ def compress(
     return 0
 
 def _print(record):
-    from kdnb.report import stage_rows,verdict
+    from kdnb.report.numbers import stage_rows,verdict
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
 # %% ../nbs/70_cli.ipynb #1d01f99a
@@ -278,8 +278,9 @@ def write_report(
     args:argparse.Namespace, # What was said
 ) -> int:
     "Write the report of a run, or compare several; returns the exit status"
-    from kdnb.recipes.core import Record
-    from kdnb.report import compare,report
+    from kdnb.recipes.record import Record
+    from kdnb.report.comparison import compare
+    from kdnb.report.page import report
     records = [Record(o) for o in args.folders]
     several = len(records)>1
     out = args.out or (Path('compare.html') if several else args.folders[0]/'report.html')
@@ -295,7 +296,7 @@ def show_data(
     "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
     from kdnb.data import data_path,data_table
-    from kdnb.report import human
+    from kdnb.show import human
     df = data_table()
     print(f'Image sets in {data_path()}:\n')
     rows = [{'set': n, 'images': o.images, 'size': human(o.bytes, 'B'), 'files': o.state} for n,o in df.iterrows()]
@@ -333,7 +334,7 @@ def export_run(
     from kdnb.data import image_dls,image_sets
     from kdnb.deploy import to_onnx
     from kdnb.export import load_model,read_header
-    from kdnb.recipes.core import Record
+    from kdnb.recipes.record import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):
         raise ValueError(f'the run saw {record.data}, and nothing says where that is. Pass the folder as data=FOLDER.')

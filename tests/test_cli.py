@@ -135,8 +135,8 @@ def returns_nothing(dls, path): pass
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     "A file of one's own beside which the command is given; what it registers is forgotten afterwards"
-    from kdnb.recipes.core import recipes
-    monkeypatch.setattr('kdnb.recipes.core.recipes', recipes | {})
+    from kdnb.recipes.registry import recipes
+    monkeypatch.setattr('kdnb.recipes.registry.recipes', recipes | {})
     for o in ('own','own_terms'): monkeypatch.delitem(sys.modules, o, raising=False)
     monkeypatch.setitem(criteria, 'heaviest', None); del criteria['heaviest']
     monkeypatch.chdir(tmp_path)
@@ -201,13 +201,13 @@ def test_images_of_several_sizes_are_told_of_the_option(tmp_path, capsys):
         assert 'such as --size 64.' in text and 'size=' not in text
 
 def test_recipes_are_those_of_the_engine():
-    from kdnb.recipes.core import recipes
+    from kdnb.recipes.registry import recipes
     assert list(cli._about)==list(recipes)
 
 def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
     got = {}
     def recipe(dls, **kwargs): got.update(kwargs, dls=dls); raise KeyboardInterrupt
-    monkeypatch.setattr('kdnb.recipes.core.find_recipe', lambda name: got.update(name=name) or recipe)
+    monkeypatch.setattr('kdnb.recipes.registry.find_recipe', lambda name: got.update(name=name) or recipe)
     text = said(capsys, 130, 'compress', '--recipe', 'prue', '--quick', '--seeds', '4,5', '--set', 'levels=(.2,.5)', 'kind=l1', '--set', 'on=true',
                 '--bs', 32, '--pad', 1, '--flip', '--epochs', 7)
     assert text=='kdnb: stopped. The same command goes on where it stopped.\n'

@@ -14,7 +14,9 @@ from ..distill.callback import KnowledgeDistillation,check_terms
 from ..core import inputs
 from ..core import check_choice
 from ..prune.criteria import check_criterion
-from .core import check_epochs,check_keeps,check_settings,name_of,network_for,Run,term_for
+from .settings import check_epochs,check_keeps,check_settings,name_of,term_for
+from .training import network_for
+from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/56_recipes.budget.ipynb #2af083b2

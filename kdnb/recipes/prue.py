@@ -23,8 +23,12 @@ from ..measure import embed_predictions,predictions,uncertainty
 from ..prune.select import prune_model
 from ..core import check_sparsity
 from ..masks.model import mask_model,masks,prunable
-from .core import accuracies,check_epochs,check_settings,criteria_by_title,fit_in_drops
-from .core import methods_by_title,name_of,network_for,Run,untrained
+from .record import accuracies
+from .settings import check_epochs,check_settings,criteria_by_title
+from .training import fit_in_drops
+from .settings import methods_by_title,name_of
+from .training import network_for,untrained
+from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d

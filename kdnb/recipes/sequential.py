@@ -22,8 +22,10 @@ from ..prune.rewind import sweep_sparsity
 from ..prune.scoring import Scoring
 from ..core import check_choice,check_sparsity
 from ..masks.model import fold
-from .core import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
-from .core import network_for,Run,said_methods,term_for
+from .settings import check_epochs,check_settings,criteria_by_title,methods_by_title,name_of
+from .training import network_for
+from .run import Run
+from .settings import said_methods,term_for
 from ..distill.task import check_classes
 
 # %% ../../nbs/54_recipes.sequential.ipynb #8de88a19

@@ -18,8 +18,10 @@ from ..distill.callback import KnowledgeDistillation,check_terms
 from ..distill.methods import KD
 from ..layers import weighted
 from ..core import check_choice,check_sparsity
-from .core import check_epochs,check_keeps,check_settings,methods_by_title,name_of,network_for,Run
-from .core import term_for
+from .settings import check_epochs,check_keeps,check_settings,methods_by_title,name_of
+from .training import network_for
+from .run import Run
+from .settings import term_for
 from ..distill.task import check_classes
 from ..core import check_weight
 from ..variational.callback import train_size,VariationalSparsifier

@@ -23,8 +23,10 @@ from ..distill.methods import method_names,usual_weights
 from ..core import get_layer
 from ..features import last_linear,layer_shapes,stage_ends
 from ..models import in_shape,n_classes
-from .core import check_epochs,check_settings,fit_in_drops,methods_by_title,name_of,network_for
-from .core import Run,said_methods,term_for
+from .settings import check_epochs,check_settings,methods_by_title,name_of
+from .training import fit_in_drops,network_for
+from .run import Run
+from .settings import said_methods,term_for
 from ..distill.task import check_classes
 from ..training.schedules import nesterov_sgd
 from ..core import check_weight
