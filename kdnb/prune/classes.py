@@ -12,8 +12,8 @@ from torch import nn
 from fastai.learner import Learner
 from ..channels.layers import _narrow_layer,plain_copy
 from ..core import evaluating,inputs,unwrap
-from ..data import ArrayDataLoaders,ArrayDataset
-from ..features import layer_shapes
+from ..data.arrays import ArrayDataLoaders,ArrayDataset
+from ..features.capture import layer_shapes
 from ..layers import n_channels,weighted
 from ..masks.model import mask_model,masks
 

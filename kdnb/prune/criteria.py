@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from ..core import check_choice,evaluating,get_layer,inputs
 from ..masks.model import masks
-from ..measure import split_batch
+from ..measure.outputs import split_batch
 from .scoring import add_up,Scoring
 
 # %% ../../nbs/31_prune.criteria.ipynb #71798ca6

@@ -21,7 +21,7 @@ from fastai.torch_core import no_random,to_device
 from ..channels.trial import channel_groups
 from ..core import check_choice,evaluating,get_layer,inputs,unwrap
 from ..masks.model import mask_model,masks,prunable,raw,unmask
-from ..measure import in_order
+from ..measure.outputs import in_order
 
 # %% ../../nbs/30_prune.scoring.ipynb #3b8d2149
 def add_up(

@@ -14,7 +14,7 @@ import pandas as pd, torch
 from ..channels.groups import _removable,_remove
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
-from ..measure import n_params
+from ..measure.counts import n_params
 from ..layers import weighted
 from ..masks.model import layer_sparsity
 

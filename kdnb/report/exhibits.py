@@ -9,7 +9,7 @@ __all__ = ['exhibit_html']
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
-from ..measure import plot_breakpoint
+from ..measure.breakpoint import plot_breakpoint
 from .figures import plot_log_alpha_map,weight_image
 from ..show import _axes,_colour,html_table,_key,label_points,_panels,picture,_png,_render,_templates
 

@@ -9,7 +9,7 @@ __all__ = ['Grid']
 import hashlib,itertools,json,re,sys
 from pathlib import Path
 from ..core import check_choice
-from ..data import image_dls
+from ..data.sets import image_dls
 from ..recipes.registry import bring,find_recipe,settable
 
 # %% ../../nbs/61_sweep.grid.ipynb #84fd642e

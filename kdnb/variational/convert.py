@@ -6,18 +6,23 @@
 __all__ = ['to_variational']
 
 # %% ../../nbs/21_variational.convert.ipynb #c15738a0
-import warnings
-import torch
+import math,warnings
+from collections.abc import Iterable
+import pandas as pd, torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import plain_copy
 from ..channels.trial import channel_groups
+from ..channels.layers import plain_copy
+from ..channels.shrink import shrink
+from ..features.capture import layer_shapes
+from ..measure.outputs import accuracy_on,split_batch
+from ..measure.counts import n_weights
 from ..core import inputs
-from ..features import layer_shapes
 from ..layers import weighted
 from .gates import Gate,Gates
-from .layers import GroupConv2d,GroupLinear,variational_layers,VDConv2d,VDLinear
+from .layers import GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,log_alphas
+from .layers import noise_groups,variational_layers
 
 # %% ../../nbs/21_variational.convert.ipynb #48b0fddc
 def _linears(m): return type(m) is nn.Linear
