@@ -17,7 +17,7 @@ from ..distill.callback import HEADS
 from ..export.files import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks.model import fold,mask_model,masks,unmask
-from ..masks import Masked
+from ..masks.layers import Masked
 from ..measure.outputs import accuracy_on
 from ..measure.counts import macs,n_bytes,n_params,n_weights
 from ..prune.criteria import criteria
