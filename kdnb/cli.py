@@ -238,7 +238,8 @@ def _look(args):
 # %% ../nbs/70_cli.ipynb #63920edd
 def _load(args):
     "The images, and what the record calls them"
-    from kdnb.data import folder_dls,image_dls,image_sets
+    from kdnb.data.folders import folder_dls
+    from kdnb.data.sets import image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
     size = args.size
     if args.model: size,kwargs['stats'] = _look(args)
@@ -286,7 +287,7 @@ def compress(
     "Run a recipe; returns the exit status"
     recipe,(dls,data) = _recipe(args),_load(args)
     from kdnb.recipes.registry import ask_recipe
-    from kdnb.report import how_to_load
+    from kdnb.report.page import how_to_load
     given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
     if args.model: given['teacher'] = _trained(args, dls)
     if args.to: given |= _limits(args, given)
@@ -300,7 +301,7 @@ def compress(
     return 0
 
 def _print(record):
-    from kdnb.report import stage_rows,verdict
+    from kdnb.report.numbers import stage_rows,verdict
     print('\n'.join(['', *text_table(stage_rows(record.stages)), '', record.verdict or verdict(record.stages)]))
 
 # %% ../nbs/70_cli.ipynb #1d01f99a
@@ -319,7 +320,8 @@ def write_report(
 ) -> int:
     "Write the report of a run, or compare several; returns the exit status"
     from kdnb.recipes.record import Record
-    from kdnb.report import compare,report
+    from kdnb.report.comparison import compare
+    from kdnb.report.page import report
     records = [Record(o) for o in args.folders]
     several = len(records)>1
     out = args.out or (Path('compare.html') if several else args.folders[0]/'report.html')
@@ -334,8 +336,9 @@ def show_data(
 ) -> int:
     "List the image sets, or what a folder holds; returns the exit status"
     if args.folder: return _show_folder(args)
-    from kdnb.data import data_path,data_table
-    from kdnb.report import human
+    from kdnb.data.readers import data_path
+    from kdnb.data.sets import data_table
+    from kdnb.show import human
     df = data_table()
     print(f'Image sets in {data_path()}:\n')
     rows = [{'set': n, 'images': o.images, 'size': human(o.bytes, 'B'), 'files': o.state} for n,o in df.iterrows()]
@@ -346,7 +349,7 @@ def show_data(
 
 # %% ../nbs/70_cli.ipynb #9b000c25
 def _show_folder(args):
-    from kdnb.data import folder_dls
+    from kdnb.data.folders import folder_dls
     dls = folder_dls(args.folder, args.size, device='cpu')
     counts = {k: dl.dataset.y.bincount(minlength=dls.c).tolist() for k,dl in zip(('train','valid','test'), dls.loaders)}
     rows = [{'class': str(c)} | {k: n[i] for k,n in counts.items()} for i,c in enumerate(dls.vocab)]
@@ -360,7 +363,7 @@ def run_sweep(
     args:argparse.Namespace, # What was said
 ) -> int:
     "Run a grid; returns the exit status"
-    from kdnb.sweep import sweep
+    from kdnb.sweep.result import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,
                 retry_failed=args.retry_failed, minutes=args.minutes, first=args.first))
     return 0
@@ -370,13 +373,13 @@ def export_run(
     args:argparse.Namespace, # What was said
 ) -> int:
     "Write the small network of a run as an ONNX file; returns the exit status"
-    from kdnb.data import image_dls,image_sets
-    from kdnb.export.onnx import to_onnx
+    from kdnb.data.sets import image_dls,image_sets
+    from kdnb.export.forms import export_form
     from kdnb.export.files import load_model,read_header
     from kdnb.recipes.record import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):
         raise ValueError(f'the run saw {record.data}, and nothing says where that is. Pass the folder as data=FOLDER.')
     dls = image_dls(args.data or record.data, size=tuple(record.in_shape[1:]), stats=read_header(file)[0].get('stats') or None)
-    print(to_onnx(load_model(file), dls, args.out or args.folder/'model.onnx', args.int8, args.max_drop))
+    print(export_form(args.folder, load_model(file), dls, args.out, args.int8, args.max_drop))
     return 0

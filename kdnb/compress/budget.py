@@ -9,7 +9,7 @@ __all__ = ['read_limit', 'Budget']
 import re
 from numbers import Real
 from torch import nn
-from ..measure import latency,macs,n_bytes,n_params
+from ..measure.counts import latency,macs,n_bytes,n_params
 
 # %% ../../nbs/45_compress.budget.ipynb #6be31079
 _prefixes = {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}

@@ -17,8 +17,9 @@ from ..channels.shrink import _estimate_bn,max_difference
 from .budget import Budget,_number
 from .order import hows,in_order_of,savings_of,widths_of
 from ..core import check_choice,first_samples
-from ..masks import mask_model
-from ..prune.criteria import channel_masks,Scoring
+from ..masks.model import mask_model
+from ..prune.select import channel_masks
+from ..prune.scoring import Scoring
 from ..prune.sensitivity import _Batches,least,sensitivity,without
 
 # %% ../../nbs/45b_compress.cut.ipynb #a78c9837

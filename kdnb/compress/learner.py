@@ -19,7 +19,7 @@ from .order import hows
 from .result import Compressed,_lost,_metric
 from ..core import check_choice,inputs,unwrap
 from ..export.quantize import check_drop
-from ..measure import latency
+from ..measure.counts import latency
 from ..prune.criteria import check_criterion
 from ..prune.sensitivity import check_data,validate_as
 

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-import kdnb.distill.callback      # gives learners `distill`
+import kdnb.distill.learner      # gives learners `distill`
 from ..channels.groups import ChannelGroup
 from ..channels.trial import channel_groups
 from ..core import get_layer,unwrap
 from ..variational.callback import VariationalSparsifier
-from ..variational.convert import to_deterministic,to_variational
+from ..variational.threshold import to_deterministic
+from ..variational.convert import to_variational
 
 # %% ../../nbs/45c_compress.noise.ipynb #eaccbd01
 def successor(

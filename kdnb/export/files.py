@@ -21,7 +21,7 @@ from .build import _built,_check_fit,_cut,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
 from ..files import atomic_write
-from ..models import create
+from ..models.named import create
 
 # %% ../../nbs/40c_export.files.ipynb #369ed98e
 FORMAT = 'kdnb-1'         # tensors as they are

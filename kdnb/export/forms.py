@@ -16,7 +16,7 @@ from .onnx import _data,Exported,to_onnx
 from .session import OnnxNetwork
 from .speed import _one_thread,_resized
 from ..files import atomic_write
-from ..measure import median_ms
+from ..measure.counts import median_ms
 
 # %% ../../nbs/43b_export.forms.ipynb #43b00008
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves,tree_map,tree_map_only
 from ..channels.layers import plain_copy
 from ..channels.trace import output_tensors
 from ..core import as_network,first_samples,inputs
-from ..features import _fields,find_logits
+from ..features.logits import _fields,find_logits
 
 # %% ../../nbs/41_export.graph.ipynb #848a9ba0
 def _onnx():

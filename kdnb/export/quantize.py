@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders
 from ..channels.trace import output_tensors
 from .graph import _onnx,_sample,_silent
 from .session import _batches,_compare,_inputs_of,OnnxNetwork,_valid
-from ..measure import accuracy_on,in_order
+from ..measure.outputs import accuracy_on,in_order
 
 # %% ../../nbs/42_export.quantize.ipynb #47e7904c
 def check_drop(

@@ -19,7 +19,7 @@ from ..channels.trial import relative_difference
 from ..core import first_samples
 from .graph import _cause,_onnx,_sample
 from .images import _pixels,Preprocess
-from ..measure import in_order
+from ..measure.outputs import in_order
 
 # %% ../../nbs/41a_export.session.ipynb #7983317c
 def _header(data, xb, graph, logits, int8):

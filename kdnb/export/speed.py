@@ -20,7 +20,7 @@ from .graph import _cause,_graph,_logits_at,_sample,_silent,_still
 from .onnx import _data
 from .quantize import _calibration,_quantised
 from .session import OnnxNetwork
-from ..measure import median_ms
+from ..measure.counts import median_ms
 
 # %% ../../nbs/43a_export.speed.ipynb #ea36217c
 def _eager(net, xb): return lambda: net(*xb)

@@ -11,7 +11,8 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from ..compress.budget import Budget
 from ..compress.cut import cut_to
-from ..distill.callback import KnowledgeDistillation,check_terms
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
 from ..core import inputs
 from ..core import check_choice
 from ..prune.criteria import check_criterion
