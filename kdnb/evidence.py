@@ -4,83 +4,126 @@
 
 # %% auto #0
 __all__ = ['results_folder', 'all_grids', 'per_seed', 'trial_rows', 'rows_file', 'stored_rows', 'add_rows', 'runs_here', 'rounds',
-           'work_through', 'gather', 'state_of', 'MissingRows', 'read_rows', 'printed', 'spread', 'seeds_of',
+           'work_through', 'state_of', 'gather', 'MissingRows', 'read_rows', 'printed', 'spread', 'seeds_of',
            'with_rows', 'Verdict', 'verdict']
 
-# %% ../nbs/62_evidence.ipynb #3a711146
+# %% ../nbs/62_evidence.ipynb #6cf96512
 import json,math,os,sys,time
-from pathlib import Path
 import numpy as np, pandas as pd, torch
+from collections.abc import Callable
+from pathlib import Path
+from fastcore.basics import patch
 from filelock import FileLock
 from .training.checkpoint import Checkpoint
 from .files import atomic_write
 from .core import check_choice
 from .show import percent
 from .sweep.grid import Grid
-from .sweep.worker import keep_alive,_Worker,worker_process
+from .sweep.processes import keep_alive,worker_process
+from .sweep.worker import _Worker
 
 # %% ../nbs/62_evidence.ipynb #76765e1c
-def results_folder(path=None): # The folder itself, if it is another one
-    "The folder `results` of the project: here, or in a folder above"
+def results_folder(
+    path:str|Path|None=None, # The folder itself, if it is another one
+) -> Path:
+    """The folder `results` of the project: here, or in a folder above
+
+    Raises `FileNotFoundError` if there is none."""
     if path: return Path(path)
     here = Path.cwd()
     for o in (here, *here.parents):
         if (o/'results'/'papers.csv').exists(): return o/'results'
-    raise FileNotFoundError(f'there is no folder results/ with papers.csv in {here} or above it. Run this in a clone of the project, or pass path=.')
+    raise FileNotFoundError(f'there is no folder results/ with papers.csv in {here} or above it. '
+                            'Run this in a clone of the project, or pass path=.')
 
 # %% ../nbs/62_evidence.ipynb #b3aa22bc
 def _grid(file):
-    "`Grid` of a file; what is wrong with it is said with the file's name"
+    "`Grid` of a file; an error names the file"
     try: return Grid(file)
-    except ValueError as e: raise ValueError(str(e) if str(file) in str(e) else f'{file}: {e}') from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(file) in str(e) else f'{file}: {e}') from None
 
-def all_grids(path=None): # Folder of results, see `results_folder`
+# %% ../nbs/62_evidence.ipynb #de2064ce
+def all_grids(
+    path:str|Path|None=None, # Folder of results, see `results_folder`
+) -> dict[tuple,Grid]:
     "`{(paper, table): Grid}` of all grids there are, the most important first"
     files = sorted(results_folder(path).glob('*/*.toml'))
     grids = {(f.parent.name, f.stem): _grid(f) for f in files}
     return dict(sorted(grids.items(), key=lambda o: o[1].priority))
 
 # %% ../nbs/62_evidence.ipynb #0e76f2f7
-def per_seed(grid): # `Grid`
+def per_seed(
+    grid:Grid, # Any grid
+) -> dict:
     "`{seed: checksums}` of the trials that have one seed; the others stand under None"
     res = {}
     for key,(_,args) in grid.combinations().items():
         seeds = args.get('seeds', 1)
         if isinstance(seeds, int): seeds = range(seeds)
-        seed = seeds[0] if isinstance(seeds, (list,tuple,range)) and len(seeds)==1 else None
-        res.setdefault(seed, []).append(key)
+        single = isinstance(seeds, (list,tuple,range)) and len(seeds)==1
+        res.setdefault(seeds[0] if single else None, []).append(key)
     return res
 
 # %% ../nbs/62_evidence.ipynb #ee5042b8
-_passing = 'mark','latency_ms','latency_spread_ms'    # milliseconds measured beside other work say nothing
+_passing = ('mark','latency_ms','latency_spread_ms')
 
-def trial_rows(paper, table, grid, key, trial): # `key` is its checksum, `trial` what Optuna has of it
+def trial_rows(
+    paper:str, # Folder in results
+    table:str, # Name of a grid there
+    grid:Grid, # That grid
+    key:str, # Checksum of the trial
+    trial:object, # What Optuna has of it
+) -> list[dict]:
     "The rows of a finished trial"
-    a,names = trial.user_attrs,dict(weights='nonzero', name='cell')
-    values = {k: a['args'][k] for k in grid.lists if k!='seeds'}
+    a = trial.user_attrs
+    names = dict(weights='nonzero', name='cell')
     where = dict(paper=paper, table=table, trial=a['name'], key=key)
-    return [where | values | {names.get(k, k): v for k,v in o.items() if k not in _passing} | a['made'] for o in a['stages']]
+    where |= {k: a['args'][k] for k in grid.lists if k!='seeds'}
+    rows = []
+    for o in a['stages']:
+        measured = {names.get(k, k): v for k,v in o.items() if k not in _passing}
+        rows.append(where | measured | a['made'])
+    return rows
 
 # %% ../nbs/62_evidence.ipynb #a614ec97
-def rows_file(paper, path=None): return results_folder(path)/paper/'rows.jsonl'
+def rows_file(
+    paper:str, # Folder in results
+    path:str|Path|None=None, # Folder of results
+) -> Path:
+    "The file that holds the rows of a paper"
+    return results_folder(path)/paper/'rows.jsonl'
 
 # %% ../nbs/62_evidence.ipynb #ea48c76a
 def _row(file, i, line):
+    "The row in `line`, which is the `i`-th of `file`"
     try: row = json.loads(line)
     except ValueError: row = None
     if isinstance(row, dict) and {'table','key'}<=row.keys(): return row
-    raise ValueError(f'{file} has no row in line {i}: {line[:60].decode(errors="replace")!r}. Take the line out, or take the file from git.')
+    start = line[:60].decode(errors='replace')
+    raise ValueError(f'{file} has no row in line {i}: {start!r}. '
+                     'Take the line out, or take the file from git.')
 
-def stored_rows(paper, path=None, table=None):
-    "Rows of a paper, or of one of its tables, as dicts, in the order in which they came"
+# %% ../nbs/62_evidence.ipynb #4341eb1e
+def stored_rows(
+    paper:str, # Folder in results
+    path:str|Path|None=None, # Folder of results
+    table:str|None=None, # Of which table; all if None
+) -> list[dict]:
+    "Rows of a paper, in the order in which they came. Raises `ValueError` if a line is no row."
     f = rows_file(paper, path)
     if not f.exists(): return []
-    rows = [_row(f, i, o) for i,o in enumerate(f.read_bytes().split(b'\n'), 1) if o.strip()]
+    lines = f.read_bytes().split(b'\n')
+    rows = [_row(f, i, o) for i,o in enumerate(lines, 1) if o.strip()]
     return [o for o in rows if table in (None, o['table'])]
 
 # %% ../nbs/62_evidence.ipynb #4e237689
-def add_rows(paper, rows, path=None): # New rows; those of trials that have some are left out
-    "Add rows to a paper's file; several processes may do so at once"
+def add_rows(
+    paper:str, # Folder in results
+    rows:list[dict], # New rows; those of trials that have some are left out
+    path:str|Path|None=None, # Folder of results
+) -> list[dict]:
+    "Add rows to a paper's file; several processes may do so at once. Returns those that are new."
     f = rows_file(paper, path)
     with FileLock(f.with_name('.rows.lock')):
         there = stored_rows(paper, path)
@@ -90,46 +133,87 @@ def add_rows(paper, rows, path=None): # New rows; those of trials that have some
     return new
 
 # %% ../nbs/62_evidence.ipynb #7a983fc1
-def runs_here(grid): # `Grid`
+def runs_here(
+    grid:Grid, # Any grid
+) -> bool:
     "Does the device that the grid needs exist here?"
     return grid.device in ('', 'cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/62_evidence.ipynb #0b6db5d1
-def rounds(grids): # `{(paper, table): Grid}`
+def rounds(
+    grids:dict[tuple,Grid], # `{(paper, table): Grid}`
+) -> list[tuple]:
     "In which order to work: `(paper, table, Grid, how many of its combinations)`, seed by seed"
-    counts = {k: np.cumsum([len(o) for o in per_seed(g).values()]).tolist() for k,g in grids.items()}
-    n = max(map(len, counts.values()), default=0)
-    return [(*k, g, counts[k][i]) for i in range(n) for k,g in grids.items() if i<len(counts[k])]
+    counts = {}
+    for k,g in grids.items(): counts[k] = np.cumsum([*map(len, per_seed(g).values())]).tolist()
+    order = []
+    for i in range(max(map(len, counts.values()), default=0)):
+        order += [(*k, g, counts[k][i]) for k,g in grids.items() if i<len(counts[k])]
+    return order
 
 # %% ../nbs/62_evidence.ipynb #3fc321ea
 def _worker(paper, table, grid, out, **kwargs):
+    "A worker on one grid; recipe and data may be changed in its file, and the journal stays"
     here = Path(out)/paper/table
-    grid.name = f'{grid.recipe} on {grid.data}'    # both may be changed in the file, and the journal stays
+    grid.name = f'{grid.recipe} on {grid.data}'
     return _Worker(grid, here/'journal.log', here, show=False, **kwargs)
 
+# %% ../nbs/62_evidence.ipynb #9ad28733
+def _write_rows(worker, paper, table, path, show):
+    "Add the rows of what `worker` knows to be finished, and print what is new"
+    rows = []
+    for key,t in worker.current().items():
+        if t.value is not None: rows += trial_rows(paper, table, worker.grid, key, t)
+    last = {o['trial']: o for o in add_rows(paper, rows, path)}
+    for o in last.values() if show else ():
+        accuracy = percent(o['test_accuracy'], 2)
+        print(f"{paper}/{table} {o['trial']}: {o['cell']} {accuracy}", flush=True)
+
 # %% ../nbs/62_evidence.ipynb #d26dc47d
-def work_through(path, out, until=math.inf, papers=(), show=True, # Folders of results and of runs; when to stop; which papers, all if none
-    parent=None): # Process without which it ends
+def work_through(
+    path:str|Path, # Folder of results
+    out:str|Path, # Folder of the runs
+    until:float=math.inf, # When to stop, as `time.time()` counts
+    papers:list=(), # Which papers, all if none
+    show:bool=True, # Print what is finished
+    parent:int|None=None, # Process without which it ends
+) -> None:
     "Run trials of all grids until the time is over or nothing is left; write their rows"
     Checkpoint.share = None
     torch.set_flush_denormal(True)    # weights that die would cost four times as much
-    grids = {k: g for k,g in all_grids(path).items() if runs_here(g) and (not papers or k[0] in papers)}
-    said = set()
+    wanted = {k: g for k,g in all_grids(path).items() if not papers or k[0] in papers}
+    grids = {k: g for k,g in wanted.items() if runs_here(g)}
+    reported = set()
     for paper,table,grid,first in rounds(grids):
         if time.time()>=until or parent and os.getppid()!=parent: return
         done = {o['key'] for o in stored_rows(paper, path, table)}
         if done.issuperset(list(grid.combinations())[:first]): continue
-        worker = _worker(paper, table, grid, out, parent=parent, first=first, until=until, done=done)
-        def write():
-            new = [o for k,t in worker.current().items() if t.value is not None for o in trial_rows(paper, table, grid, k, t)]
-            for o in {o['trial']: o for o in add_rows(paper, new, path)}.values():
-                if show: print(f"{paper}/{table} {o['trial']}: {o['cell']} {percent(o['test_accuracy'], 2)}", flush=True)
+        limits = dict(parent=parent, first=first, until=until, done=done)
+        worker = _worker(paper, table, grid, out, **limits)
+        def write(): _write_rows(worker, paper, table, path, show)
         worker.work(wait=False, then=write)
         write()
-        failed = {k: t.user_attrs for k,t in worker.current().items() if 'error' in t.user_attrs}
-        for o in [o for k,o in failed.items() if (table,k) not in said]:
-            print(f"{paper}/{table} {o['name']} has failed: {o['error']}", flush=True)
-        said |= {(table,k) for k in failed}
+        for key,t in worker.current().items():
+            if 'error' not in t.user_attrs or (table,key) in reported: continue
+            reported.add((table,key))
+            name,error = (t.user_attrs[k] for k in ('name','error'))
+            print(f'{paper}/{table} {name} has failed: {error}', flush=True)
+
+# %% ../nbs/62_evidence.ipynb #29280571
+def state_of(
+    path:str|Path|None=None, # Folder of results
+    grids:dict[tuple,Grid]|None=None, # From `all_grids`, if they have been read
+) -> pd.DataFrame:
+    "Of each grid: trials that have rows, of how many, and the seeds that are complete"
+    res = []
+    for (paper,table),g in (grids or all_grids(path)).items():
+        done = {o['key'] for o in stored_rows(paper, path, table)}
+        keys = list(g.combinations())
+        whole = [s for s,of in per_seed(g).items() if done.issuperset(of)]
+        seeds = ', '.join('several' if s is None else str(s) for s in whole)
+        res.append(dict(paper=paper, table=table, device=g.device or 'any',
+                        trials=sum(k in done for k in keys), of=len(keys), seeds=seeds))
+    return pd.DataFrame(res)
 
 # %% ../nbs/62_evidence.ipynb #055e3c45
 def _main():
@@ -138,98 +222,129 @@ def _main():
     try: work_through(path, out, until or math.inf, papers, parent=parent)
     except KeyboardInterrupt: sys.exit(130)
 
-# %% ../nbs/62_evidence.ipynb #97775bc0
-def gather(minutes=None, # Stop after so long; all there is if None
-    jobs=1, # Processes; they share the data and, if there is one, the GPU
-    papers=(), # Folders in results; all if none is named
-    path=None, # Folder of results
-    out='runs/evidence'): # Folder of the runs
-    "Go on with the grids in `results`, in the order of their importance; several at once share the work"
+# %% ../nbs/62_evidence.ipynb #108e6de2
+def _check_gather(minutes, jobs, papers, there, path):
+    "Raise an error for a number that cannot be, or a paper without grids"
     if not (minutes is None or isinstance(minutes, (int,float)) and minutes>=0):
         raise ValueError(f'minutes is {minutes!r}, expected a number from 0 on.')
-    if not isinstance(jobs, int) or jobs<1: raise ValueError(f'jobs is {jobs!r}, expected a whole number from 1 on.')
-    path,out = results_folder(path).resolve(),Path(out).resolve()
-    until = math.inf if minutes is None else time.time()+60*minutes
-    grids = all_grids(path)
-    there = list(dict.fromkeys(k for k,_ in grids))
+    if not isinstance(jobs, int) or jobs<1:
+        raise ValueError(f'jobs is {jobs!r}, expected a whole number from 1 on.')
     if not there: raise FileNotFoundError(f'there is no grid <paper>/<table>.toml in {path}.')
     for o in papers: check_choice('papers', o, there)
-    for (paper,table),g in grids.items():    # what has failed is tried again
-        if (out/paper/table/'journal.log').exists(): _worker(paper, table, g, out).add(retry_failed=True)
+
+# %% ../nbs/62_evidence.ipynb #97775bc0
+def gather(
+    minutes:float|None=None, # Stop after so long; when nothing is left if None
+    jobs:int=1, # Processes; they share the data and, if there is one, the GPU
+    papers:list=(), # Folders in results; all if none is named
+    path:str|Path|None=None, # Folder of results
+    out:str|Path='runs/evidence', # Folder of the runs
+) -> pd.DataFrame:
+    """Go on with the grids in `results`, the most important first; what has failed is tried again
+
+    Returns `state_of`. Raises `ValueError` for a wrong number, `FileNotFoundError` without grids."""
+    path,out = results_folder(path).resolve(),Path(out).resolve()
+    grids = all_grids(path)
+    there = list(dict.fromkeys(paper for paper,_ in grids))
+    _check_gather(minutes, jobs, papers, there, path)
+    until = math.inf if minutes is None else time.time()+60*minutes
+    for (paper,table),g in grids.items():
+        if not (out/paper/table/'journal.log').exists(): continue
+        _worker(paper, table, g, out).add(retry_failed=True)
     before = {k: len(stored_rows(k, path)) for k in there}
-    job = json.dumps([str(path), str(out), None if minutes is None else until, list(papers), os.getpid()])
+    end = None if minutes is None else until
+    job = json.dumps([str(path), str(out), end, list(papers), os.getpid()])
     keep_alive(lambda i: worker_process('kdnb.evidence', job, i), jobs, until=until)
     new = {k: len(stored_rows(k, path))-n for k,n in before.items()}
     print(', '.join(f'{k}: {n} new rows' for k,n in new.items() if n) or 'no new rows')
-    return state_of(path)
-
-# %% ../nbs/62_evidence.ipynb #29280571
-def state_of(path=None):
-    "What there is of each grid: trials that have rows, of how many, and the seeds that are complete"
-    res = []
-    for (paper,table),g in all_grids(path).items():
-        done,seeds = {o['key'] for o in stored_rows(paper, path, table)},per_seed(g)
-        whole = [s for s,keys in seeds.items() if done.issuperset(keys)]
-        res.append(dict(paper=paper, table=table, device=g.device or 'any', trials=sum(k in done for k in g.combinations()),
-                        of=len(g.combinations()), seeds=', '.join('several' if s is None else str(s) for s in whole)))
-    return pd.DataFrame(res)
+    return state_of(path, grids)
 
 # %% ../nbs/62_evidence.ipynb #ac37cdc9
 class MissingRows(ValueError): "Rows that a table needs have not been made yet"
 
+def _missing(paper, table, grid, done):
+    "`MissingRows` that says what has not been run, and how to run it"
+    names = {k: name for k,(name,_) in grid.combinations().items()}
+    left = [name for k,name in names.items() if k not in done]
+    where = ' where there is a GPU.' if grid.device=='cuda' else '.'
+    return MissingRows(f'{paper}/{table} has no complete seed yet: {left[0]} has not been run, and '
+                       f'{len(left)-1} more. Run it with `make evidence`{where}')
+
 # %% ../nbs/62_evidence.ipynb #09515247
-def read_rows(paper, # Folder in results
-    table, # Name of a grid there
-    path=None): # Folder of results
-    "The table's rows as a `DataFrame`, of the seeds that are complete; raises `MissingRows` if none is"
+def read_rows(
+    paper:str, # Folder in results
+    table:str, # Name of a grid there
+    path:str|Path|None=None, # Folder of results
+) -> pd.DataFrame:
+    """The table's rows, of the seeds that are complete
+
+    Raises `MissingRows` if none is, `FileNotFoundError` if there is no such grid."""
     file = results_folder(path)/paper/f'{table}.toml'
     if not file.exists():
-        raise FileNotFoundError(f'there is no grid {file}. There are {", ".join(f"{o.parent.name}/{o.stem}" for o in sorted(file.parents[1].glob("*/*.toml")))}.')
+        there = [f'{o.parent.name}/{o.stem}' for o in sorted(file.parents[1].glob('*/*.toml'))]
+        raise FileNotFoundError(f'there is no grid {file}. There are {", ".join(there)}.')
     grid = _grid(file)
-    rows,seeds = stored_rows(paper, path, table),per_seed(grid)
-    done,names = {o['key'] for o in rows},{k: name for k,(name,_) in grid.combinations().items()}
-    whole = [k for keys in seeds.values() if done.issuperset(keys) for k in keys]
-    if not whole:
-        first = next(k for k in names if k not in done)
-        raise MissingRows(f'{paper}/{table} has no complete seed yet: {names[first]} has not been run, and {len(names)-len(done&names.keys())-1} '
-                          f'more. Run it with `make evidence`' + (' where there is a GPU.' if grid.device=='cuda' else '.'))
+    rows = stored_rows(paper, path, table)
+    done = {o['key'] for o in rows}
+    whole = [k for keys in per_seed(grid).values() if done.issuperset(keys) for k in keys]
+    if not whole: raise _missing(paper, table, grid, done)
     order = {k: i for i,k in enumerate(whole)}
-    return pd.DataFrame(sorted((o for o in rows if o['key'] in order), key=lambda o: order[o['key']]))
+    rows = [o for o in rows if o['key'] in order]
+    return pd.DataFrame(sorted(rows, key=lambda o: order[o['key']]))
 
 # %% ../nbs/62_evidence.ipynb #32e9ad7d
-def printed(paper, # As in results/papers.csv: 'VBGS-KD', 'prune-then-distill', 'PrUE', 'sequential', 'VID'
-    table=None, # 'Table 3'; all if None
-    path=None): # Folder of results
-    "What a paper has printed"
-    df = pd.read_csv(results_folder(path)/'papers.csv', keep_default_na=False, na_values={'std': ['']})
-    if paper not in set(df.paper): raise ValueError(f'there are no printed results of {paper!r}. There are {", ".join(df.paper.unique())}.')
+def printed(
+    paper:str, # 'VBGS-KD', 'prune-then-distill', 'PrUE', 'sequential' or 'VID'
+    table:str|None=None, # Such as 'Table 3'; all if None
+    path:str|Path|None=None, # Folder of results
+) -> pd.DataFrame:
+    "What a paper has printed. Raises `ValueError` if there is no such paper or table."
+    file = results_folder(path)/'papers.csv'
+    df = pd.read_csv(file, keep_default_na=False, na_values={'std': ['']})
+    if paper not in set(df.paper):
+        there = ', '.join(df.paper.unique())
+        raise ValueError(f'there are no printed results of {paper!r}. There are {there}.')
     df = df[df.paper==paper]
-    if table is not None and table not in set(df.table): raise ValueError(f'there is no {table!r} of {paper}. There are {", ".join(df.table.unique())}.')
-    df = (df if table is None else df[df.table==table]).drop(columns='paper').reset_index(drop=True)
+    if table is not None and table not in set(df.table):
+        there = ', '.join(df.table.unique())
+        raise ValueError(f'there is no {table!r} of {paper}. There are {there}.')
+    if table is not None: df = df[df.table==table]
+    df = df.drop(columns='paper').reset_index(drop=True)
     numbers = pd.to_numeric(df.value, errors='coerce')
-    return df.assign(value=numbers if numbers.notna().all() else numbers.astype(object).where(numbers.notna(), df.value))    # '20.1M' stays
+    whole = numbers.notna()
+    if not whole.all(): numbers = numbers.astype(object).where(whole, df.value)    # '20.1M' stays
+    return df.assign(value=numbers)
 
 # %% ../nbs/62_evidence.ipynb #84953f80
-def spread(values, # One number for each seed
-    scale=100, # Fractions become per cent
-    digits=2):
+def spread(
+    values:list, # One number for each seed
+    scale:float=100, # Fractions become per cent
+    digits:int=2, # Behind the point
+) -> str:
     "Mean and standard deviation in words: '91.20 ± 0.31'"
     v = scale*np.asarray(values, float)
-    return f'{v.mean():.{digits}f}' + (f' ± {v.std(ddof=1):.{digits}f}' if len(v)>1 else '')
+    mean = f'{v.mean():.{digits}f}'
+    return mean if len(v)==1 else f'{mean} ± {v.std(ddof=1):.{digits}f}'
 
 # %% ../nbs/62_evidence.ipynb #5d5631c2
-def seeds_of(rows): # From `read_rows`
+def seeds_of(
+    rows:pd.DataFrame, # From `read_rows`
+) -> str:
     "For a caption: which seeds, how many epochs, on what"
-    def of(k, name): return f'{name}{"s"*(rows[k].nunique()>1)} {", ".join(map(str, sorted(rows[k].unique())))}'
+    seeds = sorted(rows.seed.unique())
+    parts = [f'seed{"s"*(len(seeds)>1)} {", ".join(map(str, seeds))}']
     epochs = sorted({int(o) for o in rows.epochs.dropna()}) if 'epochs' in rows else []
-    return '; '.join([of('seed', 'seed'), *([f'{", ".join(map(str, epochs))} epochs'] if epochs else []), ', '.join(rows.device.unique())])
+    if epochs: parts.append(f'{", ".join(map(str, epochs))} epochs')
+    return '; '.join([*parts, ', '.join(rows.device.unique())])
 
 # %% ../nbs/62_evidence.ipynb #b8e3ee94
-def with_rows(paper, # Folder in results
-    table, # Name of a grid there
-    f, # Function of the table's rows
-    path=None): # Folder of results
-    "What `f` makes of the rows, under a line that says what they are; 'not run yet' if there is no complete seed"
+def with_rows(
+    paper:str, # Folder in results
+    table:str, # Name of a grid there
+    f:Callable, # Function of the table's rows
+    path:str|Path|None=None, # Folder of results
+) -> object:
+    "What `f` makes of the rows, under a line that says what they are; or prints 'not run yet'"
     try: rows = read_rows(paper, table, path)
     except MissingRows as e: return print(f'not run yet: {e}')
     print(f'{table}: {seeds_of(rows)}')
@@ -237,29 +352,52 @@ def with_rows(paper, # Folder in results
 
 # %% ../nbs/62_evidence.ipynb #b1f1839b
 class Verdict:
-    "What paired differences say: `mean` and `std` in points, `holds` (None: not more than one spread, or one seed only)"
-    def __init__(self, differences, printed=None, what=''):
+    "What paired differences say: `mean` and `std` in points, and whether a claim `holds`"
+    def __init__(self,
+        differences:list, # For each seed, fractions
+        printed:float|None=None, # What the paper has printed, points
+        what:str='', # What is compared
+    ):
         d = 100*np.asarray(differences, float)
-        self.n,self.mean,self.std,self.printed,self.what = len(d),d.mean(),d.std(ddof=1) if len(d)>1 else math.nan,printed,what
+        self.n = len(d)
+        self.mean = d.mean()
+        self.std = d.std(ddof=1) if self.n>1 else math.nan
+        self.printed = printed
+        self.what = what
+
     @property
-    def spreads(self): return abs(self.mean)/self.std if self.std else math.inf
+    def spreads(self) -> float:
+        "The mean difference in units of its spread"
+        return abs(self.mean)/self.std if self.std else math.inf
+
     @property
-    def holds(self): return None if self.n<2 or self.spreads<=1 else bool(self.mean*(self.printed or 1)>0)
-    def __repr__(self):
-        said = f'{self.what}: ' if self.what else ''
-        said += f'{self.mean:+.2f}' + (f' ± {self.std:.2f}' if self.n>1 else '') + f' points over {self.n} seed{"s"*(self.n>1)}'
-        if self.n>1: said += f' ({self.spreads:.1f} spreads)'
-        if self.printed is not None: said += f', printed {self.printed:+.2f}'
-        return f'{said}: {self._ends()}.'
+    def holds(self) -> bool|None:
+        "Same direction as printed? None of one seed only, or within one spread"
+        if self.n<2 or self.spreads<=1: return None
+        return bool(self.mean*(self.printed or 1)>0)
+
     def _ends(self):
         if self.n<2: return 'one seed says nothing about chance'
         if self.holds is None: return 'no difference that stands out from the spread'
         if self.printed is None: return 'better' if self.mean>0 else 'worse'
         return 'same direction' if self.holds else 'the opposite direction'
 
+# %% ../nbs/62_evidence.ipynb #8faa55f7
+@patch
+def __repr__(self:Verdict) -> str:
+    text = f'{self.what}: ' if self.what else ''
+    text += f'{self.mean:+.2f}'
+    if self.n>1: text += f' ± {self.std:.2f}'
+    text += f' points over {self.n} seed{"s"*(self.n>1)}'
+    if self.n>1: text += f' ({self.spreads:.1f} spreads)'
+    if self.printed is not None: text += f', printed {self.printed:+.2f}'
+    return f'{text}: {self._ends()}.'
+
 # %% ../nbs/62_evidence.ipynb #c9425d0c
-def verdict(differences, # For each seed the accuracy that the claim says is higher, less the other: fractions
-    printed=None, # The difference that the paper has printed, in points
-    what=''): # What is compared
+def verdict(
+    differences:list, # For each seed what is claimed to be higher, less the other: fractions
+    printed:float|None=None, # The difference that the paper has printed, in points
+    what:str='', # What is compared
+) -> Verdict:
     "A `Verdict` on a claim"
     return Verdict(differences, printed, what)
