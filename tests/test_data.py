@@ -4,7 +4,7 @@ from multiprocessing import get_context
 
 import pytest
 from fastai.vision.all import *
-from kdnb import data
+from kdnb.data import readers as data, sets
 from kdnb.data import *
 
 def test_the_split_is_fixed_and_stratified():
@@ -98,7 +98,7 @@ def test_missing_files_are_named(tmp_path):
 
 def _jpeg_archive(path):
     "Six images of two classes in the layout of cifar10-jpeg.tar.xz"
-    names = sorted(data._cifar_names)
+    names = sorted(sets._cifar_names)
     with tarfile.open(path/'cifar10-jpeg.tar.xz', 'w:xz') as t:
         for split,y in (('train', [3,1,1,3]), ('test', [1,3])):
             for c in (1,3):

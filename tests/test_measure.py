@@ -1,7 +1,7 @@
 "What a network says, against slow references in double precision; curves whose breakpoint is evident."
 import pytest
 from kdnb.all import *
-from kdnb.measure import _class_variance
+from kdnb.measure.outputs import _class_variance
 
 def slow_p(z, y):
     "The true class's probability of each sample, one after the other"

@@ -20,7 +20,7 @@ from .trace import output_tensors
 from .trial import _cast,constant_draws,_first_difference,_groups,layer_outputs
 from .trial import relative_difference,_said
 from ..core import evaluating,first_samples,get_layer,inputs,set_layer
-from ..features import layer_shapes
+from ..features.capture import layer_shapes
 from ..layers import n_channels
 
 # %% ../../nbs/08e_channels.shrink.ipynb #18c7ffe9

@@ -14,9 +14,9 @@ import pandas as pd, torch
 from ..channels.groups import _removable,_remove
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
-from ..measure import n_params
+from ..measure.counts import n_params
 from ..layers import weighted
-from ..masks import layer_sparsity
+from ..masks.model import layer_sparsity
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
 @dataclass

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from torch import nn
 from fastcore.basics import patch
-from ..export import load_model,save_model
+from ..export.files import load_model,save_model
 from ..files import atomic_write,load_state,release,save_state
-from ..measure import cost,latency
+from ..measure.counts import cost,latency
 from .record import Exhibit
 from .stage import _as_saved
 from .training import TrainingRun

@@ -14,14 +14,16 @@ from fastcore.basics import patch
 from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
 from ..distill.callback import HEADS
-from ..export import _index_owner,_put,_resize
+from ..export.files import _index_owner,_put,_resize
 from ..files import atomic_write
-from ..masks import fold,mask_model,Masked,masks,unmask
-from ..measure import accuracy_on,macs,n_bytes,n_params,n_weights
+from ..masks.model import fold,mask_model,masks,unmask
+from ..masks.layers import Masked
+from ..measure.outputs import accuracy_on
+from ..measure.counts import macs,n_bytes,n_params,n_weights
 from ..prune.criteria import criteria
 from .folder import RunFolder
 from .record import _row
-from ..training.checkpoint import set_tensors
+from ..training.state import set_tensors
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 
 # %% ../../nbs/50d_recipes.stage.ipynb #17e214ac

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['exhibit_html']
 
-# %% ../../nbs/60b_report.exhibits.ipynb #a2112364
+# %% ../../nbs/60b_report.exhibits.ipynb #923f8561
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from ..drawing import _axes,_colour,_key,_panels,_png
 from ..drawing import label_points,picture,plot_log_alpha_map,weight_image
-from ..measure import plot_breakpoint
+from ..measure.breakpoint import plot_breakpoint
 from ..show import _render,_templates,html_table
 
 # %% ../../nbs/60b_report.exhibits.ipynb #fc0355b5

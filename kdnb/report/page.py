@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['how_to_load', 'report']
 
-# %% ../../nbs/60c_report.page.ipynb #2f410c45
+# %% ../../nbs/60c_report.page.ipynb #ee137f5a
 from pathlib import Path
 from fastcore.basics import patch
 from .. import __version__
 from ..drawing import _in_style,picture
-from ..export import load_lines
+from ..export.files import load_lines
 from ..recipes.record import Record
 from .exhibits import exhibit_html
 from .figures import _learning,plot_stages

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..core import check_choice
-from ..data import image_dls
+from ..data.sets import image_dls
 from ..recipes.registry import bring,find_recipe,settable
 
 # %% ../../nbs/61_sweep.grid.ipynb #0e34f7fa

@@ -19,7 +19,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor,Learner,Recorder
 from ..core import unwrap
-from ..data import ArrayDataset
+from ..data.arrays import ArrayDataset
 from ..files import raw_bytes
 from .callbacks import TidyCallback
 
