@@ -27,7 +27,8 @@ from ..channels.trial import channel_groups
 from ..core import check_choice,check_sparsity,evaluating,get_layer,inputs,unwrap
 from ..masks import acting,mask_model,masks,prunable,raw,unmask
 from ..measure.outputs import in_order,split_batch
-from ..training.terms import brought_by,LossTerm
+from ..training.params import brought_by
+from ..training.terms import LossTerm
 
 # %% ../../nbs/31_prune.criteria.ipynb #3b8d2149
 def add_up(n, parts): # Number of channels; pairs of the channel of each value, and the values
