@@ -101,7 +101,8 @@ if __name__ == '__main__':
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     sys.path.insert(0, str(ROOT))
-    from kdnb.data import tiny, torch
+    from kdnb.data import tiny
+    import torch
     device = None if tiny() else torch.cuda.get_device_name()
     fns = [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
     fns = [o for o in fns if parts(o)[2]]

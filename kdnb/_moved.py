@@ -1,11 +1,31 @@
 "Old module paths: still importable in this version, with a warning that says where things are now"
 import importlib,sys,warnings
 from importlib.abc import Loader,MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
          'checkpoint': 'training.checkpoint training.state training.fingerprint files',
-         'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers'}
+         'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
+         'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
+                         'recipes.record training.schedules files',
+         'distill.methods': ' '.join(f'distill.{o}' for o in 'terms logits layers heads vid crd srrl semckd simkd names'.split()),
+         'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
+
+# modules that are there, and others that hold now some of what stood in them
+SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
+         'prune.criteria': 'prune.scoring prune.select prune.penalties', 'prune.callback': 'prune.select prune.rewind',
+         'distill.callback': 'distill.learner distill.show distill.seen'}
+
+def _finds(module, places, warn=False):
+    "Let `module` look for what it lacks in the modules `places`"
+    def find(name):
+        for o in map(importlib.import_module, places) if not name.startswith('__') else ():
+            if not hasattr(o, name): continue
+            if warn: warnings.warn(f'{name} of {module.__name__} is in {o.__name__} now; the old place goes with the next version.',
+                                   FutureWarning, stacklevel=2)
+            return getattr(o, name)
+        raise AttributeError(f'module {module.__name__} has no attribute {name}')
+    module.__getattr__ = find
 
 class MovedFinder(MetaPathFinder, Loader):
     "Makes a module of an old name that looks in the modules which hold its things now"
@@ -16,12 +36,20 @@ class MovedFinder(MetaPathFinder, Loader):
         places = [f'kdnb.{o}' for o in MOVED[module.__name__[5:]].split()]
         warnings.warn(f'{module.__name__} is {" and ".join(places)} now; the old name goes with the next version.',
                       FutureWarning, stacklevel=2)
-        rooms = [importlib.import_module(o) for o in places]
-        module.__all__ = [o for m in rooms for o in m.__all__]
-        def find(name):
-            for m in rooms:
-                if hasattr(m, name): return getattr(m, name)
-            raise AttributeError(f'module {module.__name__} has no attribute {name}')
-        module.__getattr__ = find
+        module.__all__ = [o for m in map(importlib.import_module, places) for o in m.__all__]
+        _finds(module, places)
 
-sys.meta_path.append(MovedFinder())
+class SplitFinder(MetaPathFinder):
+    "Gives a module of which parts have moved a look at the modules that hold them now"
+    def find_spec(self, name, path=None, target=None):
+        if not name.startswith('kdnb.') or name[5:] not in SPLIT: return
+        if (spec := PathFinder.find_spec(name, path, target)) is None: return
+        run = spec.loader.exec_module
+        def exec_module(module):
+            _finds(module, [f'kdnb.{o}' for o in SPLIT[name[5:]].split()], warn=True)
+            run(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, MovedFinder())
+sys.meta_path.insert(0, SplitFinder())

@@ -15,8 +15,9 @@ from filelock import FileLock
 from .training.checkpoint import Checkpoint
 from .files import atomic_write
 from .core import check_choice
-from .report import percent
-from .sweep import Grid,_Worker,keep_alive,worker_process
+from .show import percent
+from .sweep.grid import Grid
+from .sweep.worker import keep_alive,_Worker,worker_process
 
 # %% ../nbs/62_evidence.ipynb #76765e1c
 def results_folder(path=None): # The folder itself, if it is another one

@@ -6,7 +6,6 @@ from pathlib import Path
 
 os.environ['OMP_NUM_THREADS'] = '1'
 from kdnb.all import *
-from kdnb.recipes.core import *
 from kdnb.training.schedules import *
 from variational import ACCURATE, BASE, CAFFE, GATES, SHIFT, TEACHER
 

@@ -5,22 +5,22 @@ from pathlib import Path
 warnings.filterwarnings('ignore')
 import torch
 torch.set_num_threads(1)
-import kdnb.recipes.core as core
+import kdnb.recipes.run as run_module
 from kdnb.all import *
 
 KILLS,STAGES = 5,('teacher','student','sparse','small','thin','finish')
 
 def work(path, pipe=None):
     "The whole run; says on `pipe` which stage begins"
-    core.latency = lambda models, data: [1.]*len(models)     # times are never equal
+    run_module.latency = lambda models, data: [1.]*len(models)     # times are never equal
     Checkpoint.share = .5
     def says(name, f):
         def g(self, *args, **kwargs):
             stage = 'finish' if name=='finish' else args[2] if name=='_train' else args[0]
             if pipe is not None: os.write(pipe, f'{stage}\n'.encode())
             return f(self, *args, **kwargs)
-        setattr(core.Run, name, g)
-    for name in ('_train','enter','finish'): says(name, getattr(core.Run, name))
+        setattr(Run, name, g)
+    for name in ('_train','enter','finish'): says(name, getattr(Run, name))
     dls = image_dls('digits', bs=256, pad=1)
     vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), single_weights=20., show=False).report()
 

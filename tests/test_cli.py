@@ -135,8 +135,8 @@ def returns_nothing(dls, path): pass
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     "A file of one's own beside which the command is given; what it registers is forgotten afterwards"
-    from kdnb.recipes.core import recipes
-    monkeypatch.setattr('kdnb.recipes.core.recipes', recipes | {})
+    from kdnb.recipes.registry import recipes
+    monkeypatch.setattr('kdnb.recipes.registry.recipes', recipes | {})
     for o in ('own','own_terms'): monkeypatch.delitem(sys.modules, o, raising=False)
     monkeypatch.setitem(criteria, 'heaviest', None); del criteria['heaviest']
     monkeypatch.chdir(tmp_path)
@@ -201,13 +201,13 @@ def test_images_of_several_sizes_are_told_of_the_option(tmp_path, capsys):
         assert 'such as --size 64.' in text and 'size=' not in text
 
 def test_recipes_are_those_of_the_engine():
-    from kdnb.recipes.core import recipes
+    from kdnb.recipes.registry import recipes
     assert list(cli._about)==list(recipes)
 
 def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
     got = {}
     def recipe(dls, **kwargs): got.update(kwargs, dls=dls); raise KeyboardInterrupt
-    monkeypatch.setattr('kdnb.recipes.core.find_recipe', lambda name: got.update(name=name) or recipe)
+    monkeypatch.setattr('kdnb.recipes.registry.find_recipe', lambda name: got.update(name=name) or recipe)
     text = said(capsys, 130, 'compress', '--recipe', 'prue', '--quick', '--seeds', '4,5', '--set', 'levels=(.2,.5)', 'kind=l1', '--set', 'on=true',
                 '--bs', 32, '--pad', 1, '--flip', '--epochs', 7)
     assert text=='kdnb: stopped. The same command goes on where it stopped.\n'
@@ -241,5 +241,20 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
 
 def test_a_size_is_for_image_sets_too():
     for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
-        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False))
+        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
         assert dls.in_shape==shape and name=='digits'
+
+
+def test_a_trained_network_to_a_budget(run, photos, capsys, tmp_path):
+    "`--to` cuts it, `--epochs` teaches what is left, and all of the limits hold"
+    argv = ['compress','--model',run[0],'--data',photos,'--to','macs=.5','params=40k','--epochs','1','--out',tmp_path/'half','--quiet']
+    assert 'sensitivity, macs 0.5, params 40k' in said(capsys, 0, *argv)
+    dense,small = (load_model(o/'model.safetensors') for o in (run[0], tmp_path/'half'))
+    x = torch.zeros(1, 1, 8, 8)
+    assert 0<macs(small, x)['']<=.5*macs(dense, x)[''] and n_params(small)<=40_000
+    r = Record(tmp_path/'half')
+    assert [o['name'] for o in r.stages]==['dense','sensitivity, macs 0.5, params 40k'] and (tmp_path/'half'/'report.html').exists()
+    for more,says in ((['--recipe','prue'], '--to is what the recipe budget takes'), (['--to','ms=3'], '--to is'), (['--teacher','lenet5'], '--model is the network'),
+                      (['--model',tmp_path/'none.safetensors'], 'none.safetensors')):
+        assert says in said(capsys, 1, *argv, *more)
+    assert 'apart, the images show 0, 1' in said(capsys, 1, 'compress','--model',run[0],'--to','macs=.5')

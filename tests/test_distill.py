@@ -13,7 +13,7 @@ import two_processes as ddp
 from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, seeded
 from kdnb.all import *
 from kdnb.files import load_state
-from kdnb.features import as_logits
+from kdnb.features.logits import as_logits
 from kdnb.training.optimizer import param_states
 
 DLS = data()

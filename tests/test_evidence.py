@@ -6,7 +6,7 @@ from nbclient import NotebookClient
 from kdnb.evidence import (MissingRows,Verdict,add_rows,all_grids,gather,per_seed,printed,read_rows,results_folder,rounds,rows_file,spread,
                            state_of,stored_rows,verdict,with_rows,work_through)
 from kdnb import evidence
-from kdnb.sweep import Grid
+from kdnb.sweep.grid import Grid
 ROOT = Path(__file__).resolve().parents[1]
 
 RESULTS = ROOT/'results'

@@ -294,7 +294,7 @@ def test_the_printed_lines_work_whatever_is_imported_later(name, tmp_path, monke
 
 def test_a_report_names_the_numbers_of_the_normalisation(tmp_path):
     from fake import fake_record
-    from kdnb.report import how_to_load
+    from kdnb.report.page import how_to_load
     dls = image_dls('digits')
     assert 'normalised like the training images' in how_to_load(fake_record(tmp_path))       # there is no file
     save_model(create('lenet5', dls), tmp_path/'model.safetensors', dls)

@@ -916,8 +916,8 @@ def test_iterative_prune_ends_beside_a_distillation_with_heads(rewind):
     assert levels[0].weights==whole and levels[-1].weights==whole-n_of(.5, whole) and levels[-1].sparsity==pytest.approx(.5, abs=1/whole)
 
 def test_a_round_that_prunes_nothing_is_an_error(monkeypatch):
-    from kdnb.prune import callback
-    monkeypatch.setattr(callback, '_cut', lambda s, *args: s.model)
+    from kdnb.prune import rewind
+    monkeypatch.setattr(rewind, '_cut', lambda s, *args: s.model)
     with pytest.raises(ValueError, match='this round has pruned nothing'): quietly_iterative(learner(), .5, n_epoch=1, lr=1e-3)
 
 @pytest.mark.parametrize('name', penalties)

@@ -20,8 +20,8 @@ def _files(pattern, root=ROOT):
 MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__init__.py', '_modidx.py')}
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
-FLOORS = dict(_moved=0, core=1, layers=1, files=1, data=1, models=1, measure=2, features=2, training=2, masks=3, channels=4,
-              distill=5, variational=5, prune=5, export=5, deploy=6, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
+FLOORS = dict(_moved=0, core=1, layers=1, files=1, data=1, models=1, measure=2, features=2, show=2, training=2, masks=3, channels=4,
+              distill=5, variational=5, prune=5, export=5, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
 def test_no_dead_link(path): assert not [*dead_links(path)]
 
 def test_dead_links_are_found():
-    text = '[a](04_measure.counts.ipynb) [b](../measure.html#x) [c](50_recipes.core.ipynb#the-run) [d](50_recipes.core.ipynb#no) [e](https://x.y) <img src="images/no.png">'
-    assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50_recipes.core.ipynb#no','images/no.png']
+    text = '[a](04_measure.counts.ipynb) [b](../measure.html#x) [c](50c_recipes.folder.ipynb#the-run) [d](50c_recipes.folder.ipynb#no) [e](https://x.y) <img src="images/no.png">'
+    assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50c_recipes.folder.ipynb#no','images/no.png']
 
 def test_papers_are_cited_by_author_and_year():
     "Nobody has to know which paper a number stands for"
@@ -116,7 +116,8 @@ def test_readme_is_the_index():
 
 
 @pytest.mark.parametrize('old, names', {'terms': 'LossTerm QuickCallback check_weight weight_at', 'checkpoint': 'Checkpoint atomic_write fingerprint',
-    'processes': 'Processes', 'trace': 'trace_channels norms', 'prune.masks': 'Masked weight_names'}.items())
+    'processes': 'Processes', 'trace': 'trace_channels norms', 'prune.masks': 'Masked weight_names', 'deploy': 'to_onnx Runtimes', 'recipes.core': 'Run Record recipe check_settings testing_every_epoch release nesterov_sgd',
+    'distill.methods': 'KD VID CRD SimKD usual_weights named_term'}.items())
 def test_old_module_paths_are_importable(old, names):
     sys.modules.pop(f'kdnb.{old}', None)
     with pytest.warns(FutureWarning, match=f'kdnb.{old} is kdnb'): mod = importlib.import_module(f'kdnb.{old}')
@@ -124,10 +125,19 @@ def test_old_module_paths_are_importable(old, names):
     assert not hasattr(mod, 'nothing') and set(names.split()) <= set(mod.__all__)
 
 @pytest.mark.parametrize('module, names', {'measure': 'inputs evaluating first_samples weighted', 'features': 'unwrap get_layer',
-    'channels': 'shrink channel_groups plain_copy', 'prune.criteria': 'check_choice check_sparsity', 'recipes.core': 'nesterov_sgd'}.items())
+    'channels': 'shrink channel_groups plain_copy', 'prune.criteria': 'check_choice check_sparsity',
+    'distill.callback': 'check_terms plot_variances', 'distill.losses': 'kd attention unit'}.items())
 def test_what_has_moved_down_is_found_where_it_was(module, names):
     mod = importlib.import_module(f'kdnb.{module}')
     assert all(hasattr(mod, o) for o in names.split())
+
+@pytest.mark.parametrize('old, names', {'variational.layers': 'Gates Draw', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha',
+    'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner'}.items())
+def test_what_has_moved_to_a_module_beside_is_found_where_it_was(old, names):
+    mod = importlib.import_module(f'kdnb.{old}')
+    for o in names.split(): assert getattr(mod, o) is getattr(kdnb.all, o)
+    with pytest.warns(FutureWarning, match=f'{names.split()[0]} of kdnb.{old} is in kdnb'): getattr(mod, names.split()[0])
+    assert not hasattr(mod, 'nothing')
 
 def test_version():
     ini = ConfigParser(interpolation=None)

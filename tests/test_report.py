@@ -7,7 +7,9 @@ import pytest
 from common import data
 from fake import exhibits, fake_record
 from kdnb.all import *
-from kdnb.report import _in_style, _pooled, layer_rows, stage_rows, verdict
+from kdnb.show import _in_style
+from kdnb.report.figures import _pooled
+from kdnb.report.numbers import layer_rows,stage_rows,verdict
 
 BROWSER = which('chromium') or which('chromium-browser') or which('google-chrome')
 in_browser = pytest.mark.skipif(not BROWSER, reason='no chromium, chromium-browser or google-chrome on the PATH')
@@ -145,7 +147,7 @@ def test_latencies_are_kept_with_their_spread(tmp_path):
     assert s['latency_ms']>0 and 0<=s['latency_spread_ms']<s['latency_ms'] and f"± {s['latency_spread_ms']:.2f} ms" in str(report(run))
 
 def test_names_beside_points_do_not_cover_each_other():
-    from kdnb.report import _common, label_points
+    from kdnb.show import _common,label_points
     rng = np.random.default_rng(0)
     for n,spread in ((12,.02), (20,1.)):
         ax = plt.subplots(figsize=(4.7,2.8), layout='constrained')[1]
@@ -252,7 +254,7 @@ def test_of_a_run_that_begins_anew_only_what_is_known_is_shown(tmp_path):
 
 def test_the_lines_that_load_a_network_are_python():
     import ast
-    from kdnb.report import how_to_load
+    from kdnb.report.page import how_to_load
     for path in ("runs/it's", 'runs/a"b'):
         line = how_to_load(fake_record(path)).splitlines()[1]
         assert ast.parse(line).body[0].value.args[0].value==f'{path}/model.safetensors'

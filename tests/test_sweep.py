@@ -2,7 +2,7 @@
 import multiprocessing, os, random, signal, sys, threading, time
 from collections import Counter
 
-import kdnb.sweep as sw
+import kdnb.sweep.storage as shared, kdnb.sweep.worker as sw
 import pytest
 from kdnb.all import *
 from kdnb.sweep import *
@@ -167,7 +167,7 @@ def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, mon
     here,there = tmp_path/'here',tmp_path/'there'
     a = start(g, storage, here)
     until(lambda: counts(here, 'step').total()>2)
-    b = start(g, storage, there, init=lambda: monkeypatch.setattr(sw, '_kernel', lambda: 'another'))
+    b = start(g, storage, there, init=lambda: monkeypatch.setattr(shared, '_kernel', lambda: 'another'))
     until(lambda: counts(here, 'step').total()>52)     # 50 steps of .05 s at work: it is not taken for dead
     assert not log(there)
     put_to_sleep(a, storage)

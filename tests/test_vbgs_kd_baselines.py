@@ -7,7 +7,7 @@ import torch
 from fastcore.test import *
 
 from kdnb.all import *
-from kdnb.recipes.core import bring
+from kdnb.recipes.registry import bring
 
 b = bring(str(Path(__file__).parent.parent/'results/vbgs_kd/baselines.py'))
 

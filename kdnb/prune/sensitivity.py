@@ -19,9 +19,11 @@ from ..channels.groups import _removable,_remove
 from ..channels.layers import plain_copy
 from ..training.fingerprint import fingerprint
 from ..files import load_state,save_state
-from .criteria import check_criterion,n_of,Scoring,_shuffled
+from .criteria import check_criterion
+from .select import n_of
+from .scoring import Scoring,_shuffled
 from ..core import check_choice,check_sparsity
-from ..masks import paths_of
+from ..masks.model import paths_of
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #b84b5267
 def least(worth, # Scores of the channels of a group (n,)

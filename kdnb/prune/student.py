@@ -16,7 +16,7 @@ from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
 from ..measure.counts import n_params
 from ..layers import weighted
-from ..masks import layer_sparsity
+from ..masks.model import layer_sparsity
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
 @dataclass

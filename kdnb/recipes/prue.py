@@ -17,15 +17,21 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
-from ..distill.methods import KD,Term,Terms,method_names,named_term
+from ..distill.logits import KD
+from ..distill.terms import Term,Terms
+from ..distill.names import method_names,named_term
 from ..features.capture import hear
 from ..features.layers import match_stages
 from ..measure.outputs import embed_predictions,predictions,uncertainty
-from ..prune.callback import prune_model
+from ..prune.select import prune_model
 from ..core import check_sparsity
-from ..masks import mask_model,masks,prunable
-from .core import accuracies,check_epochs,check_settings,criteria_by_title,fit_in_drops
-from .core import methods_by_title,name_of,network_for,Run,untrained
+from ..masks.model import mask_model,masks,prunable
+from .record import accuracies
+from .settings import check_epochs,check_settings,criteria_by_title
+from .training import fit_in_drops
+from .settings import methods_by_title,name_of
+from .training import network_for,untrained
+from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/53_recipes.prue.ipynb #8ec20d9d

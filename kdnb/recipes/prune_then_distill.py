@@ -12,15 +12,19 @@ import pandas as pd
 from fastcore.basics import tuplify
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import KD
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.logits import KD
 from ..measure.outputs import agreement,smoothness,uncertainty
-from ..prune.callback import prune_model
+from ..prune.select import prune_model
 from ..core import check_choice,check_sparsity
-from ..masks import mask_model,masks
+from ..masks.model import mask_model,masks
 from ..prune.student import design_student,student_table
-from .core import accuracies,check_epochs,check_keeps,check_settings,criteria_by_title
-from .core import fit_in_drops,methods_by_title,name_of,network_for,Run,term_for,untrained
+from .record import accuracies
+from .settings import check_epochs,check_keeps,check_settings,criteria_by_title
+from .training import fit_in_drops,network_for,untrained
+from .settings import methods_by_title,name_of,term_for
+from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/52_recipes.prune_then_distill.ipynb #31436e4b

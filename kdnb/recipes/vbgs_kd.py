@@ -14,16 +14,21 @@ from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.shrink import shrink
-from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import KD
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.logits import KD
 from ..layers import weighted
 from ..core import check_choice,check_sparsity
-from .core import check_epochs,check_keeps,check_settings,methods_by_title,name_of,network_for,Run
-from .core import term_for
+from .settings import check_epochs,check_keeps,check_settings,methods_by_title,name_of
+from .training import network_for
+from .run import Run
+from .settings import term_for
 from ..distill.task import check_classes
 from ..core import check_weight
-from ..variational.callback import VariationalSparsifier,train_size,weight_pictures
-from ..variational.convert import threshold,to_deterministic,to_variational
+from ..variational.callback import train_size,VariationalSparsifier
+from ..variational.show import weight_pictures
+from ..variational.threshold import threshold,to_deterministic
+from ..variational.convert import to_variational
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #4b2bdc40
 vbgs_kd_defaults = dict(

@@ -3,7 +3,8 @@ validation accuracy. As many epochs as VBGS-KD's student and sparse stage togeth
 from functools import partial
 import numpy as np, torch
 from kdnb.all import *
-from kdnb.recipes.core import Run,check_epochs,check_settings
+from kdnb.recipes.run import Run
+from kdnb.recipes.settings import check_epochs,check_settings
 
 METHODS = 'plain','KD','KD + L1','KD + group L1'
 
