@@ -19,12 +19,13 @@ def _capture(model, xb):
     "`{path: (what it reads, what it makes)}` of modules that hold others, run once, and keep the shape"
     seen = {}
     def hook(path):
-        def note(m, args, out):
-            ok = len(args)==1 and all(isinstance(o, torch.Tensor) for o in (args[0],out)) and args[0].shape==out.shape
-            seen[path] = None if path in seen or not ok else (args[0].clone(),out.clone())
+        def note(m, args, kwargs, out):
+            single = len(args)==1 and not kwargs and all(isinstance(o, torch.Tensor) for o in (args[0],out))
+            ok = path not in seen and single and args[0].shape==out.shape
+            seen[path] = (args[0].clone(),out.clone()) if ok else None
         return note
     inner = {p: m for p,m in model.named_modules() if p and len([*m.children()]) and len([*m.parameters()])}
-    handles = [m.register_forward_hook(hook(p)) for p,m in inner.items()]
+    handles = [m.register_forward_hook(hook(p), with_kwargs=True) for p,m in inner.items()]
     try:
         with torch.no_grad(), evaluating(model): model(*xb)
     finally:
