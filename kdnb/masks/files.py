@@ -15,6 +15,12 @@ from ..core import unwrap
 from .layers import _adopt,Masked
 from .model import mask_model,masks,unmask
 
+# %% ../../nbs/07b_masks.files.ipynb #7bb800b8
+def _our_name(k, state, net):
+    "What is called `weight_orig` in the state of a network pruned by `torch.nn.utils.prune` is our `weight`"
+    n = k.removesuffix('_orig')
+    return n if f'{n}_mask' in state and n not in state and n in dict(net.named_parameters()) else k
+
 # %% ../../nbs/07b_masks.files.ipynb #d02e60ba
 def load_masked(
     model:nn.Module, # Network, with masks or without
@@ -28,12 +34,6 @@ def load_masked(
     mask_model(net, there)
     net.load_state_dict({_our_name(k, state, net): v for k,v in state.items()})
     return model
-
-# %% ../../nbs/07b_masks.files.ipynb #7bb800b8
-def _our_name(k, state, net):
-    "What is called `weight_orig` in the state of a network pruned by `torch.nn.utils.prune` is our `weight`"
-    n = k.removesuffix('_orig')
-    return n if f'{n}_mask' in state and n not in state and n in dict(net.named_parameters()) else k
 
 # %% ../../nbs/07b_masks.files.ipynb #a68ed4d9
 _load = Learner.load
@@ -61,11 +61,13 @@ def load(self:Learner,
 
 # %% ../../nbs/07b_masks.files.ipynb #8b237875
 def _qconfig(m):
+    "As any attribute: there if it was set"
     if 'qconfig' not in m.__dict__: raise AttributeError(f'{type(m).__name__} has no attribute qconfig')
     return m.__dict__['qconfig']
 
 # %% ../../nbs/07b_masks.files.ipynb #ee2356d4
 def _set_qconfig(m, v):
+    "Warn, and set it"
     warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: they stay as they are. "
                   'fold(model) makes the masks permanent; quantise that.', stacklevel=2)
     m.__dict__['qconfig'] = v

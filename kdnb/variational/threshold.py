@@ -19,6 +19,21 @@ from ..measure.outputs import split_batch
 from .gates import Gate
 from .layers import GroupLayer,log_alphas,noise_groups,variational_layers,VDLayer
 
+# %% ../../nbs/21a_variational.threshold.ipynb #540b1c1f
+def _valley(v, low, high):
+    "The place between `low` and `high` where the sorted values `v` are least dense"
+    grid = torch.linspace(low, high, 201, dtype=v.dtype)
+    density = sum(torch.exp(-(grid[:,None]-part)**2/2).sum(1) for part in v.split(10_000))
+    return grid[density<=density.min()*(1+1e-9)].mean().item()
+
+# %% ../../nbs/21a_variational.threshold.ipynb #2d70d8a5
+def _gap(v, low, high):
+    "The middle of the widest gap of the sorted values `v` between `low` and `high`"
+    v = v[(v>=low) & (v<=high)]
+    if len(v)<2: return ((low+high)/2).item()
+    i = v.diff().argmax()
+    return ((v[i]+v[i+1])/2).item()
+
 # %% ../../nbs/21a_variational.threshold.ipynb #b0730d34
 def threshold(
     log_alpha:torch.Tensor|list|dict, # Tensor, or the tensors of several layers in a list or dict
@@ -40,19 +55,6 @@ def threshold(
     low,high = left[i],right[i]
     if high<0 or low>0: return 0.
     return _gap(v, low, high) if how=='gap' else _valley(v, low, high)
-
-# %% ../../nbs/21a_variational.threshold.ipynb #540b1c1f
-def _valley(v, low, high):
-    grid = torch.linspace(low, high, 201, dtype=v.dtype)
-    density = sum(torch.exp(-(grid[:,None]-part)**2/2).sum(1) for part in v.split(10_000))
-    return grid[density<=density.min()*(1+1e-9)].mean().item()
-
-# %% ../../nbs/21a_variational.threshold.ipynb #2d70d8a5
-def _gap(v, low, high):
-    v = v[(v>=low) & (v<=high)]
-    if len(v)<2: return ((low+high)/2).item()
-    i = v.diff().argmax()
-    return ((v[i]+v[i+1])/2).item()
 
 # %% ../../nbs/21a_variational.threshold.ipynb #4c652a62
 def _takes_T(f):
