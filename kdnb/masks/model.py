@@ -39,7 +39,7 @@ def paths_of(
     for o in [entries] if isinstance(entries, (str,nn.Module,type)) else list(entries or ()):
         if isinstance(o, str):
             found = [p for p in (*there, *(n for n,_,_ in _all_weights(model))) if fnmatchcase(p, o)]
-            if not found: get_layer(model, o)      # says which names are near
+            if not found: get_layer(model, o)      # raises, with the nearest names
         elif isinstance(o, nn.Module): found = [p for p,m in there.items() if m is unwrap(o)]
         elif isinstance(o, type): found = [p for p,m in there.items() if isinstance(m, o)]
         else: raise ValueError(f'{what} holds {o!r}, expected paths of layers, layers, or types of layers.')

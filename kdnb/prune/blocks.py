@@ -72,7 +72,8 @@ def block_changes(
 def _network_and_data(model, data):
     "The network of a `Learner` or itself, and data to run it on"
     if isinstance(model, Learner): model,data = model.model,data or model.dls
-    if data is None: raise ValueError('blocks are found by running the network. Pass `data`: DataLoaders or a batch.')
+    if data is None:
+        raise ValueError('blocks are found by running the network. Pass `data`: DataLoaders or a batch.')
     return unwrap(model),data
 
 # %% ../../nbs/33b_prune.blocks.ipynb #2f47eaa4
@@ -99,9 +100,10 @@ def remove_blocks(
     xb = inputs(data, model)
     n,small = blocks if isinstance(blocks, int) else None,plain_copy(model)
     paths = [] if n is not None else list(blocks)
-    for p in paths: get_layer(model, p)      # says which names are near
+    for p in paths: get_layer(model, p)      # raises, with the nearest names
     there = block_changes(model, data).index
-    if n is not None and not 0<=n<=len(there): raise ValueError(f'{n} blocks were to go, and {len(there)} can: {", ".join(there)}.')
+    if n is not None and not 0<=n<=len(there):
+        raise ValueError(f'{n} blocks were to go, and {len(there)} can: {", ".join(there)}.')
     if odd := [p for p in paths if p not in there]:
         raise ValueError(f'{odd[0]!r} is not the identity without its weights. Blocks that can go: {", ".join(there)}.')
     for i in range(n or len(paths)):

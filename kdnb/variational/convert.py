@@ -143,7 +143,7 @@ def to_variational(
     noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
 ) -> nn.Module:
-    """A copy of `model` with gates, that answers as `model` does; single weights with `groups='weights'`
+    """A copy of `model` with gates, that computes what `model` does; single weights with `groups='weights'`
 
     Raises `ValueError` if it is variational already, or if there is no layer that could be."""
     ways = None,'neurons','channels','inputs','weights'
