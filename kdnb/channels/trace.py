@@ -348,15 +348,20 @@ def merge(self:Trace,
     ls = [labels_of(t).expand(out.shape) for t in ts]
     if len(ls)==1: return ls[0]
     axes = [d for d in range(out.ndim) if any(varies(l, d) for l in ls)]
-    res = None
+    res,fixed = None,[]
     for t,l in zip(ts, ls):
         for d in set(range(out.ndim))-{*axes}: l = l.narrow(d, 0, 1)
-        there = _spanned(l, axes)
-        if _labelled(l) and there!=axes: l = self.hold(l, WIDTHS)
+        there,shape = _spanned(l, axes),(1,)*(out.ndim-t.ndim)+t.shape
+        if there and there!=axes and any(shape[d]!=out.shape[d] for d in axes if d not in there):
+            self.hold(l, WIDTHS)
+            fixed.append((there, self._why(t)))      # one of these for all rows, such as the positions in all heads
+            continue
         if not there: continue
         if res is not None: self.join(res, l.expand(res.shape), self._why(t)); l = torch.where(res>0, res, l)
         res = l
-    return (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
+    res = (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
+    for dims,why in fixed: res = self.mixed(res, dims, why)
+    return res
 
 def _spanned(l, axes): return [d for d in axes if _spans(l, d)]
 
@@ -634,7 +639,7 @@ def counts_with(self:Trace,
     with evaluating(m):
         try: before = run()
         except Exception: return True
-        m.__dict__[name] = old+1 if type(old) is int else type(old)(o+1 for o in old)
+        m.__dict__[name] = 2*old+1 if type(old) is int else type(old)(2*o+1 for o in old)
         try: return not all(a.shape==b.shape and torch.equal(a, b) for a,b in zip(before, run(), strict=True))
         except Exception: return True
         finally: m.__dict__[name] = old
