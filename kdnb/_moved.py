@@ -7,11 +7,14 @@ MOVED = {'terms': 'training.terms training.optimizer training.callbacks training
          'checkpoint': 'training.checkpoint training.state training.fingerprint files',
          'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
-                         'recipes.record training.schedules files'}
+                         'recipes.record training.schedules files',
+         'distill.methods': ' '.join(f'distill.{o}' for o in 'terms logits layers heads vid crd srrl semckd simkd names'.split()),
+         'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
 SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
-         'prune.criteria': 'prune.scoring prune.select prune.penalties', 'prune.callback': 'prune.select prune.rewind'}
+         'prune.criteria': 'prune.scoring prune.select prune.penalties', 'prune.callback': 'prune.select prune.rewind',
+         'distill.callback': 'distill.learner distill.show distill.seen'}
 
 def _finds(module, places, warn=False):
     "Let `module` look for what it lacks in the modules `places`"
@@ -48,5 +51,5 @@ class SplitFinder(MetaPathFinder):
         spec.loader.exec_module = exec_module
         return spec
 
-sys.meta_path.append(MovedFinder())
+sys.meta_path.insert(0, MovedFinder())
 sys.meta_path.insert(0, SplitFinder())

@@ -53,6 +53,7 @@ recipes, methods and criteria of your own:
 examples:
   kdnb compress --data mnist --teacher lenet5 --student lenet300 --epochs 20,20,80 --seeds 3 --out runs/mnist
   kdnb compress --data photos/ --size 32 --teacher resnet20 --student vgg9 --out runs/photos
+  kdnb compress --to macs=.5 --model runs/mnist --data mnist --epochs 10 --out runs/half
   kdnb compress --set gamma_weight=20 lam=.5 --out runs/smaller
   kdnb compress --recipe sequential --import my_terms.py --set method=Cosine criterion=heaviest
 
@@ -109,7 +110,8 @@ def _compress_parser(commands, text):
                             epilog=_compress_help,
                             description='Run a recipe and write the small network and a report into a folder.',
                             formatter_class=text)
-    c.add_argument('--recipe', default='vbgs-kd', metavar='NAME', help='how to compress, see below (vbgs-kd)')
+    c.add_argument('--recipe', metavar='NAME', help='how to compress, see below (vbgs-kd; with --to budget)')
+    c.add_argument('--to', type=_setting, nargs='+', metavar='LIMIT', help='how small: macs=.5, params=20k, bytes=1MB; all hold at once')
     c.add_argument('--import', dest='bring', nargs='+', action='extend', default=[], metavar='FILE|MODULE',
                    help='Python code of your own to read first, see below')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')
@@ -118,6 +120,7 @@ def _compress_parser(commands, text):
     c.add_argument('--pad', type=_from(0), default=0, metavar='N', help='shift training images by up to N pixels')
     c.add_argument('--flip', action='store_true', help='mirror training images at random')
     c.add_argument('--teacher', metavar='NAME', help='network that teaches (the recipe’s own)')
+    c.add_argument('--model', type=Path, metavar='FILE|FOLDER', help='trained network instead: of a run, or of save_model')
     c.add_argument('--student', metavar='NAME', help='network that is taught (the recipe’s own)')
     c.add_argument('--epochs', type=_whole, metavar='N,N,…', help='of each training, e.g. 20,20,80 (as the data need)')
     c.add_argument('--seeds', type=_seeds, default=1, metavar='N', help='how many: 3 is 0, 1, 2; or which: 4,5 (1)')
@@ -185,6 +188,7 @@ def main(
 ) -> int:
     "The command `kdnb`; returns its exit status"
     args = parser().parse_args(argv)
+    if args.command=='compress': args.recipe = args.recipe or ('budget' if args.to else 'vbgs-kd')
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', category=FutureWarning)
@@ -214,10 +218,22 @@ def _typed(value): return value.strip('()\'"').replace(', ', ',')
 def _settings_of(args):
     "Names that `--set` takes"
     core = sys.modules.get('kdnb.recipes.registry')     # else nothing was run yet
-    if args.command!='compress' or not core: return ()
+    if args.command!='compress' or not core or not args.recipe: return ()
     try: recipe = core.find_recipe(args.recipe)
     except ValueError: return ()
     return core.settable(recipe)
+
+# %% ../nbs/70_cli.ipynb #6b02d737
+def _file(args): return args.model/'model.safetensors' if args.model.is_dir() else args.model
+
+
+# %% ../nbs/70_cli.ipynb #c2b1bbcb
+def _look(args):
+    "Size of the images that the network of `--model` takes, and how they are normalised"
+    from kdnb.export.files import read_header
+    header = read_header(_file(args))[0]
+    return args.size or tuple(header.get('input', ())[1:]) or None,header.get('stats') or None
+
 
 # %% ../nbs/70_cli.ipynb #63920edd
 def _load(args):
@@ -225,10 +241,24 @@ def _load(args):
     from kdnb.data.folders import folder_dls
     from kdnb.data.sets import image_dls,image_sets
     kwargs = dict(bs=args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64), pad=args.pad, flip=args.flip)
+    size = args.size
+    if args.model: size,kwargs['stats'] = _look(args)
     if args.data in image_sets or not Path(args.data).exists():
-        return image_dls(args.data, size=args.size, **kwargs),args.data
+        return image_dls(args.data, size=size, **kwargs),args.data
     p = Path(args.data).resolve()
-    return folder_dls(args.data, args.size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
+    return folder_dls(args.data, size, **kwargs),p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
+
+# %% ../nbs/70_cli.ipynb #e880754a
+def _trained(args, dls):
+    "The `Learner` of `--model`, if it knows the classes of the images"
+    if args.teacher: raise ValueError('model is the network to begin with, and so is teacher. Give one of them.')
+    from fastai.learner import Learner
+    from fastai.metrics import accuracy
+    from kdnb.export.files import load_model,read_header
+    classes,shown = read_header(_file(args))[0].get('classes'),[str(o) for o in dls.vocab]
+    if classes and classes!=shown: raise ValueError(f'the network of {args.model} tells {", ".join(classes)} apart, the images show {", ".join(shown)}.')
+    return Learner(dls, load_model(_file(args)), metrics=accuracy)
+
 
 # %% ../nbs/70_cli.ipynb #50efa3f8
 def _recipe(args):
@@ -242,6 +272,14 @@ def _recipe(args):
     if args.recipe not in recipes and ':' not in args.recipe: refuse(recipes)
     return find_recipe(args.recipe)
 
+# %% ../nbs/70_cli.ipynb #be3c54ff
+def _limits(args, given):
+    "What `--to` asks of the recipe `budget`: one way to get there, and epochs of the small network alone if the dense one is trained"
+    if args.recipe!='budget': raise ValueError(f'to is what the recipe budget takes, and recipe is {args.recipe!r}. Leave one of them.')
+    epochs = given.get('epochs', ())
+    return dict(to=dict(args.to), ways=dict(args.set).get('ways', 'sensitivity')) | (dict(epochs=(1,*epochs)) if args.model and len(epochs)==1 else {})
+
+
 # %% ../nbs/70_cli.ipynb #fdcf6db4
 def compress(
     args:argparse.Namespace, # What was said
@@ -251,6 +289,8 @@ def compress(
     from kdnb.recipes.registry import ask_recipe
     from kdnb.report import how_to_load
     given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
+    if args.model: given['teacher'] = _trained(args, dls)
+    if args.to: given |= _limits(args, given)
     usual = dict(path=args.out or Path('runs')/f'{args.recipe.rpartition(":")[2]}-{data}', data=data, show=not args.quiet)
     for k,v in dict(seeds=1, quick=False, force=False).items(): (usual if getattr(args, k)==v else given)[k] = getattr(args, k)
     run = ask_recipe(recipe, dls, given | dict(args.set), **usual)
@@ -334,8 +374,8 @@ def export_run(
 ) -> int:
     "Write the small network of a run as an ONNX file; returns the exit status"
     from kdnb.data.sets import image_dls,image_sets
-    from kdnb.deploy import to_onnx
-    from kdnb.export import load_model,read_header
+    from kdnb.export.onnx import to_onnx
+    from kdnb.export.files import load_model,read_header
     from kdnb.recipes.record import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):

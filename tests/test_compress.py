@@ -6,7 +6,7 @@ import pytest
 from common import Two, data, flat, per_item, quiet, same, seeded, state
 from test_sensitivity import Grouped
 from kdnb.all import *
-from kdnb import compress as compressing      # fastai has a `module`
+from kdnb.compress import budget as budgets,learner as compressing
 
 NETS = 'resnet8','vgg8_16','lenet5'
 HOWS = 'sensitivity','uniform','global'
@@ -78,7 +78,7 @@ def test_blocks_of_a_grouped_convolution():
 def test_milliseconds(monkeypatch):
     "With a clock that counts parameters: what is promised is what was measured"
     noise = random.Random(0)
-    monkeypatch.setattr(compressing, 'latency', lambda ms, xb: [n_params(m)/1e4*noise.uniform(1, 1.1) for m in ms])
+    for o in (budgets,compressing): monkeypatch.setattr(o, 'latency', lambda ms, xb: [n_params(m)/1e4*noise.uniform(1, 1.1) for m in ms])
     learn = learner()
     for limit,most in ((.5,None), ('50%',None), ('4ms',4), (4,4)):
         t = compress(learn, ms=limit, how='uniform').table.ms

@@ -4,7 +4,7 @@ import pytest
 import torch.nn.modules.loss as losses
 from common import CPUAutocast, X, Y, data, flat, here, quiet, same, seeded, state
 from kdnb.all import *
-import kdnb.distill.methods as methods
+import kdnb.all, kdnb.distill.terms as registry
 
 def _loss_name(o):
     "Without the address, which differs from process to process"
@@ -485,9 +485,9 @@ def test_the_learner_s_file_carries_nothing_of_the_teacher(tmp_path):
 @pytest.fixture
 def own():
     "Names that a test brings are gone after it"
-    kept,weights = dict(methods._terms),dict(usual_weights)
+    kept,weights = dict(registry._terms),dict(usual_weights)
     yield
-    methods._terms.clear(); methods._terms.update(kept)
+    registry._terms.clear(); registry._terms.update(kept)
     for k,v in weights.items(): kept[k].usual = v
 
 BLANK = torch.zeros(2,1,8,8)
@@ -521,7 +521,7 @@ def test_a_subclass_of_a_term_and_a_second_try(own):
 def test_names_of_the_package_stay_its_own(own):
     class KD(LogitTerm):
         usual = 55.
-    assert usual_weights['KD']==.9 and type(named_term('KD', *pair(), BLANK).terms[0]) is methods.KD
+    assert usual_weights['KD']==.9 and type(named_term('KD', *pair(), BLANK).terms[0]) is kdnb.all.KD
 
 def test_what_a_name_cannot_build(own):
     with pytest.raises(ValueError, match="there is no term 'Ghost'. Write it as a class Ghost"): usual_weights['Ghost'] = 1.
@@ -536,7 +536,7 @@ def test_the_table_is_what_the_classes_say(own):
     class Cosine(LogitTerm):
         usual = 2.
         def __call__(self, o): return (1-F.cosine_similarity(o.z_s, o.z_t)).mean()
-    assert usual_weights['Cosine']==2 and len(usual_weights)==len(methods._terms) and 'Cosine' in repr(usual_weights)
+    assert usual_weights['Cosine']==2 and len(usual_weights)==len(registry._terms) and 'Cosine' in repr(usual_weights)
     Cosine.usual = 4.
     assert usual_weights['Cosine']==named_term('cosine', *pair(), BLANK).terms[0].weight==4
     usual_weights['Cosine'] = 5.
@@ -544,7 +544,7 @@ def test_the_table_is_what_the_classes_say(own):
     with pytest.raises(ValueError, match='weight is -1'): usual_weights['Cosine'] = -1
 
 def test_the_table_is_as_it_was():
-    assert {k: usual_weights[k] for k in methods.__all__ if k in usual_weights}=={k: v for k,v in dict(
+    assert {k: usual_weights[k] for k in vars(kdnb.all) if k in usual_weights}=={k: v for k,v in dict(
         KD=.9, BinaryKD=.9, LogitsMSE=1., DKD=1., DIST=1., LwF=1., AT=1000., NST=50., SP=3000., PKT=30000., RKD=1., FSP=50., FitNet=100., VID=10., VIDLP=10., CRD=.8, SRRL=1.,
         SemCKD=400., SimKD=1.).items()}
     assert method_names('vid-lp + Similarity + logits')==['VIDLP','SP','LogitsMSE']

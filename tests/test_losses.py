@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from kdnb.distill.losses import (attention, binary_kd, dist, dkd, fsp, kd, logits_mse, lwf, nst, pkt, rkd, similarity,
-                                 standardize)
+from kdnb.distill.losses.features import attention,fsp,nst,pkt,rkd,similarity
+from kdnb.distill.losses.logits import binary_kd,dist,dkd,kd,logits_mse,lwf,standardize
 
 # References: one example, channel, pair or triplet at a time
 

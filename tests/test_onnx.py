@@ -3,9 +3,8 @@ import json, re, shutil, subprocess, sys
 from copy import deepcopy
 
 import pytest
-import kdnb.deploy as deploy
 from kdnb.all import *
-from kdnb.deploy import OnnxNetwork, Runtimes, runtimes, to_onnx
+from kdnb.export import graph,speed
 from kdnb.channels.trace import output_tensors
 from common import Two, X, Y, quiet, seeded
 
@@ -94,7 +93,7 @@ def test_heads_of_a_distillation_stay_behind(path):
 
 @pytest.mark.parametrize('layer,named', [('conv','bn'), ('fc','fc')])
 def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named):
-    whole = deploy._translated
+    whole = graph._translated
     def broken(*args, **kwargs):
         g = whole(*args, **kwargs)
         w, = (o for o in g.graph.initializer if o.name==f'{layer}.weight')
@@ -102,7 +101,7 @@ def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named)
         a.flat[7] += .01
         w.CopyFrom(onnx.numpy_helper.from_array(a, w.name))
         return g
-    monkeypatch.setattr(deploy, '_translated', broken)
+    monkeypatch.setattr(graph, '_translated', broken)
     with pytest.raises(ValueError, match=f'differs from torch .* first at layer {named}\\. Nothing was written'): learn.to_onnx(path)
     assert not [*path.parent.iterdir()]
 
@@ -209,7 +208,7 @@ def test_a_script_for_what_is_no_image(build, make, path):
 
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
-    monkeypatch.setattr(deploy, '_compiled', none)
+    monkeypatch.setattr(speed, '_compiled', none)
     net = prune_model(deepcopy(learn.model), .5).train()
     r = runtimes(net, learn.dls, dense=learn.model, rounds=3)
     t = r.table

@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from ..data.arrays import TensorDL
 from ..distill.task import check_classes
 from ..files import atomic_write,_lock,release
-from ..models import in_shape
+from ..models.registry import in_shape
 from .record import _kept,machine,_read_run,Record,RUN_FORMAT,versions
 from .settings import check_seeds,name_of
 from ..training.fingerprint import fingerprint

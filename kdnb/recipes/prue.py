@@ -17,7 +17,9 @@ from fastcore.foundation import L
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from ..distill.callback import KnowledgeDistillation
-from ..distill.methods import KD,Term,Terms,method_names,named_term
+from ..distill.logits import KD
+from ..distill.terms import Term,Terms
+from ..distill.names import method_names,named_term
 from ..features.capture import hear
 from ..features.layers import match_stages
 from ..measure.outputs import embed_predictions,predictions,uncertainty

@@ -12,8 +12,9 @@ import pandas as pd
 from fastcore.basics import tuplify
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import KD
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.logits import KD
 from ..measure.outputs import agreement,smoothness,uncertainty
 from ..prune.select import prune_model
 from ..core import check_choice,check_sparsity

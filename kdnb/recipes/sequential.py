@@ -12,8 +12,9 @@ import pandas as pd
 from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from ..channels.shrink import shrink
-from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import method_names
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.names import method_names
 from ..core import get_layer
 from ..features.capture import hear
 from ..features.layers import last_linear

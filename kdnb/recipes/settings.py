@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from ..core import unwrap
-from ..distill.methods import named_term,Term,Terms
+from ..distill.names import named_term
+from ..distill.terms import Term,Terms
 from ..prune.criteria import check_criterion,criteria
 
 # %% ../../nbs/50b_recipes.settings.ipynb #26d52561

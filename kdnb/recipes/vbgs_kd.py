@@ -14,8 +14,9 @@ from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.shrink import shrink
-from ..distill.callback import KnowledgeDistillation,check_terms
-from ..distill.methods import KD
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.logits import KD
 from ..layers import weighted
 from ..core import check_choice,check_sparsity
 from .settings import check_epochs,check_keeps,check_settings,methods_by_title,name_of

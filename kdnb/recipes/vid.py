@@ -19,10 +19,13 @@ from fastai.torch_core import set_seed
 from ..core import set_layer
 from ..data.arrays import ArrayDataLoaders
 from ..data.sets import image_dls
-from ..distill.callback import KnowledgeDistillation,check_terms,likelihood_maps,sorted_variances
-from ..distill.methods import method_names,usual_weights
+from ..distill.callback import KnowledgeDistillation
+from ..distill.learner import check_terms
+from ..distill.show import likelihood_maps,sorted_variances
+from ..distill.names import method_names
+from ..distill.terms import usual_weights
 from ..core import get_layer
-from ..features import last_linear
+from ..features.layers import last_linear
 from ..features.capture import layer_shapes
 from ..features.layers import stage_ends
 from ..models.registry import in_shape,n_classes
