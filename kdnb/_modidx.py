@@ -44,6 +44,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kdnb.channels.groups._tensor': ('channels.groups.html#_tensor', 'kdnb/channels/groups.py'),
                                       'kdnb.channels.groups._whole': ('channels.groups.html#_whole', 'kdnb/channels/groups.py')},
             'kdnb.channels.layers': { 'kdnb.channels.layers._fold': ('channels.layers.html#_fold', 'kdnb/channels/layers.py'),
+                                      'kdnb.channels.layers._may_become': ('channels.layers.html#_may_become', 'kdnb/channels/layers.py'),
                                       'kdnb.channels.layers._narrow': ('channels.layers.html#_narrow', 'kdnb/channels/layers.py'),
                                       'kdnb.channels.layers._narrow_layer': ( 'channels.layers.html#_narrow_layer',
                                                                               'kdnb/channels/layers.py'),

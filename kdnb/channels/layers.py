@@ -7,6 +7,7 @@ __all__ = ['index_layer', 'keep_inputs', 'copy_network', 'plain_copy', 'set_size
            'set_attributes']
 
 # %% ../../nbs/08_channels.layers.ipynb #a7d49ef7
+import math
 from copy import deepcopy
 from functools import partial
 import torch
@@ -146,16 +147,23 @@ def set_attributes(
     model:nn.Module, # Network as it was built
     attributes:dict, # `{path: {attribute: value}}`, from `attributes_of`
 ) -> None:
-    "Give modules of `model` these attributes. Raises `ValueError` for one that is none of them, or of another type."
+    "Give modules of `model` these attributes. Raises `ValueError` for one that is none of them, of another type, or larger."
+    modules = dict(model.named_modules())
+    if not isinstance(attributes, dict) or not all(isinstance(o, dict) for o in attributes.values()):
+        raise ValueError(f'attributes are {attributes!r}, expected {{path: {{attribute: value}}}}.')
     for path,values in attributes.items():
-        m = dict(model.named_modules()).get(path)
         for name,v in values.items():
-            old = vars(m).get(name) if m is not None else None
+            old = vars(modules[path]).get(name) if path in modules else None
             if isinstance(old, tuple) and isinstance(v, list): v = tuple(v)      # as JSON gives it
-            if type(old) is not type(v) or isinstance(old, bool) or not isinstance(old, (int,float,list,tuple)):
-                raise ValueError(f'{path}.{name} is {old!r}, which cannot become {v!r}.')
-            m.__dict__[name] = v
-        note_attributes(m, *values)
+            if not _may_become(old, v): raise ValueError(f'{path}.{name} is {old!r}, which cannot become {v!r}.')
+            modules[path].__dict__[name] = v
+        note_attributes(modules[path], *values)
+
+def _may_become(old, new):
+    "Is `new` a number of the type of `old`, and no larger count, or a list of such?"
+    if type(old) is not type(new): return False
+    if isinstance(old, (list,tuple)): return len(old)==len(new) and all(map(_may_become, old, new))
+    return 0<=new<=old if type(old) is int else type(old) is float and 0<=new<math.inf
 
 # %% ../../nbs/08_channels.layers.ipynb #5e7db903
 def _narrow_tensor(model, name, stay):

@@ -612,6 +612,8 @@ def by_size(self:Trace,
         return False
     if name=='split_with_sizes':
         parts = l.split(named['split_sizes'], dim)
+        for o in parts:
+            if o.shape[dim]==1: self.hold(o, 'the code picks them by number')      # a part never goes
         listed = [self.sized(o, dim, i) for i,o in enumerate(parts)]
         found = [ks or self.sized(o, dim) for ks,o in zip(listed, parts) if varies(o, dim)]
     elif named.get('step', 1)!=1: return False
