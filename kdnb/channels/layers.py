@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm,SpectralNormLoadStateDictP
 from torch.nn.utils.spectral_norm import SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from ..core import evaluating,unwrap
-from ..layers import is_depthwise,kind_of,n_channels,own_axes,spanned_axis,_usual,weighted
+from ..layers import is_depthwise,is_spread,kind_of,n_channels,own_axes,spanned_axis,_usual,weighted
 
 # %% ../../nbs/08_channels.layers.ipynb #61b23c26
 def index_layer(index, # Kept positions of the last axis (n,)
@@ -104,7 +104,7 @@ def _narrow(t, # Tensor that looks like the one of `m` called `name`
     if name not in _usual:
         for d,side in (own_axes(m, name) or {}).items(): t = t.index_select(d, cols if side else rows)
         return t
-    if name!='weight' or not isinstance(m, weighted) or is_depthwise(m): return t[rows]
+    if name!='weight' or not isinstance(m, weighted) or is_depthwise(m) or is_spread(m): return t[rows]
     a,b,g = (cols,rows,m.groups) if getattr(m, 'transposed', False) else (rows,cols,getattr(m, 'groups', 1))
     high,wide = t.shape[0]//g,t.shape[1]
     return torch.cat([t[a[a//high==i]][:,b[b//wide==i]-i*wide] for i in range(g)])

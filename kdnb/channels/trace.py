@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map_only
 from fastcore.basics import patch
 from ..core import evaluating,first_samples
-from ..layers import channel_axis,computes_weight,holds,is_depthwise,kind_of,n_channels,norms,spanned_axis,weighted
+from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,n_channels,norms,spanned_axis,weighted
 
 # %% ../../nbs/08a_channels.trace.ipynb #e4b2d166
 def labels_of(
@@ -182,7 +182,7 @@ def layer(self:Trace,
     if makes and (came>0).any() and computes_weight(m, x, *args, **kwargs): came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     self.note('readers' if makes else 'makers' if isinstance(m, weighted) else 'norms', path, came)
     if (n := kind_of(m).together(m))>1: rows = came.view(-1, n); self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
-    labels = self.new_labels(path, made) if makes else came
+    labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
     if makes: self.note('makers', path, labels)
     if isinstance(out, torch.Tensor) and out.ndim==x.ndim and out.shape[axis]==made: self.mark(out, labels, axis)
     else: self.hold(labels, LOST)
