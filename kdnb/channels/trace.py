@@ -83,6 +83,7 @@ class Trace(TorchDispatchMode):
         self.model,self.parts,self.ran = model,{},[]    # `{(kind, path): labels}`; paths of layers in the order of running
         self.joined,self.held,self.balanced = [],[],[]
         self._first,self._n,self._quiet,self._where = {},1,False,''
+        self._found = None,None
         self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
         self._marked = []
 
@@ -381,7 +382,8 @@ def mixed(self:Trace,
     "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
     if not (dims := [d for d in dims if varies(l, d)]): return l
     path = self._running[-1][0] if self._running else ''
-    if path in self.inside or not any(varies(l, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
+    of = self.classes[_small(l).long()]       # a class token's labels are others than those of the patches, until they are joined
+    if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
     first = l
     for d in dims: first = first.narrow(d, 0, 1)
     self.join(first.expand(l.shape), l, why)
@@ -670,7 +672,10 @@ def components(
 @patch(as_prop=True)
 def classes(self:Trace) -> torch.Tensor:
     "The class of each label: labels of one class live and die together"
-    return components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
+    if self._found[0]==(len(self.joined), self._n): return self._found[1]
+    of = components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
+    self._found = (len(self.joined), self._n),of
+    return of
 
 # %% ../../nbs/08a_channels.trace.ipynb #44cceff9
 @patch(as_prop=True)
