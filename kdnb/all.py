@@ -8,9 +8,11 @@ from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
 from kdnb.show import *
+from kdnb.drawing import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.optimizer import *
+from kdnb.training.params import *
 from kdnb.training.terms import *
 from kdnb.training.state import *
 from kdnb.training.checkpoint import *
@@ -49,6 +51,8 @@ from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
 from kdnb.prune.rewind import *
 from kdnb.prune.student import *
+from kdnb.prune.classes import *
+from kdnb.prune.blocks import *
 from kdnb.prune.sensitivity import *
 from kdnb.export import *
 from kdnb.compress import *
