@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import unwrap
 from ..masks.model import prunable
 from .scoring import _outputs_first
-from ..training.terms import brought_by,LossTerm
+from ..training.params import brought_by
+from ..training.terms import LossTerm
 
 # %% ../../nbs/31b_prune.penalties.ipynb #30f4c116
 def bn_scales(
