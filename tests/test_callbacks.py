@@ -80,7 +80,7 @@ def test_masks_hold_under_noise(groups, noise):
             if (logvar := dict(v.named_parameters()).get(f'{n}_logvar')) is not None: logvar.add_(5*(1-mask))
     torch.manual_seed(0); test_eq(v(xb), out)
     learn = quiet(learner(v, cbs=VariationalSparsifier(gamma_weight=2.), wd=0.), 4, 3e-3)
-    small = learn.compress(T=50.)       # nothing is noise yet: only masks take away
+    small = learn.compress(limit=50.)       # nothing is noise yet: only masks take away
     assert not masks(small) and all((w[masks(v)[n]==0]==0).all() for n,w in prunable(small).items())
     assert sparsity(small)>=.5 and {type(m) for m in small.modules()}<={type(m) for m in net().modules()}
     test_close(small(xb), v.eval()(xb), 1e-5)

@@ -52,8 +52,8 @@ def load(self:Learner,
         for k in [*state]: state[_our_name(k, state, model)] = state.pop(k)
         here,there = masks(model),masks({k.removeprefix(prefix): v for k,v in state.items()})
         if kwargs.get('strict', True) and (missing := here.keys()-there.keys()):
-            raise ValueError(f'{file} holds no mask of {min(missing)}, and the network is masked there. Pass strict=False to '
-                             'keep the masks, or take them off before: unmask(learn.model, masks(learn.model)).')
+            raise ValueError(f'{file} holds no mask of {min(missing)}, and the network is masked there. '
+                             'Pass strict=False to keep the masks, or take them off before: unmask(learn.model, masks(learn.model)).')
         mask_model(model, {k: v for k,v in there.items() if k not in here})
     hook = unwrap(self.model).register_load_state_dict_pre_hook(bring)
     try: return _load(self, file, device, **kwargs)
@@ -68,8 +68,8 @@ def _qconfig(m):
 # %% ../../nbs/07b_masks.files.ipynb #ee2356d4
 def _set_qconfig(m, v):
     "Warn, and set it"
-    warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: they stay as they are. "
-                  'fold(model) makes the masks permanent; quantise that.', stacklevel=2)
+    warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: they stay "
+                  'as they are. fold(model) makes the masks permanent; quantise that.', stacklevel=2)
     m.__dict__['qconfig'] = v
 
 Masked.qconfig = property(_qconfig, _set_qconfig, lambda m: m.__dict__.pop('qconfig'))

@@ -24,7 +24,8 @@ class Masked:
     _masked_names = frozenset()     # of those tensors
     def own_masks(self) -> dict[str,torch.Tensor]:
         "`{name in this layer: mask}`"
-        return {n: mask for k,mask in self._buffers.items() if (n := k.removesuffix('_mask'))!=k and n in self._masked_names}
+        found = {k.removesuffix('_mask'): mask for k,mask in self._buffers.items() if k.endswith('_mask')}
+        return {n: mask for n,mask in found.items() if n in self._masked_names}
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = self.__new__(type(self))
@@ -108,7 +109,9 @@ class _Adopted(BasePruningMethod):
     PRUNING_TYPE,adopted = 'unstructured',True
     def compute_mask(self, t, default_mask): return default_mask
     def __call__(self, module, inputs): pass
-    def remove(self, module): module._parameters[self._tensor_name].data.mul_(module._buffers.pop(f'{self._tensor_name}_mask'))
+    def remove(self, module):
+        mask = module._buffers.pop(f'{self._tensor_name}_mask')
+        module._parameters[self._tensor_name].data.mul_(mask)
 
 # %% ../../nbs/07_masks.layers.ipynb #7999777d
 def _adopt(m):
@@ -135,7 +138,8 @@ def _settle(m, name):
     m.__class__ = type(m).__bases__[0]
     m._parameters = values | m._parameters
     for k,h in [*m._load_state_dict_pre_hooks.items()]:     # `weight_norm` reads old files, and cannot be pickled
-        if 'weight_norm.<locals>' in getattr(getattr(h, 'hook', h), '__qualname__', ''): del m._load_state_dict_pre_hooks[k]
+        name = getattr(getattr(h, 'hook', h), '__qualname__', '')
+        if 'weight_norm.<locals>' in name: del m._load_state_dict_pre_hooks[k]
 
 # %% ../../nbs/07_masks.layers.ipynb #f1ada7d6
 @patch

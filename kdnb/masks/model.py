@@ -234,7 +234,8 @@ def layer_sparsity(
     layers:str|type|nn.Module|tuple|list|None=None, # As in `sparsity`
 ) -> pd.DataFrame:
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
-    rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in prunable(model, layers=layers).items()}
+    ws = prunable(model, layers=layers)
+    rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in ws.items()}
     df = pd.DataFrame.from_dict(rows, orient='index', columns=['weights','nonzero']).rename_axis('layer')
     df.loc['total'] = df.sum()
     return df.assign(sparsity=1-df.nonzero/df.weights)

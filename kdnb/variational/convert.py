@@ -120,7 +120,8 @@ def _say_share(model, data):
     layers,gated = [m for m in model.modules() if isinstance(m, weighted)],variational_layers(model)
     share = sum(m.weight.numel() for m in gated.values())/sum(m.weight.numel() for m in layers)
     if share>=.8: return
-    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders or a batch as data.'
+    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders '
+            'or a batch as data.'
             if data is None and any(map(_dense, set(layers)-set(gated.values()))) else
             'The others are of kinds that have none, or channel_groups(model, data) says why their channels stay.')
     warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} layers get gates. {hint}')

@@ -113,9 +113,9 @@ def to_deterministic(
     model:nn.Module, # Variational network
     limit:float|dict|str|None=None, # Threshold on log α, see `kept`
 ) -> nn.Module:
-    """A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (Ming et al. 2020, eq. 13)
+    """A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold
 
-    Raises `ValueError` as `kept` does."""
+    (Ming et al. 2020, eq. 13.) Raises `ValueError` as `kept` does."""
     model = plain_copy(model)
     masks = kept(model, limit)
     mask = {m: masks[n] for n,m in noise_groups(model).items()}
