@@ -15,6 +15,7 @@ demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
 test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real MNIST, KDNB_DEVICE=cuda runs pytest on a GPU
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	-@$(BIN)/python .ci/measure.py
 
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py

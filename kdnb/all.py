@@ -8,6 +8,7 @@ from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
 from kdnb.show import *
+from kdnb.drawing import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.optimizer import *

@@ -16,7 +16,7 @@ from safetensors import safe_open,SafetensorError
 from torch.utils._pytree import tree_leaves
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import index_layer,plain_copy,set_sizes
+from ..channels.layers import attributes_of,index_layer,plain_copy,set_attributes,set_sizes
 from ..core import set_layer
 from .images import _pixels,Preprocess
 from ..files import atomic_write
@@ -55,6 +55,7 @@ def save_model(
     header = dict(format=FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
                   sha256=_sha256(tensors))
+    if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
     return atomic_write(path, st.save(tensors, metadata=dict(kdnb=json.dumps(header))))
 
 # %% ../../nbs/40a_export.files.ipynb #92992b01
@@ -110,6 +111,7 @@ def load_model(
     if _sha256(tensors)!=header.get('sha256'):
         raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
     twins = _cut(model, tensors, path)
+    set_attributes(model, header.get('attributes', {}))
     tensors._metadata = model.state_dict()._metadata     # versions of layers: some refuse a state without
     model.load_state_dict(tensors, assign=True)
     for first,*others in twins:
