@@ -12,6 +12,7 @@ from kdnb.drawing import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.optimizer import *
+from kdnb.training.params import *
 from kdnb.training.terms import *
 from kdnb.training.state import *
 from kdnb.training.checkpoint import *

@@ -287,7 +287,7 @@ def compress(
     "Run a recipe; returns the exit status"
     recipe,(dls,data) = _recipe(args),_load(args)
     from kdnb.recipes.registry import ask_recipe
-    from kdnb.report import how_to_load
+    from kdnb.report.page import how_to_load
     given = {k: v for k in ('teacher','student','epochs') if (v := getattr(args, k)) is not None}
     if args.model: given['teacher'] = _trained(args, dls)
     if args.to: given |= _limits(args, given)
@@ -363,7 +363,7 @@ def run_sweep(
     args:argparse.Namespace, # What was said
 ) -> int:
     "Run a grid; returns the exit status"
-    from kdnb.sweep import sweep
+    from kdnb.sweep.result import sweep
     print(sweep(args.grid, args.storage, args.out, workers=args.workers, show=not args.quiet,
                 retry_failed=args.retry_failed, minutes=args.minutes, first=args.first))
     return 0
@@ -374,12 +374,12 @@ def export_run(
 ) -> int:
     "Write the small network of a run as an ONNX file; returns the exit status"
     from kdnb.data.sets import image_dls,image_sets
-    from kdnb.export.onnx import to_onnx
+    from kdnb.export.forms import export_form
     from kdnb.export.files import load_model,read_header
     from kdnb.recipes.record import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):
         raise ValueError(f'the run saw {record.data}, and nothing says where that is. Pass the folder as data=FOLDER.')
     dls = image_dls(args.data or record.data, size=tuple(record.in_shape[1:]), stats=read_header(file)[0].get('stats') or None)
-    print(to_onnx(load_model(file), dls, args.out or args.folder/'model.onnx', args.int8, args.max_drop))
+    print(export_form(args.folder, load_model(file), dls, args.out, args.int8, args.max_drop))
     return 0

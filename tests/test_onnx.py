@@ -231,3 +231,15 @@ def test_advice(ms, same, says):
     t = pd.DataFrame({f'{k} {n}': {r: dict(zip(('ms','±','×'), (v[i], .1, ms['eager'][i]/v[i])))[k] for r,v in ms.items()} for i,n in enumerate((1,64)) for k in ('ms','±','×')})
     t['same'],t['note'] = [1.]*(len(t)-1)+[same],''
     assert Runtimes(t, (1,64), 3).advice==says
+
+def test_forms_are_written_down_beside_the_run(learn, tmp_path):
+    net = learn.model
+    export_form(tmp_path, net, learn.dls, rounds=2)
+    small = export_form(tmp_path, net, learn.dls, tmp_path/'small.onnx', int8=True, max_drop=.2, rounds=2)
+    found = export_form(tmp_path, net, learn.dls, rounds=2)      # takes the place of the first
+    a,b = form_rows(tmp_path)
+    assert (a['file'],a['form'],a['bytes'],a['accuracy'])==('small.onnx','ONNX, int8',small.bytes,small.accuracy)
+    assert (b['file'],b['form'],b['bytes'],b['accuracy'])==('model.onnx','ONNX',found.bytes,None)
+    assert all(r[k]>0 for r in (a,b) for k in ('ms 1','× 1','ms 64','× 64')) and form_rows(tmp_path/'none')==[]
+    (tmp_path/'exported.json').write_text('[1]')
+    with pytest.raises(ValueError, match='is no list of exported files'): form_rows(tmp_path)

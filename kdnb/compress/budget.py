@@ -8,6 +8,7 @@ __all__ = ['read_limit', 'Budget']
 # %% ../../nbs/45_compress.budget.ipynb #8e3b1a58
 import re
 from numbers import Real
+from torch import nn
 from ..measure.counts import latency,macs,n_bytes,n_params
 
 # %% ../../nbs/45_compress.budget.ipynb #6be31079
@@ -15,10 +16,20 @@ _prefixes = {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}
 _units = dict(macs=_prefixes, params=_prefixes, ms={'ms': 1, 's': 1e3, 'µs': 1e-3, 'us': 1e-3},
               bytes={'': 1, 'kB': 1e3, 'MB': 1e6, 'GB': 1e9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30, 'B': 1})
 
-def read_limit(what, # 'macs', 'params', 'bytes' or 'ms'
-    given, # A fraction below 1, or a number with a unit, such as '20M'
-    dense): # What the dense network has of it
-    "The largest number of `what` that is allowed"
+# %% ../../nbs/45_compress.budget.ipynb #45000001
+def _number(v):
+    "A count with commas, or three digits of a small number"
+    return f'{v:.3g}' if v<100 and v!=int(v) else f'{v:,.0f}'
+
+# %% ../../nbs/45_compress.budget.ipynb #45000003
+def read_limit(
+    what:str, # 'macs', 'params', 'bytes' or 'ms'
+    given:float|str, # A fraction below 1, or a number with a unit, such as '20M'
+    dense:float, # What the dense network has of it
+) -> float:
+    """The largest number of `what` that is allowed
+
+    Raises `ValueError` if it is none, or if the dense network is within it."""
     unit,example = _units[what],dict(macs='20M', params='100k', bytes='1.5MB', ms='3ms')[what]
     expected = f'{what} is {given!r}, expected a fraction between 0 and 1, or a number with a unit such as {example!r}'
     if isinstance(given, str):
@@ -34,34 +45,38 @@ def read_limit(what, # 'macs', 'params', 'bytes' or 'ms'
     if v>=dense: raise ValueError(f'{what}={given!r} is no limit: the network has {_number(dense)}. Ask for less, e.g. {what}=.5.')
     return v
 
-def _number(v): return f'{v:.3g}' if v<100 and v!=int(v) else f'{v:,.0f}'
-
 # %% ../../nbs/45_compress.budget.ipynb #635d0313
 class Budget:
     "Limits on what a network costs, and what networks cost"
-    def __init__(self, dense, xb, limits): # Network, its inputs, `{'macs' or so: limit as it is given}`
+    def __init__(self,
+        dense:nn.Module, # What fractions are of
+        xb:tuple, # Its inputs
+        limits:dict, # `{'macs' or so: limit as it is given}`
+    ):
         if not limits: raise ValueError('no budget is given. Say how small: macs=.5, params=\'100k\', bytes=.25, ms=\'3ms\', or max_drop=.5.')
         self.model,self.xb,self.given = dense,xb,limits
         self.dense = self.cost(dense)
         self.limits = {k: read_limit(k, v, self.dense[k]) for k,v in limits.items()}
 
-    def cost(self, model):
+    def cost(self, model:nn.Module) -> dict:
         "`{'macs': …, 'params': …, 'bytes': …}` of `model`, and 'ms' if that is limited"
         return self.counts(model) | (dict(ms=self.time(model)) if 'ms' in self.given else {})
-    def counts(self, model):
+    def counts(self, model:nn.Module) -> dict:
         "What of the cost is counted, not timed"
         return dict(macs=macs(model, self.xb)[''], params=n_params(model), bytes=n_bytes(model))
-    def time(self, model):
+    def time(self, model:nn.Module) -> float:
         "Milliseconds; for a fraction those of the dense network as it was first measured, times the ratio of now"
         if model is self.model: return float(latency([model], self.xb)[0])
         (dense,own),ms = latency([self.model, model], self.xb),self.given['ms']
         absolute = ms.rstrip()[-1:]!='%' if isinstance(ms, str) else ms>=1
         return float(own if absolute else self.dense['ms']*own/dense)
 
-    def at(self, share): # Part of the way, from 0 (dense) to 1
+    def at(self,
+        share:float, # Part of the way, from 0 (dense) to 1
+    ) -> dict:
         "The limits on the way to the budget, by equal factors"
         return {k: self.dense[k]*(v/self.dense[k])**share for k,v in self.limits.items()}
-    def exceeded(self, model, share=1):
+    def exceeded(self, model:nn.Module, share:float=1) -> list[str]:
         "Names of the limits that `model` exceeds"
         cost = self.cost(model)
         return [k for k,v in self.at(share).items() if cost[k]>v]

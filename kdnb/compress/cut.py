@@ -7,82 +7,77 @@ __all__ = ['first_within', 'Cut', 'cut_to']
 
 # %% ../../nbs/45b_compress.cut.ipynb #c78a9a03
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 import pandas as pd
 from torch import nn
+from fastai.learner import Learner
 from ..channels.layers import plain_copy
 from ..channels.shrink import _estimate_bn,max_difference
-from .budget import _number
-from .order import hows,in_order_of,_savings,widths_of
-from ..core import first_samples
+from .budget import Budget,_number
+from .order import hows,in_order_of,savings_of,widths_of
+from ..core import check_choice,first_samples
 from ..masks.model import mask_model
 from ..prune.select import channel_masks
 from ..prune.scoring import Scoring
 from ..prune.sensitivity import _Batches,least,sensitivity,without
 
 # %% ../../nbs/45b_compress.cut.ipynb #a78c9837
-def first_within(order, cut, exceeded): # Names of groups; `cut(n)` is the network after `n` steps; `exceeded(network)`
-    "Number of steps after which the budget is met"
-    low,high = 0,len(order)
+def first_within(
+    n:int, # Steps that there are
+    cut:Callable, # `cut(i)` is the network after `i` steps
+    exceeded:Callable, # Does a network exceed the budget?
+) -> tuple[int,nn.Module]:
+    "After how many steps the budget is met, and the network there; the last is not asked"
+    low,high,best = 0,n,None
     while high-low>1:
         mid = (low+high)//2
-        low,high = (mid,high) if exceeded(cut(mid)) else (low,mid)
-    return high
+        now = cut(mid)
+        if exceeded(now): low = mid
+        else: high,best = mid,now
+    return high,cut(high) if best is None else best
 
 # %% ../../nbs/45b_compress.cut.ipynb #93f7c29d
 @dataclass
 class Cut:
     "A smaller network, and what went"
-    model:nn.Module
-    cost:dict # What it costs
+    model:nn.Module # Plain
+    cost:dict # `{'macs': …, 'params': …, 'bytes': …}` of it, and 'ms' if that was limited
     widths:pd.DataFrame # Channels of each group before and after
-    sensitivity:pd.DataFrame = None # What the decision came from, if it was that
+    sensitivity:pd.DataFrame|None=None # What the decision came from, if it was that
 
+# %% ../../nbs/45b_compress.cut.ipynb #45b00004
 def _scoring(learn, ignore):
+    "Scores of the channels that may go"
     try: return Scoring(learn, by='channel', ignore=ignore)
     except ValueError as e:
         if 'no channels' not in str(e): raise
-        raise ValueError(f'{str(e).rstrip(".")}, such as prune_model(learn, .9), which makes no network faster. A smaller network of '
-                         'another kind can be taught: Learner(learn.dls, small, metrics=accuracy).distill(learn, 10).') from None
+        raise ValueError(f'{str(e).rstrip(".")}, such as prune_model(learn, .9), which makes no network faster. '
+                         'A smaller network of another kind can be taught: '
+                         'Learner(learn.dls, small, metrics=accuracy).distill(learn, 10).') from None
+
+# %% ../../nbs/45b_compress.cut.ipynb #45b00007
+def _order(learn, s, budget, how, criterion, round_to, **kwargs):
+    "Worth of the channels, widths of the groups, names of groups in the order in which they lose one, and what was measured"
+    check_choice('how', how, hows)
+    if how=='variational' and not callable(criterion):
+        raise ValueError("how='variational' goes by gates that were trained: ask learn.compress_to(how='variational').")
+    worth,widths = s.worth(criterion),{g.name: widths_of(g, round_to) for g in s.groups}
+    if how!='sensitivity': return worth,widths,in_order_of(hows[how](widths, worth)),None
+    found = sensitivity(learn, criterion=criterion, **kwargs)
+    savings = savings_of(s.model, s.groups, worth, widths, budget)
+    return worth,widths,in_order_of(hows[how](widths, worth, found=found, savings=savings)),found
 
 # %% ../../nbs/45b_compress.cut.ipynb #e035aaa5
 def _refuse(budget, smallest, over, round_to, share):
+    "Raise: not even the `smallest` network is within the limits `over`"
     cost,why = budget.cost(smallest),f' and widths are multiples of {round_to}' if round_to else ''
-    said = '; '.join(f'{k}={budget.given[k]!r} is at most {_number(budget.at(share)[k])}, the smallest network has {_number(cost[k])} '
-                     f'({100*cost[k]/budget.dense[k]:.2g} % of {_number(budget.dense[k])})' for k in over)
-    raise ValueError(f'this budget cannot be reached by removing channels: {said}, since no group is emptied{why}. Ask for no less than '
-                     f'that{", or round less" if round_to else ""}, or distil into another network.')
-
-# %% ../../nbs/45b_compress.cut.ipynb #828f954f
-def cut_to(learn, # Trained `Learner`; it stays as it is
-    budget, # `Budget`
-    how='sensitivity', # Which channels go: by 'sensitivity', 'uniform' or 'global'
-    criterion='magnitude', # What the least worthy of a group go by: one of `criteria`, or a function of a `Scoring`
-    round_to=None, # Widths are multiples of it, or those of now
-    ignore=(), # Layers whose channels stay: paths, modules or types
-    n=1000, # Validation samples that sensitivity asks, see `sensitivity`
-    update_bn=11, # Training batches for BatchNorm statistics, after the cut and in `sensitivity`; 0: as they were
-    cache=True, # Of `sensitivity`
-    show=None, # Its progress bar
-    share=1): # Part of the way to the budget
-    "The `Cut` that meets `budget`: the largest network on the way that `how` describes"
-    s = _scoring(learn, ignore)
-    worth,widths = s.worth(criterion),{g.name: widths_of(g, round_to) for g in s.groups}
-    found = sensitivity(learn, criterion=criterion, n=n, update_bn=update_bn, ignore=ignore, cache=cache, show=show) if how=='sensitivity' else None
-    savings = _savings(s.model, s.groups, worth, widths, budget) if how=='sensitivity' else None
-    order = in_order_of(hows[how](widths, worth, found=found, savings=savings))
-    def gone(i): return [(g, least(worth[g.name], g.n-widths[g.name][c], g.blocks)) for g in s.groups if (c := Counter(order[:i])[g.name])]
-    def cut(i): return without(s.model, gone(i))
-    def exceeded(m): return budget.exceeded(m, share)
-    if over := exceeded(cut(len(order))): _refuse(budget, cut(len(order)), over, round_to, share)
-    i = first_within(order, cut, exceeded)
-    while any((cost := budget.cost(cut(i)))[k]>v for k,v in budget.at(share).items()) and i<len(order): i += 1     # milliseconds have noise
-    model,gone = cut(i),gone(i)
-    _prove(s.model, model, gone, budget.xb)
-    if update_bn: _estimate_bn(model, b := _Batches(learn.dls.train, n=update_bn), b)
-    went = {g.name: int(dead.sum()) for g,dead in gone}
-    table = pd.DataFrame([dict(group=g.name, before=g.n, after=g.n-went.get(g.name, 0)) for g in s.groups]).set_index('group')
-    return Cut(model, cost, table, found)
+    def part(k):
+        most,left = _number(budget.at(share)[k]),_number(cost[k])
+        return (f'{k}={budget.given[k]!r} is at most {most}, the smallest network has {left} '
+                f'({100*cost[k]/budget.dense[k]:.2g} % of {_number(budget.dense[k])})')
+    raise ValueError(f'this budget cannot be reached by removing channels: {"; ".join(map(part, over))}, since no group is emptied{why}. '
+                     f'Ask for no less than that{", or round less" if round_to else ""}, or distil into another network.')
 
 # %% ../../nbs/45b_compress.cut.ipynb #e5123c25
 def _prove(model, small, gone, xb, tol=1e-5):
@@ -91,3 +86,38 @@ def _prove(model, small, gone, xb, tol=1e-5):
     mask_model(masked, channel_masks(masked, {g.name: ~dead for g,dead in gone}, [g for g,_ in gone]))
     if not (diff := max_difference(masked, small, first_samples(xb, 4)))<=tol:
         raise ValueError(f'the small network differs from the masked one by {diff:.2g} (allowed: {tol:g}). Please report the architecture.')
+
+# %% ../../nbs/45b_compress.cut.ipynb #828f954f
+def cut_to(
+    learn:Learner, # Trained; it stays as it is
+    budget:Budget, # What the network may cost
+    how:str='sensitivity', # Which channels go: one of `hows`
+    criterion:str|Callable='magnitude', # What the least worthy of a group go by: one of `criteria`, or a function of a `Scoring`
+    round_to:int|None=None, # Widths are multiples of it, or those of now
+    ignore:object=(), # Layers whose channels stay: paths, modules or types
+    n:int|None=1000, # Validation samples that sensitivity asks, see `sensitivity`
+    update_bn:int=11, # Training batches for BatchNorm statistics, after the cut and in `sensitivity`; 0: as they were
+    cache:object=True, # Of `sensitivity`
+    show:bool|None=None, # Its progress bar
+    share:float=1, # Part of the way to the budget
+) -> Cut:
+    """The largest network within `budget` on the way that `how` describes
+
+    Raises `ValueError` if no channel may go, or if not even the smallest network is within the budget."""
+    s = _scoring(learn, ignore)
+    worth,widths,order,found = _order(learn, s, budget, how, criterion, round_to, n=n, update_bn=update_bn, ignore=ignore, cache=cache, show=show)
+    def gone(i):
+        steps = Counter(order[:i])
+        return [(g, least(worth[g.name], g.n-widths[g.name][steps[g.name]], g.blocks)) for g in s.groups if steps[g.name]]
+    def cut(i): return without(s.model, gone(i))
+    def exceeded(m): return budget.exceeded(m, share)
+    smallest = cut(len(order))
+    if over := exceeded(smallest): _refuse(budget, smallest, over, round_to, share)
+    i,model = first_within(len(order), cut, exceeded)
+    while any((cost := budget.cost(model))[k]>v for k,v in budget.at(share).items()) and i<len(order): i,model = i+1,cut(i+1)
+    went = gone(i)
+    _prove(s.model, model, went, budget.xb)
+    if update_bn: _estimate_bn(model, b := _Batches(learn.dls.train, n=update_bn), b)
+    lost = {g.name: int(dead.sum()) for g,dead in went}
+    table = pd.DataFrame([dict(group=g.name, before=g.n, after=g.n-lost.get(g.name, 0)) for g in s.groups]).set_index('group')
+    return Cut(model, cost, table, found)

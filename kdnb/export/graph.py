@@ -60,6 +60,7 @@ def _plain_floats(model):
     half = any(p.dtype in _half for p in model.parameters())
     return (model.float() if half else model).cpu().eval()
 
+# %% ../../nbs/41_export.graph.ipynb #6231eb1f
 def _sample(data, model):
     "The inputs of a batch of `data`, as `_plain_floats` takes them"
     def full(o): return o.float() if o.dtype in _half else o
@@ -89,6 +90,7 @@ def _numbered(name, xs):
     n = len([o for o in tree_leaves(xs) if isinstance(o, torch.Tensor)])
     return [name] if n==1 else [f'{name}{i}' for i in range(1, n+1)]
 
+# %% ../../nbs/41_export.graph.ipynb #6f3ad777
 def _output_names(out):
     "Those of a dict, or numbers"
     found,tensors = _fields(out) or {},output_tensors(out)
@@ -133,6 +135,7 @@ def _unknown(export, table, error):
 # %% ../../nbs/41_export.graph.ipynb #7dca82a7
 def _chain(error): return [error, *(_chain(error.__cause__) if error.__cause__ else [])]
 
+# %% ../../nbs/41_export.graph.ipynb #d1e4b90a
 def _cause(error):
     "What began it, in one line"
     e = _chain(error)[-1]

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
@@ -17,7 +18,7 @@ from fastai.learner import Learner
 from ..channels.layers import copy_network
 from ..core import described,unwrap
 from .graph import _graph,_onnx,_plain_floats,_sample,_still
-from .quantize import _check_drop,_check_int8,_in_int8
+from .quantize import check_drop,_check_int8,_in_int8
 from .session import _batches,_header,_prove
 from ..files import atomic_write
 
@@ -88,19 +89,23 @@ class Exported:
         return '\n'.join([*lines, f'{self.script.name} runs it with numpy and onnxruntime alone'])
 
 # %% ../../nbs/43_export.onnx.ipynb #8bc00e51
-def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
-    data, # `DataLoaders` or a batch of inputs to check on; those of the `Learner` if None
-    path, # File to write (`.onnx`); a script that runs it (`.py`) comes beside it
-    int8=False, # Eight bits for weights and for what layers say; needs `DataLoaders`
-    max_drop=.01, # Validation accuracy that int8 may cost, a fraction: .01 is one percent of the samples, 1 all of them
-    tol=1e-5, # Difference allowed between onnxruntime and torch, relative to the largest output
-    opset=18, # Version of ONNX's operations
-    **kwargs): # Passed to `torch.onnx.export`
-    "Write the network to one file that is proven to say what torch says; returns an `Exported`"
+def to_onnx(
+    model:nn.Module|Learner, # Network, masked or shrunken, or the `Learner` that holds it
+    data:DataLoaders|torch.Tensor|tuple|None, # `DataLoaders` or a batch of inputs to check on; those of the `Learner` if None
+    path:str|Path, # File to write (`.onnx`); a script that runs it (`.py`) comes beside it
+    int8:bool=False, # Eight bits for weights and for what layers compute; needs `DataLoaders`
+    max_drop:float=.01, # Validation accuracy that int8 may cost, a fraction: .01 is one percent of the samples, 1 all of them
+    tol:float=1e-5, # Difference allowed between onnxruntime and torch, relative to the largest output
+    opset:int=18, # Version of ONNX's operations
+    **kwargs, # Passed to `torch.onnx.export`
+) -> Exported:
+    """Write the network to one file that is proven to compute what torch computes
+
+    Raises `ValueError` if it cannot be written so, differs, or loses more than `max_drop`; then nothing is written."""
     onnx,(path,script) = _onnx()[0],_target(path)
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,still = _data(data),_still(model)
-    _check_drop(max_drop)
+    check_drop(max_drop)
     if int8: _check_int8(data)
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)
     asked = _plain_floats(copy_network(unwrap(model)))
@@ -113,7 +118,11 @@ def to_onnx(model, # Network, masked or shrunken, or the `Learner` that holds it
     atomic_write(script, _script(header))
     return res
 
+# %% ../../nbs/43_export.onnx.ipynb #43a00001
 @patch
-def to_onnx(self:Learner, path, **kwargs):
+def to_onnx(self:Learner,
+    path:str|Path, # File to write (`.onnx`)
+    **kwargs, # More arguments of `to_onnx`
+) -> Exported:
     "`to_onnx` of the network and its data"
     return to_onnx(self, None, path, **kwargs)

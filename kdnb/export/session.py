@@ -9,6 +9,7 @@ __all__ = ['OnnxNetwork']
 import json,math
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map_only
@@ -40,8 +41,10 @@ def _one_sentence():
 # %% ../../nbs/41a_export.session.ipynb #6db79230
 class OnnxNetwork(nn.Module):
     "An ONNX file in onnxruntime on the CPU, as a module: `accuracy_on` and its like take it"
-    def __init__(self, file, # Path of the file, or its bytes
-        threads=1): # How many compute
+    def __init__(self,
+        file:str|Path|bytes, # Path of the file, or its bytes
+        threads:int=1, # How many compute
+    ):
         super().__init__()
         ort = _onnx()[1]
         options = ort.SessionOptions()
@@ -53,7 +56,9 @@ class OnnxNetwork(nn.Module):
         self.header = json.loads(self.session.get_modelmeta().custom_metadata_map.get('kdnb', '{}'))
         self.preprocess = Preprocess.of(self.header)
 
-    def feed(self, *xb): return {o.name: x.detach().cpu().numpy() for o,x in zip(self.session.get_inputs(), tree_leaves(xb))}
+    def feed(self, *xb) -> dict:
+        "`{name: array}` of the inputs"
+        return {o.name: x.detach().cpu().numpy() for o,x in zip(self.session.get_inputs(), tree_leaves(xb))}
     def forward(self, *xb):
         with _one_sentence(): out = tuple(map(torch.as_tensor, self.session.run(None, self.feed(*xb))))
         return out if len(out)>1 else out[0]
@@ -73,8 +78,15 @@ def _batches(data, model, n=256):
         if size>1 or i: yield xb
         if (n := n-size)<=0: return
 
-def _inputs_of(b, dls): return b[:getattr(dls, 'n_inp', max(1, len(b)-1))]
-def _valid(dls): return dls.valid if len(dls.loaders)>1 and len(dls.valid) else None
+# %% ../../nbs/41a_export.session.ipynb #51e09e2e
+def _inputs_of(b, dls):
+    "The inputs of the batch `b`, which may have no targets"
+    return b[:getattr(dls, 'n_inp', max(1, len(b)-1))]
+
+# %% ../../nbs/41a_export.session.ipynb #41b00003
+def _valid(dls):
+    "The validation loader, or None if it holds nothing"
+    return dls.valid if len(dls.loaders)>1 and len(dls.valid) else None
 
 # %% ../../nbs/41a_export.session.ipynb #70405d7a
 @torch.no_grad()

@@ -10,6 +10,7 @@ import math,os
 from contextlib import contextmanager
 from functools import lru_cache,partial
 import pandas as pd, torch
+from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map_only
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
@@ -24,14 +25,17 @@ from ..measure.counts import median_ms
 # %% ../../nbs/43a_export.speed.ipynb #ea36217c
 def _eager(net, xb): return lambda: net(*xb)
 
+# %% ../../nbs/43a_export.speed.ipynb #3b002b7a
 def _channels_last(net, xb):
     if not any(o.ndim==4 for o in tree_leaves(xb) if isinstance(o, torch.Tensor)): raise ValueError('its inputs are no images')
     def last(o): return o.contiguous(memory_format=torch.channels_last) if o.ndim==4 else o
     return _eager(net.to(memory_format=torch.channels_last), tree_map_only(torch.Tensor, last, xb))
 
+# %% ../../nbs/43a_export.speed.ipynb #9e878e44
 def _bf16(net, xb):
     return _eager(net.bfloat16(), tree_map_only(torch.Tensor, lambda o: o.bfloat16() if o.is_floating_point() else o, xb))
 
+# %% ../../nbs/43a_export.speed.ipynb #8cd39068
 def _compiled(net, xb): return _eager(torch.compile(net, dynamic=False), xb)
 
 # %% ../../nbs/43a_export.speed.ipynb #e2b66540
@@ -61,13 +65,17 @@ def _ready(way, xb):
     except Exception as e: return None,None,f'cannot run here: {_cause(e)}'
 
 # %% ../../nbs/43a_export.speed.ipynb #7fd925c4
-def runtimes(model, # Network, masked or shrunken, or the `Learner` that holds it
-    data=None, # `DataLoaders` or a batch of inputs; those of the `Learner` if None
-    dense=None, # The network it was made from, to compare with; itself if None
-    batches=(1,64), # Samples in a batch
-    which=None, # Only these runtimes, such as `['eager','onnxruntime']`; all if None
-    rounds=11): # How often each is timed
-    "What one batch takes in each runtime on one thread of this processor, as `Runtimes`"
+def runtimes(
+    model:nn.Module|Learner, # Network, masked or shrunken, or the `Learner` that holds it
+    data:DataLoaders|torch.Tensor|tuple|None=None, # `DataLoaders` or a batch of inputs; those of the `Learner` if None
+    dense:nn.Module|None=None, # The network it was made from, to compare with; itself if None
+    batches:tuple=(1,64), # Samples in a batch
+    which:list|None=None, # Only these runtimes, such as `['eager','onnxruntime']`; all if None
+    rounds:int=11, # How often each is timed
+) -> 'Runtimes':
+    """What one batch takes in each runtime on one thread of this processor
+
+    Raises `ValueError` if there are no data, or no runtime of that name."""
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,ways = _data(data),_ways(model, data)
     if odd := [k for k in which or () if k not in ways]:
@@ -93,6 +101,7 @@ def _resized(xb, n):
     def take(o): return o[torch.arange(n)%len(o)] if o.ndim else o
     return tree_map_only(torch.Tensor, take, xb)
 
+# %% ../../nbs/43a_export.speed.ipynb #6ed9b086
 @contextmanager
 def _one_thread():
     n = torch.get_num_threads()
@@ -101,6 +110,7 @@ def _one_thread():
         with torch.no_grad(): yield
     finally: torch.set_num_threads(n)
 
+# %% ../../nbs/43a_export.speed.ipynb #e19127d0
 def _same(a, b, at):
     "Fraction of samples to which the logits, the tensors `at`, give the same class in `a` and `b`; None if there are none"
     if at is not None and a and b: return (a[at].argmax(1)==b[at].argmax(1)).double().mean().item()
@@ -108,7 +118,11 @@ def _same(a, b, at):
 # %% ../../nbs/43a_export.speed.ipynb #9ed6b320
 class Runtimes:
     "Milliseconds of each runtime, as `table`, and which of them to take, as `advice`"
-    def __init__(self, table, batches, rounds):
+    def __init__(self,
+        table:pd.DataFrame, # A row for each runtime
+        batches:list, # Samples in a batch
+        rounds:int, # How often each was timed
+    ):
         self.table,self.batches,self.rounds = table,batches,rounds
         self.load = os.getloadavg()[0]
     def _how(self):
@@ -116,7 +130,7 @@ class Runtimes:
     def __repr__(self): return f'{self.shown().to_string()}\n{self._how()}\n{self.advice}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{self._how()}<p>{self.advice}'
 
-    def shown(self):
+    def shown(self) -> pd.DataFrame:
         "The table as text"
         t = self.table.astype(object)
         for k in t.columns[:-1]: t[k] = ['' if pd.isna(o) else f'{100*o:.1f} %' if k=='same' else f'{o:.3g}' for o in t[k]]
@@ -124,7 +138,9 @@ class Runtimes:
 
 # %% ../../nbs/43a_export.speed.ipynb #3ae265dc
 @patch
-def fastest(self:Runtimes, rows=None):
+def fastest(self:Runtimes,
+    rows:list|None=None, # Only of these runtimes
+) -> dict[int,str]:
     "`{batch: runtime}` of all runtimes, or of `rows`; plain torch, where nothing is faster by more than the spread"
     res = {}
     for n in self.batches:
@@ -137,7 +153,7 @@ def fastest(self:Runtimes, rows=None):
 _rounded = 'bf16','onnxruntime int8'
 
 @patch(as_prop=True)
-def advice(self:Runtimes):
+def advice(self:Runtimes) -> str:
     "Which runtime to take, in a sentence"
     def gain(k, n): return f'{self.table[f"× {n}"][k]:.2g} × at batch {n}'
     def say(found):

@@ -157,12 +157,18 @@ def _check_fractions(given, what):
     for k,v in given.items(): check_sparsity(v, f'{what}[{k!r}]')
 
 # %% ../../nbs/31a_prune.select.ipynb #cf05e743
+def _rank(key, paths, names):
+    "How closely `key`, which covers `paths`, holds one of the weights `names`; None if it does not"
+    if not any(_among(o, paths) for o in names): return None
+    if not isinstance(key, str) or paths!=[key]: return .5      # a type, a layer or a pattern: before the root, after a path
+    return key.count('.')+1 if key else 0
+
+# %% ../../nbs/31a_prune.select.ipynb #0ac7bfef
 def _key_of(unit, names, given, covers, what):
     "The key of `given` that holds one of the weights `names` of `unit` most closely; None if none does"
-    def holds(path): return any(_among(o, [path]) for o in names)
-    found = [(p.count('.')+bool(p), key) for key,ps in covers.items() for p in ps if holds(p)]
-    depth = max((d for d,_ in found), default=0)
-    keys = [k for k in given if (depth,k) in found]
+    ranks = {k: _rank(k, ps, names) for k,ps in covers.items()}
+    best = max((r for r in ranks.values() if r is not None), default=None)
+    keys = [k for k,r in ranks.items() if r is not None and r==best]
     if len({given[k] for k in keys})<2: return keys[0] if keys else None
     pairs = ' and '.join(f'{k!r}: {given[k]!r}' for k in keys)
     raise ValueError(f'{what} has {pairs}, and {unit} is in each of them: what is made together goes '

@@ -9,9 +9,8 @@ __all__ = ['budget_ways', 'budget_defaults', 'budget', 'budget_table']
 import pandas as pd
 from fastcore.foundation import L
 from fastai.learner import Learner
-from ..compress import Budget
+from ..compress.budget import Budget
 from ..compress.cut import cut_to
-from ..compress.order import hows
 from ..distill.callback import KnowledgeDistillation
 from ..distill.learner import check_terms
 from ..core import inputs
@@ -23,7 +22,7 @@ from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/56_recipes.budget.ipynb #2af083b2
-budget_ways = *hows,'scratch'
+budget_ways = 'sensitivity','uniform','global','scratch'
 
 budget_defaults = dict(
     macs=None, # Budgets: fractions of the dense network's multiply-accumulates, or numbers with a unit; (.5,.25) if None

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
 from ..distill.callback import HEADS
-from ..export.files import _index_owner,_put,_resize
+from ..export.build import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks.model import fold,mask_model,masks,unmask
 from ..masks.layers import Masked
