@@ -8,7 +8,8 @@ MOVED = {'terms': 'training.terms training.optimizer training.callbacks training
          'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
                          'recipes.record training.schedules files',
-         'distill.methods': ' '.join(f'distill.{o}' for o in 'terms logits layers heads vid crd srrl semckd simkd names'.split())}
+         'distill.methods': ' '.join(f'distill.{o}' for o in 'terms logits layers heads vid crd srrl semckd simkd names'.split()),
+         'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
 SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
@@ -50,5 +51,5 @@ class SplitFinder(MetaPathFinder):
         spec.loader.exec_module = exec_module
         return spec
 
-sys.meta_path.append(MovedFinder())
+sys.meta_path.insert(0, MovedFinder())
 sys.meta_path.insert(0, SplitFinder())

@@ -49,9 +49,10 @@ from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
 from kdnb.prune.rewind import *
 from kdnb.prune.student import *
+from kdnb.prune.classes import *
+from kdnb.prune.blocks import *
 from kdnb.prune.sensitivity import *
 from kdnb.export import *
-from kdnb.deploy import *
 from kdnb.compress import *
 from kdnb.recipes.record import *
 from kdnb.recipes.registry import *

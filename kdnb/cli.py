@@ -52,6 +52,7 @@ recipes, methods and criteria of your own:
 examples:
   kdnb compress --data mnist --teacher lenet5 --student lenet300 --epochs 20,20,80 --seeds 3 --out runs/mnist
   kdnb compress --data photos/ --size 32 --teacher resnet20 --student vgg9 --out runs/photos
+  kdnb compress --to macs=.5 --model runs/mnist --data mnist --epochs 10 --out runs/half
   kdnb compress --recipe NAME --import my_terms.py --set method=MyTerm criterion=my_criterion
 
 The same command again goes on where it stopped, and does not repeat what is done; a finished result is never
@@ -104,6 +105,13 @@ def _setting(s):
         raise argparse.ArgumentTypeError(f'{name} is no setting of a recipe: there are --data, --out, --force, --quiet')
     return name,_value(v)
 
+# %% ../nbs/70_cli.ipynb #236a19fe
+def _model_header(args):
+    "What the file of `--model`, or of the run in that folder, says of its network; and the file"
+    from kdnb.export.files import read_header
+    file = args.model/'model.safetensors' if args.model.is_dir() else args.model
+    return read_header(file)[0],file
+
 # %% ../nbs/70_cli.ipynb #92df3261
 def _load_data(args):
     "The images, and what the record calls them"
@@ -111,6 +119,9 @@ def _load_data(args):
     from kdnb.data.sets import image_dls,image_sets
     bs = args.bs or (256 if args.data in {*image_sets}-{'digits'} else 64)
     kwargs = dict(size=args.size, bs=bs, pad=args.pad, flip=args.flip)
+    if args.model:     # images as its network takes them
+        header,_ = _model_header(args)
+        kwargs |= dict(size=args.size or tuple(header.get('input', ())[1:]) or None, stats=header.get('stats') or None)
     if args.data in image_sets or not Path(args.data).exists(): return image_dls(args.data, **kwargs),args.data
     p = Path(args.data).resolve()
     name = p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
@@ -124,6 +135,29 @@ def _find_recipe(args):
     known = ', '.join(map(repr, registry.recipes))
     args.parser.error(f'argument --recipe: invalid choice: {args.recipe!r} (choose from {known})')
 
+# %% ../nbs/70_cli.ipynb #492e159b
+def _trained_learner(args, dls):
+    "The `Learner` of `--model`, if it knows the classes of the images"
+    from fastai.learner import Learner
+    from fastai.metrics import accuracy
+    from kdnb.export.files import load_model
+    header,file = _model_header(args)
+    classes,shown = header.get('classes'),[str(o) for o in dls.vocab]
+    if classes and classes!=shown:
+        raise ValueError(f'the network of {args.model} tells {", ".join(classes)} apart, '
+                         f'the images show {", ".join(shown)}.')
+    return Learner(dls, load_model(file), metrics=accuracy)
+
+# %% ../nbs/70_cli.ipynb #9d0d9844
+def _limits(args, given):
+    "What `--to` asks for: one way to get there, and epochs of the small network alone if the dense one is trained"
+    if args.recipe!=_recipe_of_limits():
+        raise ValueError(f'to is what the recipe {_recipe_of_limits()} takes, and recipe is {args.recipe!r}. '
+                         'Leave one of them.')
+    epochs = given.get('epochs')
+    alone = dict(epochs=(1,epochs)) if args.model and isinstance(epochs, int) else {}
+    return dict(to=dict(args.to), ways=given.get('ways', 'sensitivity')) | alone
+
 # %% ../nbs/70_cli.ipynb #fdcf6db4
 def compress(
     args:argparse.Namespace, # Words of the command, parsed
@@ -133,6 +167,11 @@ def compress(
     from kdnb.report.page import how_to_load
     given = {k: getattr(args, k) for k in args.options if hasattr(args, k)} | dict(args.set)
     given |= {k: True for k in ('quick','force') if getattr(args, k)}
+    if args.model:
+        if 'teacher' in given:
+            raise ValueError('model is the network to begin with, and so is teacher. Give one of them.')
+        given['teacher'] = _trained_learner(args, dls)
+    if args.to: given |= _limits(args, given)
     out = args.out or Path('runs')/f'{args.recipe.rpartition(":")[2]}-{data}'
     run = registry.run_recipe(recipe, dls, given, path=out, data=data, show=not args.quiet)
     if run.rank: return 0    # of several processes the first one prints
@@ -223,26 +262,33 @@ def export_run(
 
     Raises `ValueError` if nothing says where the images of the run are."""
     from kdnb.data.sets import image_dls,image_sets
-    from kdnb.deploy import to_onnx
-    from kdnb.export import load_model,read_header
+    from kdnb.export.files import load_model,read_header
+    from kdnb.export.forms import export_form
     from kdnb.recipes.record import Record
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):
         raise ValueError(f'the run saw {record.data}, and nothing says where that is. Pass the folder as data=FOLDER.')
     stats = read_header(file)[0].get('stats') or None
     dls = image_dls(args.data or record.data, size=tuple(record.in_shape[1:]), stats=stats)
-    print(to_onnx(load_model(file), dls, args.out or args.folder/'model.onnx', args.int8, args.max_drop))
+    print(export_form(args.folder, load_model(file), dls, args.out, args.int8, args.max_drop))
     return 0
+
+# %% ../nbs/70_cli.ipynb #3e09b54c
+def _recipe_of_limits():
+    "Name of the recipe that runs if limits are given and no recipe: the one with the setting `to`"
+    return next(name for name,o in registry.shipped.items() if 'to' in o.options)
 
 # %% ../nbs/70_cli.ipynb #ca3729e3
 def _chosen_recipe(argv):
     "`(name, its source or None)` of the recipe in the words of the command"
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    p.add_argument('--recipe', default=registry.default_recipe())
+    p.add_argument('--recipe')
+    p.add_argument('--to', nargs='+')
     p.add_argument('--import', dest='bring', nargs='+', action='extend', default=[])
     try: args,_ = p.parse_known_args(argv)
     except argparse.ArgumentError: args = p.parse_args([])      # the parser of the command says what is wrong
-    return args.recipe,registry.describe_recipe(args.recipe, args.bring)
+    name = args.recipe or (_recipe_of_limits() if args.to else registry.default_recipe())
+    return name,registry.describe_recipe(name, args.bring)
 
 # %% ../nbs/70_cli.ipynb #71595903
 def _add_options(c, name, source):
@@ -265,7 +311,11 @@ def _compress_parser(commands, text, argv):
                             epilog=_compress_help.format(recipes=_recipe_list()), formatter_class=text,
                             description='Run a recipe and write the small network and a report into a folder.')
     c.add_argument('--recipe', default=name, metavar='NAME',
-                   help=f'how to compress, see below [{registry.default_recipe()}]')
+                   help=f'how to compress, see below [{registry.default_recipe()}; with --to {_recipe_of_limits()}]')
+    c.add_argument('--to', type=_setting, nargs='+', metavar='LIMIT',
+                   help='how small: macs=.5, params=20k, bytes=1MB; all hold at once')
+    c.add_argument('--model', type=Path, metavar='FILE|FOLDER',
+                   help='trained network to begin with: of a run, or of save_model')
     c.add_argument('--import', dest='bring', nargs='+', action='extend', default=[], metavar='FILE|MODULE',
                    help='Python code of your own to read first, see below')
     c.add_argument('--data', default='digits', metavar='NAME|FOLDER', help='image set or folder, see below (digits)')

@@ -1,7 +1,9 @@
 "The recipe `budget`: every way meets the budget, the same dense network teaches, differences are those within a seed."
+from pathlib import Path
 import pytest
 from common import X, Y, data
 from kdnb.all import *
+from kdnb.recipes.registry import bring
 
 def few(): return data(test=(X[:50], Y[:50]))
 
@@ -42,3 +44,20 @@ def test_a_finished_run_is_read(run):
 def test_what_is_refused_before_anything_is_trained(tmp_path, kwargs, said):
     with pytest.raises(ValueError, match=said): budget(few(), 'lenet5', tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
+
+def test_peers_meet_the_same_budget(tmp_path):
+    "What Torch-Pruning cuts is as much as fits, trained as ours; the learning rate is chosen on the validation set"
+    p = bring(str(Path(__file__).parents[1]/'results/budget/peers.py'))
+    run = p.peers(few(), 'lenet5', tmp_path/'run', epochs=(1,1), macs=(.5,), lrs=(1e-2,), update_bn=1, show=False)
+    dense,*small = run.stages
+    assert [o['way'] for o in small]==[*p.WAYS]
+    assert all(.4*dense['macs']<o['macs']<=.5*dense['macs'] and o['epochs']==(2 if o['way']==p.LONGER else 1) for o in small)
+    by = {o['way']: o['widths'] for o in small}
+    assert by[p.NOTHING]==by[p.OURS]!=by['uniform magnitude']!=by['global group norm']
+
+def test_validation_accuracy_chooses_the_learning_rate_of_peers():
+    p = bring(str(Path(__file__).parents[1]/'results/budget/peers.py'))
+    rows = pd.DataFrame([dict(cell='x', teacher='lenet5', budget=.5, way=w, lr=lr, seed=s, valid_accuracy=v, test_accuracy=1-v)
+                         for w,best in (('a',1e-3),('b',1e-2)) for s in (0,1) for lr,v in ((1e-3,.8+(best<2e-3)/10), (1e-2,.85))])
+    best = p.chosen(rows)
+    assert best.way.tolist()==['a','a','b','b'] and best.lr.tolist()==[1e-3]*2+[1e-2]*2 and best.seed.tolist()==[0,1]*2

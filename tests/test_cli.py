@@ -208,8 +208,8 @@ def test_what_the_source_says_is_what_python_knows():
     for name,o in shipped.items():
         f = find_recipe(name)
         takes = [k for k,p in inspect.signature(f).parameters.items() if p.kind!=p.VAR_KEYWORD][1:]
-        fields = getattr(f, 'settings', None)
-        assert [*o.options]==[k for k in dict.fromkeys([*takes, *(fields.__dataclass_fields__ if fields else ())]) if k not in not_options]
+        fields = getattr(f.settings, '__dataclass_fields__', f.settings)
+        assert [*o.options]==[k for k in dict.fromkeys([*takes, *fields]) if k not in not_options]
         assert o.help and all(v.doc for v in o.options.values()), name
 
 MINE = '''
@@ -290,5 +290,19 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
 
 def test_a_size_is_for_image_sets_too():
     for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
-        dls,name = cli._load_data(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False))
+        dls,name = cli._load_data(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
         assert dls.in_shape==shape and name=='digits'
+
+def test_a_trained_network_to_a_budget(run, photos, capsys, tmp_path):
+    "`--to` cuts it, `--epochs` teaches what is left, and all of the limits hold"
+    argv = ['compress','--model',run[0],'--data',photos,'--to','macs=.5','params=40k','--epochs','1','--out',tmp_path/'half','--quiet']
+    assert 'sensitivity, macs 0.5, params 40k' in said(capsys, 0, *argv)
+    dense,small = (load_model(o/'model.safetensors') for o in (run[0], tmp_path/'half'))
+    x = torch.zeros(1, 1, 8, 8)
+    assert 0<macs(small, x)['']<=.5*macs(dense, x)[''] and n_params(small)<=40_000
+    r = Record(tmp_path/'half')
+    assert [o['name'] for o in r.stages]==['dense','sensitivity, macs 0.5, params 40k'] and (tmp_path/'half'/'report.html').exists()
+    for more,says in ((['--recipe','prue'], '--to is what the recipe budget takes'), (['--to','ms=3'], '--to is'), (['--teacher','lenet5'], '--model is the network'),
+                      (['--model',tmp_path/'none.safetensors'], 'none.safetensors')):
+        assert says in said(capsys, 1, *argv, *more)
+    assert 'apart, the images show 0, 1' in said(capsys, 1, 'compress','--model',run[0],'--to','macs=.5')

@@ -6,7 +6,8 @@ import pytest
 from common import Two, data, flat, per_item, quiet, same, seeded, state
 from test_sensitivity import Grouped
 from kdnb.all import *
-from kdnb import compress as compressing      # fastai has a `module`
+from kdnb.compress import budget as budgets,learner as compressing
+from kdnb.compress.noise import settled
 
 NETS = 'resnet8','vgg8_16','lenet5'
 HOWS = 'sensitivity','uniform','global'
@@ -78,7 +79,7 @@ def test_blocks_of_a_grouped_convolution():
 def test_milliseconds(monkeypatch):
     "With a clock that counts parameters: what is promised is what was measured"
     noise = random.Random(0)
-    monkeypatch.setattr(compressing, 'latency', lambda ms, xb: [n_params(m)/1e4*noise.uniform(1, 1.1) for m in ms])
+    for o in (budgets,compressing): monkeypatch.setattr(o, 'latency', lambda ms, xb: [n_params(m)/1e4*noise.uniform(1, 1.1) for m in ms])
     learn = learner()
     for limit,most in ((.5,None), ('50%',None), ('4ms',4), (4,4)):
         t = compress(learn, ms=limit, how='uniform').table.ms
@@ -205,7 +206,7 @@ def fake(drops):
 @pytest.mark.parametrize('edge', [.05,.3,.62,.9])
 def test_the_smallest_that_keeps_the_drop(edge, monkeypatch):
     monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 0 if f>=edge else 5))
-    best = learner('lenet5').compress_to(max_drop=1, tries=7)
+    best = learner('lenet5').compress_to(max_drop=.01, tries=7)
     assert max(edge, .1) <= best.f <= max(edge, .1)+2**-7+1e-9
     assert (best.tries.kept==(best.tries.fraction>=edge)).all()
 
@@ -218,7 +219,45 @@ def test_of_an_error_more_is_worse():
 
 def test_a_drop_that_nothing_keeps(monkeypatch):
     monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 5))
-    with pytest.raises(ValueError, match='loses at most 1 points; the largest had 984 MACs and lost 5.00'): learner('lenet5').compress_to(max_drop=1)
+    with pytest.raises(ValueError, match='loses at most 0.01; the largest had 984 MACs and lost 0.0500'): learner('lenet5').compress_to(max_drop=.01)
+
+
+# the variational way
+
+@pytest.mark.parametrize('net', ['resnet8','lenet5'])
+def test_noise_decides(net, monkeypatch):
+    "The budget is met, epochs are shared by gates and what is left, and the channels of the largest log α are those that go"
+    learn,seen,counter = learner(net, n_epoch=1),{},Counts()
+    monkeypatch.setattr(compressing, 'settled', lambda o: seen.setdefault('cut', settled(o)))
+    small = compress(learn, macs=.5, how='variational', n_epoch=3, cbs=counter)
+    assert .4*small.table.macs['dense'] < small.table.macs['cut'] <= .5*small.table.macs['dense'] and counter.epochs==3
+    assert not variational_layers(small.model) and [*small.table.index]==['dense','cut','distilled'] and small.n_epoch==3
+    plain,criterion,without = seen['cut']
+    worth = torch.cat([*scores(plain, criterion, by='channel').values()])
+    gone = small.widths.before.sum()-small.widths.after.sum()
+    order = worth.sort().values
+    for name,v in scores(plain, criterion, by='channel').items():
+        left = small.widths.after[name]
+        if left>1: assert v.sort().values[-left]>=order[gone-1]-1e-6      # no channel that stays is worth less than one that went
+    assert without==[]
+
+def test_where_gates_cannot_be():
+    grouped = learner(Grouped())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        small = compress(grouped, params=.9, how='variational', n_epoch=2)
+    assert small.widths.index.tolist()!=[] and 'a' not in small.widths.index      # read by a grouped convolution: no gate, so it stays
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.fc,self.head = nn.Linear(64, 16),nn.Linear(16, 16),nn.Linear(16, 10)
+        def forward(self, x): return self.head(self.fc(self.fc(self.a(x.flatten(1))).relu()))
+    with pytest.raises(ValueError, match="runs more than once.*how='sensitivity' needs no gates"): compress(learner(Twice()), params=.9, how='variational', n_epoch=2)
+
+def test_the_network_goes_where_the_data_are():
+    learn = learner('lenet5')
+    learn.dls.device = 'meta'
+    check_data(learn)
+    assert learn.model.fc1.weight.device.type=='meta'
+
 
 
 # refusals
@@ -227,7 +266,10 @@ def test_a_drop_that_nothing_keeps(monkeypatch):
     (dict(), 'no budget is given'), (dict(macs=0), 'macs is 0, expected'), (dict(params=1.5), 'params is 1.5, expected'),
     (dict(macs='20X'), 'Units of macs are k, M, G and %'), (dict(macs='20M'), 'no limit: the network has'), (dict(macs=.5, how='uniforms'), "how is 'uniforms'"),
     (dict(macs=.5, steps=0), 'steps is 0'), (dict(macs=.5, n_epoch=-1), 'n_epoch is -1'), (dict(macs=.5, round_to=0), 'round_to is 0'),
-    (dict(macs=.5, max_drop=1), 'contradict'), (dict(max_drop=-1), 'max_drop is -1'), (dict(max_drop=True), 'max_drop is True'),
+    (dict(macs=.5, max_drop=.01), 'contradict'), (dict(max_drop=-1), 'max_drop is -1'), (dict(max_drop=True), 'max_drop is True'),
+    (dict(max_drop=1.5), 'For 1.5 points write 0.015'), (dict(max_drop=.5), 'For 0.5 points write 0.005'),
+    (dict(macs=.5, how='variational', n_epoch=1), 'trains gates before the cut'), (dict(macs=.5, how='variational', n_epoch=2, steps=2), 'cuts once'),
+    (dict(macs=.5, how='variational', n_epoch=2, criterion='taylor'), 'goes by log α'),
     (dict(macs=.5, criterion='magntude'), 'Did you mean'), (dict(macs=.5, ignore='conv9'), 'conv9'), (dict(macs=1e-9), 'no group is emptied')])
 def test_what_is_refused(kwargs, said):
     with pytest.raises(ValueError, match=said): learner('lenet5').compress_to(n_epoch=kwargs.pop('n_epoch', 0), n=64, show=False, **kwargs)
@@ -238,7 +280,7 @@ def test_learners_that_cannot(monkeypatch):
     for other in (seeded(data(), nn.Sequential(nn.Flatten(), nn.Linear(64,10))), seeded(per_item(), Two())):
         with pytest.raises(ValueError, match='prune_model.*can be taught'): other.compress_to(macs=.5)
     learn.metrics = L()
-    with pytest.raises(ValueError, match='needs a metric'): learn.compress_to(max_drop=1)
+    with pytest.raises(ValueError, match='needs a metric'): learn.compress_to(max_drop=.01)
     made = learner('lenet5', opt_func=OptimWrapper(opt=torch.optim.SGD(learn.model.parameters(), lr=.1)))
     with pytest.raises(ValueError, match='built by hand'): made.compress_to(macs=.5, how='uniform', n_epoch=0)
 
@@ -249,13 +291,13 @@ def test_numbers_that_read_in_two_ways(given, said):
 def test_thousands_may_be_parted():
     assert [read_limit('macs', o, 1e7) for o in ('1,234,567', '1_234_567', '1,234.5k', '.5M', '12.5 %')]==[1234567, 1234567, 1234500, 5e5, 1.25e6]
 
-def test_a_fraction_in_the_place_of_points_is_noticed(monkeypatch):
+def test_points_in_the_place_of_a_fraction_are_noticed(monkeypatch):
     monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 0))
-    with pytest.warns(UserWarning, match='allows 0.002 points.*write max_drop=0.2'): learner('lenet5').compress_to(max_drop=.002, tries=1)
-    with pytest.raises(ValueError, match='tries is 0'): learner('lenet5').compress_to(max_drop=1, tries=0)
+    with pytest.warns(UserWarning, match='allows 20 points.*write 0.002'): learner('lenet5').compress_to(max_drop=.2, tries=1)
+    with pytest.raises(ValueError, match='tries is 0'): learner('lenet5').compress_to(max_drop=.01, tries=0)
 
 def test_a_drop_where_no_budget_can_be_reached():
-    with pytest.raises(ValueError, match='cannot be reached'): compress(learner('lenet5'), max_drop=1, tries=1, round_to=64, how='uniform')
+    with pytest.raises(ValueError, match='cannot be reached'): compress(learner('lenet5'), max_drop=.01, tries=1, round_to=64, how='uniform')
 
 
 @pytest.mark.parametrize('ask', [lambda learn: learn.compress_to(macs=.5, n_epoch=0), sensitivity], ids=['compress_to','sensitivity'])

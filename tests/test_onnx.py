@@ -3,9 +3,8 @@ import json, re, shutil, subprocess, sys
 from copy import deepcopy
 
 import pytest
-import kdnb.deploy as deploy
 from kdnb.all import *
-from kdnb.deploy import OnnxNetwork, Runtimes, runtimes, to_onnx
+from kdnb.export import graph,speed
 from kdnb.channels.trace import output_tensors
 from common import Two, X, Y, quiet, seeded
 
@@ -94,7 +93,7 @@ def test_heads_of_a_distillation_stay_behind(path):
 
 @pytest.mark.parametrize('layer,named', [('conv','bn'), ('fc','fc')])
 def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named):
-    whole = deploy._translated
+    whole = graph._translated
     def broken(*args, **kwargs):
         g = whole(*args, **kwargs)
         w, = (o for o in g.graph.initializer if o.name==f'{layer}.weight')
@@ -102,7 +101,7 @@ def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named)
         a.flat[7] += .01
         w.CopyFrom(onnx.numpy_helper.from_array(a, w.name))
         return g
-    monkeypatch.setattr(deploy, '_translated', broken)
+    monkeypatch.setattr(graph, '_translated', broken)
     with pytest.raises(ValueError, match=f'differs from torch .* first at layer {named}\\. Nothing was written'): learn.to_onnx(path)
     assert not [*path.parent.iterdir()]
 
@@ -209,7 +208,7 @@ def test_a_script_for_what_is_no_image(build, make, path):
 
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
-    monkeypatch.setattr(deploy, '_compiled', none)
+    monkeypatch.setattr(speed, '_compiled', none)
     net = prune_model(deepcopy(learn.model), .5).train()
     r = runtimes(net, learn.dls, dense=learn.model, rounds=3)
     t = r.table
@@ -232,3 +231,15 @@ def test_advice(ms, same, says):
     t = pd.DataFrame({f'{k} {n}': {r: dict(zip(('ms','±','×'), (v[i], .1, ms['eager'][i]/v[i])))[k] for r,v in ms.items()} for i,n in enumerate((1,64)) for k in ('ms','±','×')})
     t['same'],t['note'] = [1.]*(len(t)-1)+[same],''
     assert Runtimes(t, (1,64), 3).advice==says
+
+def test_forms_are_written_down_beside_the_run(learn, tmp_path):
+    net = learn.model
+    export_form(tmp_path, net, learn.dls, rounds=2)
+    small = export_form(tmp_path, net, learn.dls, tmp_path/'small.onnx', int8=True, max_drop=.2, rounds=2)
+    found = export_form(tmp_path, net, learn.dls, rounds=2)      # takes the place of the first
+    a,b = form_rows(tmp_path)
+    assert (a['file'],a['form'],a['bytes'],a['accuracy'])==('small.onnx','ONNX, int8',small.bytes,small.accuracy)
+    assert (b['file'],b['form'],b['bytes'],b['accuracy'])==('model.onnx','ONNX',found.bytes,None)
+    assert all(r[k]>0 for r in (a,b) for k in ('ms 1','× 1','ms 64','× 64')) and form_rows(tmp_path/'none')==[]
+    (tmp_path/'exported.json').write_text('[1]')
+    with pytest.raises(ValueError, match='is no list of exported files'): form_rows(tmp_path)

@@ -21,7 +21,7 @@ MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__i
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
 FLOORS = dict(_moved=0, core=1, layers=1, files=1, data=1, models=1, measure=2, features=2, show=2, training=2, masks=3, channels=4,
-              distill=5, variational=5, prune=5, export=5, deploy=6, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
+              distill=5, variational=5, prune=5, export=5, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_directive_that_no_cell_has_is_refused(monkeypatch, capsys):
     assert "no cell has the directive 'rwos'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('old, names', {'terms': 'LossTerm QuickCallback check_weight weight_at', 'checkpoint': 'Checkpoint atomic_write fingerprint',
-    'processes': 'Processes', 'trace': 'trace_channels norms', 'prune.masks': 'Masked weight_names', 'recipes.core': 'Run Record recipe check_settings testing_every_epoch release nesterov_sgd',
+    'processes': 'Processes', 'trace': 'trace_channels norms', 'prune.masks': 'Masked weight_names', 'deploy': 'to_onnx Runtimes', 'recipes.core': 'Run Record recipe check_settings testing_every_epoch release nesterov_sgd',
     'distill.methods': 'KD VID CRD SimKD usual_weights named_term'}.items())
 def test_old_module_paths_are_importable(old, names):
     sys.modules.pop(f'kdnb.{old}', None)

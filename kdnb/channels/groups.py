@@ -6,10 +6,11 @@
 __all__ = ['Part', 'ChannelGroup', 'ChannelGroups']
 
 # %% ../../nbs/08b_channels.groups.ipynb #714cdee0
+import math
 from collections import Counter,namedtuple
 from dataclasses import dataclass,field
 import pandas as pd, torch
-from .layers import _narrow_layer,_narrow_tensor
+from .layers import _narrow_layer,_narrow_tensor,note_attributes
 from .trace import components
 from ..layers import is_depthwise,n_channels,norms,own_axes,_usual
 
@@ -28,6 +29,7 @@ class ChannelGroup:
     stays:str=None # Why they cannot be removed exactly, or None
     blocks:torch.Tensor=None # Block of each channel (n,): as many must go from each
     tensors:list=field(default_factory=list) # `Part`s of parameters and buffers outside of layers, such as a layer scale
+    sizes:list=field(default_factory=list) # `Part`s of attributes that count them, whose path is a `Size`
 
     @property
     def parts(self): return self.makers+self.norms+self.readers
@@ -65,7 +67,7 @@ def _hold_odd(t, model):
     "Hold in trace `t` what cannot be cut"
     shared = _sharing(model)
     for (kind,path),labels in t.parts.items():
-        if kind=='tensors': continue
+        if kind in ('tensors','sizes'): continue
         m = model.get_submodule(path)
         odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items()) if o is not None and n not in _usual and own_axes(m, n) is None), None)
         if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
@@ -74,13 +76,16 @@ def _hold_odd(t, model):
 
 # %% ../../nbs/08b_channels.groups.ipynb #b8800f8f
 def _partitions(t, model):
-    "`(classes, blocks, why)` for each place of trace `t` where channels are split into blocks"
+    "`(classes, blocks, why)` for each place of trace `t` where channels are split into blocks that cannot go as a whole"
     of = t.classes
     for (kind,path),labels in t.parts.items():
-        m = None if kind=='tensors' else model.get_submodule(path)
-        if kind not in ('makers','readers') or getattr(m, 'groups', 1)==1 or is_depthwise(m) or not (labels>0).any(): continue
+        if kind not in ('makers','readers') or not (labels>0).any(): continue
+        m = model.get_submodule(path)
+        if getattr(m, 'groups', 1)==1 or is_depthwise(m): continue
         yield torch.where(labels>0, of[labels.long()], -1),torch.arange(len(labels), device='cpu')//(len(labels)//m.groups),f'grouped convolution {path} needs all of them'
-    for (labels,blocks),why in t.balanced: yield torch.where(labels>0, of[labels.long()], -1),blocks,why
+    for (labels,blocks),why,whole in t.balanced:
+        cls = torch.where(labels>0, of[labels.long()], -1)
+        if not (whole and _whole(cls, blocks)): yield cls,blocks,why
 
 # %% ../../nbs/08b_channels.groups.ipynb #fc9db497
 def _meeting(t):
@@ -96,6 +101,11 @@ def _in_all(cls, blocks):
     "Is each class as often in each block as in the others?"
     counts = torch.stack([cls, blocks]).unique(dim=1, return_counts=True)
     return len(counts[0][0])==len(cls.unique())*len(blocks.unique()) and len(counts[1].unique())==1 and cls.min()>=0
+
+# %% ../../nbs/08b_channels.groups.ipynb #b7d30f1e
+def _whole(cls, blocks):
+    "Is each block of one class, so that it goes as a whole?"
+    return len(torch.stack([cls, blocks]).unique(dim=1)[0])==len(blocks.unique())
 
 # %% ../../nbs/08b_channels.groups.ipynb #2c740c1a
 def _settled(t, model):
@@ -166,7 +176,7 @@ def _removable(g, found, first=None):
     sizes,order,res = blocks.bincount(),(~first).int().argsort(stable=True),torch.zeros_like(found)
     n = torch.minimum(blocks[found].bincount(minlength=len(sizes)), sizes-1).min()
     for b in range(len(sizes)): res[order[found[order] & (blocks[order]==b)][:n]] = True
-    for p in g.parts+g.tensors:      # a layer that only some of the channels belong to
+    for p in g.parts+g.tensors+g.sizes:      # a layer that only some of the channels belong to
         if res[p.unit].all(): res[p.unit[~first[p.unit]][:1]] = False
     return res
 
@@ -190,6 +200,29 @@ def _kept(model, gone):
                 for o in sides: o[p.at[dead[p.unit]]] = False
     return {p: tuple(o.nonzero().flatten() for o in both) for p,both in alive.items()}
 
+# %% ../../nbs/08b_channels.groups.ipynb #c52e8a97
+def _lengths_left(gone):
+    "`{size: length}` of what attributes count, when the channels `gone`, pairs of group and mask, go"
+    alive = {}
+    for g,dead in gone:
+        for p in g.sizes: alive.setdefault(p.path, torch.ones(math.prod(p.path.shape), dtype=torch.bool, device='cpu'))[p.at[dead[p.unit]]] = False
+    def left(size, there):
+        there = there.view(size.shape)
+        inner = math.prod(size.shape[size.axis+1:])==1      # within each row
+        return int(there.sum(size.axis).max()) if inner else int(there.movedim(size.axis, 0).flatten(1).any(1).sum())
+    return {size: left(size, there) for size,there in alive.items()}
+
+# %% ../../nbs/08b_channels.groups.ipynb #04fb6d2c
+def _resize(model, gone):
+    "Let attributes follow that count the channels `gone`; a module with such notes their names in `resized`"
+    for size,n in _lengths_left(gone).items():
+        if n==size.shape[size.axis]: continue
+        m = model.get_submodule(size.path)
+        old = vars(m)[size.name]
+        new = n if size.index is None else type(old)(n if i==size.index else o for i,o in enumerate(old))
+        m.__dict__[size.name] = new
+        note_attributes(m, size.name)
+
 # %% ../../nbs/08b_channels.groups.ipynb #e1eb8104
 def _remove(model, gone):
     "Remove the channels `gone`, pairs of group and mask, in place; returns what is kept of each layer touched"
@@ -197,4 +230,5 @@ def _remove(model, gone):
     for p,(rows,cols) in kept.items():
         if p in tensors: _narrow_tensor(model, p, rows)
         else: _narrow_layer(model.get_submodule(p), rows, cols)
+    _resize(model, gone)
     return kept

@@ -177,6 +177,30 @@ def _probes(model, xb):
         for dtype in (torch.float64,torch.float32):
             yield lambda device=device,dtype=dtype: (_randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
 
+# %% ../../nbs/08c_channels.trial.ipynb #6a9f41c8
+def _tried(model, t, x, until):
+    "Groups of `model` by trace `t` of a copy of it, tried there; where rows such as heads cannot go as a whole, they are cut inside"
+    probe,inside = t.model,set()
+    while True:
+        _hold_odd(t, model)
+        groups,order = _collect(t, probe),{p: i for i,p in enumerate(t.ran)}
+        free = [g for g in groups if not g.stays]
+        _try(probe, x, free, until)
+        failed = _rowwise_in(t, [g for g in free if g.stays])-inside
+        if not failed or _late(until): break
+        inside |= failed
+        t = trace_channels(probe, x, inside)
+    groups += [*_others(groups, probe, [p for p in order if isinstance(probe.get_submodule(p), weighted)], LOST)]
+    return ChannelGroups(sorted(groups, key=lambda g: order[g.name]))
+
+# %% ../../nbs/08c_channels.trial.ipynb #f25b7d90
+def _rowwise_in(t, groups):
+    "Paths of modules in which trace `t` let rows of channels of `groups` live and die as a whole"
+    of = t.classes
+    classes = [of[t.parts['makers',p.path][p.at].long()] for g in groups for p in g.makers]
+    if not classes: return set()
+    return {path for path,ids in t.rowwise if torch.isin(of[ids[ids>0].long()], torch.cat(classes)).any()}
+
 # %% ../../nbs/08c_channels.trial.ipynb #34b319c3
 def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
@@ -191,11 +215,7 @@ def _groups(model, xb, seconds=60):
         layers = [p for p,m in model.named_modules() if isinstance(m, weighted)]
         why = f'{type(model).__name__} cannot be followed ({_said(fault)})'
         return ChannelGroups(_others([], model, layers, why))
-    _hold_odd(t, model)
-    groups,order = _collect(t, probe),{p: i for i,p in enumerate(t.ran)}
-    _try(probe, x, [g for g in groups if not g.stays], until)
-    groups += [*_others(groups, probe, [p for p in order if isinstance(probe.get_submodule(p), weighted)], LOST)]
-    return ChannelGroups(sorted(groups, key=lambda g: order[g.name]))
+    return _tried(model, t, x, until)
 
 # %% ../../nbs/08c_channels.trial.ipynb #f2b41ee8
 @torch.inference_mode(False)

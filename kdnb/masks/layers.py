@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import remove_spectral_norm,SpectralNorm
 from torch.nn.utils.weight_norm import remove_weight_norm,WeightNorm
 from fastcore.basics import patch
 from ..core import evaluating
+from ..layers import _computed_by
 
 # %% ../../nbs/07_masks.layers.ipynb #333e3e8e
 class Masked:
@@ -74,13 +75,7 @@ def _masked_class(cls, names):
 # %% ../../nbs/07_masks.layers.ipynb #b3bc1612
 def _hook(m, name):
     "The hook that computes the tensor `name` of layer `m` before it runs, if torch knows it"
-    return next((h for h in m._forward_pre_hooks.values() if _computes(h)==name), None)
-
-# %% ../../nbs/07_masks.layers.ipynb #2c8e7e4d
-def _computes(h):
-    "The name of what the hook `h` computes, or None"
-    if isinstance(h, _Adopted): return None
-    return h.name if isinstance(h, (WeightNorm,SpectralNorm)) else h._tensor_name if isinstance(h, BasePruningMethod) else None
+    return next((h for h in m._forward_pre_hooks.values() if _computed_by(h)==name), None)
 
 # %% ../../nbs/07_masks.layers.ipynb #aa4c4481
 def acting(
@@ -130,7 +125,7 @@ def _settle(m, name):
 # %% ../../nbs/07_masks.layers.ipynb #d17be80d
 class _Adopted(BasePruningMethod):
     "Stands where the hook of `torch.nn.utils.prune` stood, for `prune.remove`"
-    PRUNING_TYPE = 'unstructured'
+    PRUNING_TYPE,adopted = 'unstructured',True
     def compute_mask(self, t, default_mask): return default_mask
     def __call__(self, module, inputs): pass
     def remove(self, module): module._parameters[self._tensor_name].data.mul_(module._buffers.pop(f'{self._tensor_name}_mask'))

@@ -7,6 +7,7 @@ __all__ = ['schedules', 'is_warmup', 'gradual', 'Pruner']
 
 # %% ../../nbs/32_prune.callback.ipynb #19591e4e
 import math,sys,warnings
+from collections.abc import Callable
 from functools import wraps
 import torch
 from fastcore.basics import patch
@@ -18,11 +19,13 @@ from fastai.callback.schedule import *
 from ..core import check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,raw,say_share,unmask
 from .scoring import own_weights,Scoring
-from .select import channel_masks,_check,_cut,n_of
+from .select import channel_masks,_check,_cut,_n_asked,parts_of
 from ..training.callbacks import is_training,QuickCallback,TidyCallback
 
 # %% ../../nbs/32_prune.callback.ipynb #1ff7de96
-def is_warmup(learn):
+def is_warmup(
+    learn:Learner, # While it trains
+) -> bool:
     "Is this the first fit of `fine_tune`, with a frozen body?"
     return 'unfreeze' in vars(learn)
 
@@ -31,7 +34,7 @@ _fine_tune = Learner.fine_tune
 
 @patch
 @wraps(_fine_tune)
-def fine_tune(self:Learner, *args, **kwargs):
+def fine_tune(self:Learner, *args, **kwargs) -> None:
     "As fastai's; `is_warmup(learn)` is true in the first of its two fits"
     def unfreeze():
         vars(self).pop('unfreeze', None)
@@ -41,69 +44,95 @@ def fine_tune(self:Learner, *args, **kwargs):
     finally: vars(self).pop('unfreeze', None)
 
 # %% ../../nbs/32_prune.callback.ipynb #10f0ca73
-def gradual(t): return 1-(1-t)**3
+def gradual(
+    t:float, # Progress of pruning, from 0 to 1
+) -> float:
+    "Part of the sparsity that is reached at `t`: most of it early (Zhu and Gupta 2018)"
+    return 1-(1-t)**3
 
 # %% ../../nbs/32_prune.callback.ipynb #32bec37f
 def _check_schedule(schedule, sparsity, start, end, rounds, pattern):
+    "Refuse what is no course of pruning"
     if not callable(schedule) and schedule not in schedules:
-        raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, or a function of progress.')
+        raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, '
+                         'or a function of progress.')
     if not 0 <= start <= end < 1:
-        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not after end, '
-                         'and end before 1, so that the last cut is made.')
+        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not '
+                         'after end, and end before 1, so that the last cut is made.')
     if schedule!='one_shot' and (callable(sparsity) or pattern):
         raise ValueError('a function of the scores, or a pattern, prunes once: schedule="one_shot".')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
         raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
-    for i in range(1, rounds) if callable(schedule) else (): check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
+    for i in range(1, rounds) if callable(schedule) else ():
+        check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
 
 # %% ../../nbs/32_prune.callback.ipynb #cf59827e
 schedules = ('one_shot','gradual','iterative')
 
 class Pruner(TidyCallback):
-    "Prune the learner's network while it trains, and show its sparsity"
-    _put,_report,_ended = (),None,None
+    """Prune the learner's network while it trains, and show its sparsity
+
+    Raises `ValueError` for what it cannot do, before training starts."""
+    _put = ()            # names of the masks that it has put on
+    _units = None        # the `Scoring` of this fit
+    _report = None       # what warns, behind all other callbacks, if less is pruned than was asked for
+    _ended = None        # name of the callback that has ended the fit
     def __init__(self,
-        sparsity=.5, # Fraction of all weights (channels) to prune, or a function of the scores that gives it
-        criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
-        schedule='one_shot', # 'one_shot', 'gradual', 'iterative', or a function of progress
-        by='weight', # What goes: 'weight' or 'channel'
-        scope=None, # Units compete in the whole network ('global', for weights) or within each 'layer' (for channels)
-        ignore=(), # Layers to leave out: paths, modules or types, one or several
-        start=0., # When pruning begins, as a fraction of training
-        end=.5, # When it is done; the rest of training is for recovering
-        rounds=10, # Number of cuts, if it is more than one
-        pattern=None, # 'n:m', such as '2:4', instead of a sparsity
-        layers=None): # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
-        _check(sparsity, criterion, by, scope, pattern)
+        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; or a function of the scores
+        criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
+        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative', or a function of progress
+        by:str='weight', # What goes: 'weight' or 'channel'
+        scope:str|None=None, # Units compete in the network ('global', for weights) or in each 'layer' (for channels)
+        ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
+        start:float=0., # When pruning begins, as a fraction of training
+        end:float=.5, # When it is done; the rest of training is for recovering
+        rounds:int=10, # Number of cuts, if it is more than one
+        pattern:str|None=None, # 'n:m', such as '2:4', instead of a sparsity
+        layers:object=None, # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
+        cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
+        round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
+    ):
+        _check(sparsity, criterion, by, scope, pattern, cap, round_to)
         _check_schedule(schedule, sparsity, start, end, rounds, pattern)
-        self.sparsity,self.schedule = sparsity,gradual if schedule=='gradual' else schedule
-        self.start,self.end,self.rounds = start,end,1 if schedule=='one_shot' else rounds
+        self.sparsity = sparsity
+        self.schedule = gradual if schedule=='gradual' else schedule
+        self.start,self.end = start,end
+        self.rounds = 1 if schedule=='one_shot' else rounds
         self.kwargs = dict(by=by, ignore=ignore, layers=layers)
-        self.how = dict(criterion=criterion, scope=scope, pattern=pattern)
+        self.how = dict(criterion=criterion, scope=scope, pattern=pattern, cap=cap, round_to=round_to)
 
-    def columns(self): return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=self.kwargs['layers'])))
+    def columns(self) -> dict[str,Callable]:
+        "The column `sparsity`: fraction of the weights that are 0"
+        return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=self.kwargs['layers'])))
 
-    def before_fit(self):
-        self.run = is_training(self.learn)   # fastai sets it back
-        if not self.run: return
-        self.put_back()
-        there,s = masks(self.model),Scoring(self.learn, **self.kwargs)
-        ones = ({k: torch.ones_like(w) for k,w in s.weights.items()} if s.by=='weight' else
-                channel_masks(s.model, {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}, s.groups))
-        put = [k for k in ones if k not in there]
-        mask_model(self.model, {k: ones[k] for k in put})
-        super().before_fit()      # nothing is left behind by what is refused above
-        self.done,self._put,self._units = 0,put,s
+# %% ../../nbs/32_prune.callback.ipynb #87959310
+@patch
+def before_fit(self:Pruner):
+    self.run = is_training(self.learn)   # fastai sets it back
+    if not self.run: return
+    self.put_back()
+    s,there = Scoring(self.learn, **self.kwargs),masks(self.model)
+    for given,what in ((self.sparsity,'sparsity'), (self.how['cap'],'cap')):
+        if isinstance(given, dict): parts_of(s, given, what)
+    if s.by=='weight': ones = {k: torch.ones_like(w) for k,w in s.weights.items()}
+    else: ones = channel_masks(s.model, {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}, s.groups)
+    put = [k for k in ones if k not in there]
+    mask_model(self.model, {k: ones[k] for k in put})
+    super(Pruner, self).before_fit()      # nothing is left behind by what is refused above
+    self.done = 0      # cuts
+    self._put,self._units = put,s
 
 # %% ../../nbs/32_prune.callback.ipynb #63beb873
 @patch
 def before_train(self:Pruner):
     if not self._trained:
+        s = self._units
         if self.start>0 or is_warmup(self.learn):
-            with no_random(reproducible=False): Scoring(self.learn, trial=True, **self.kwargs).worth(self.how['criterion'])
-        if self._units.by=='weight' and not self.kwargs['ignore'] and self.kwargs['layers'] is None:
-            say_share(self._units.model, self._units.weights)
-        self._report,self._ended = _Report(self, self._units),None
+            with no_random(reproducible=False):
+                Scoring(self.learn, trial=True, **self.kwargs).worth(self.how['criterion'])
+        if s.by=='weight' and not self.kwargs['ignore'] and self.kwargs['layers'] is None:
+            say_share(s.model, s.weights)
+        self._report,self._ended = _Report(self, s),None
         self.learn.add_cb(self._report)
     super(Pruner, self).before_train()
 
@@ -117,75 +146,112 @@ def before_batch(self:Pruner):
     if n > self.done: self.cut(n)
     self._report.note()
 
+# %% ../../nbs/32_prune.callback.ipynb #62935e97
+@patch
+def _reached(self:Pruner, sparsity, n):
+    "The part of `sparsity` that is reached with the `n`-th cut"
+    if self.schedule=='one_shot' or n==self.rounds: return sparsity
+    t = n/self.rounds
+    return 1-(1-sparsity)**t if self.schedule=='iterative' else sparsity*self.schedule(t)
+
 # %% ../../nbs/32_prune.callback.ipynb #d0363d70
 @patch
-def cut(self:Pruner, n):
+def cut(self:Pruner,
+    n:int, # Number of the cut, from 1
+) -> None:
     "Prune to where the `n`-th cut leads"
     if not self.done: _say_frozen(self.learn, self._units)
-    t = n/self.rounds
-    s = (self.sparsity if self.schedule=='one_shot' or n==self.rounds
-         else 1-(1-self.sparsity)**t if self.schedule=='iterative' else self.sparsity*self.schedule(t))
+    s = self.sparsity
+    if isinstance(s, dict): s = {k: self._reached(v, n) for k,v in s.items()}
+    elif not callable(s): s = self._reached(s, n)
     _cut(Scoring(self.learn, **self.kwargs), s, **self.how)
     self.done = n
 
 # %% ../../nbs/32_prune.callback.ipynb #6ab90125
 def _say_frozen(learn, s):
     "Warn if weights that are pruned belong to frozen groups of the optimiser"
-    frozen = [k for k in s.weights if (p := raw(s.model, k)) is not None and not p.requires_grad]
-    if frozen and getattr(learn.opt, 'frozen_idx', 0):
-        warnings.warn(f'{len(frozen)} of the {len(s.weights)} layers that are pruned are frozen in this fit, and cannot recover. '
-                      'Call learn.unfreeze() before, or give the Pruner to a later fit.')
+    params = [raw(s.model, k) for k in s.weights]
+    n = sum(p is not None and not p.requires_grad for p in params)
+    if n and getattr(learn.opt, 'frozen_idx', 0):
+        warnings.warn(f'{n} of the {len(params)} layers that are pruned are frozen in this fit, and cannot '
+                      'recover. Call learn.unfreeze() before, or give the Pruner to a later fit.')
 
 # %% ../../nbs/32_prune.callback.ipynb #e0cf3e9b
 class _Report(QuickCallback):
-    "Says, behind all other callbacks of a fit, if less is pruned than was asked for"
+    "Warns, behind all other callbacks of a fit, if less is pruned than was asked for"
     order = math.inf
-    _most,_done = None,0
+    _most = None      # units pruned and all units, after the last cut
+    _done = 0         # cuts that were noted
     def __init__(self, pruner, s):
-        self._pruner,self._units,self._names = pruner,s,list(s.weights)
+        self._pruner,self._units = pruner,s
+        self._names = list(s.weights)
+        self.asked = None      # how many units; None where scores or a pattern decide
+        if not callable(pruner.sparsity) and not pruner.how['pattern']: self.asked = self.count_asked()
         s.weights = dict.fromkeys(s.weights)      # only their names are needed: the tensors may go
+
+    def count_asked(self):
+        "Units that are to go, less what widths in multiples may bring back"
+        p,s = self._pruner,self._units
+        scope = p.how['scope'] or ('layer' if s.by=='channel' else 'global')
+        back = 0
+        if p.how['round_to']: back = sum(math.lcm(p.how['round_to'], g.n_blocks)-1 for g in s.groups)
+        return _n_asked(s, p.sparsity, scope, p.how['cap'])-back
 
     def count(self):
         "Units that are pruned now, and all there are; None if the network is another one by now"
         there = masks(self._units.model)
-        if unwrap(self._pruner.model) is not self._units.model or not there.keys()>=set(self._names): return None
+        is_same = unwrap(self._pruner.model) is self._units.model and there.keys()>=set(self._names)
+        if not is_same: return None
         units = self._units.sum({k: there[k] for k in self._names})
         return sum(int((v==0).sum()) for v in units.values()),sum(v.numel() for v in units.values())
 
     def note(self):
         "After a cut: how many are gone"
-        if self._done!=self._pruner.done: self._done,self._most = self._pruner.done,self.count()
+        if self._done==self._pruner.done: return
+        self._done = self._pruner.done
+        self._most = self.count()
 
     def after_fit(self):
         learn = self.learn
         learn.remove_cb(self)
-        if not is_warmup(learn) and (count := self.count()): self.say(learn, *count)
+        if not is_warmup(learn) and (count := self.count()): self.warn(learn, *count)
+
+# %% ../../nbs/32_prune.callback.ipynb #e80b3ec3
+@patch
+def call(self:_Report, asked):
+    "The call of `prune_model` that does the rest"
+    args = ['learn']
+    if self.asked is not None: args.append(asked)
+    given = dict(by=self._units.by, **{k: self._pruner.how[k] for k in ('pattern','cap','round_to')})
+    return f'prune_model({", ".join(args + [f"{k}={v!r}" for k,v in given.items() if v not in (None,"weight")])})'
 
 # %% ../../nbs/32_prune.callback.ipynb #b9308c66
 @patch
-def say(self:_Report, learn, gone, n):
+def warn(self:_Report, learn, gone, n):
+    "Warn if of `n` units only `gone` are pruned"
     p = self._pruner
-    number = None if callable(p.sparsity) or p.how['pattern'] else p.sparsity
     early,lost = p.done<p.rounds,bool(self._most) and gone<self._most[0]
-    if not early and not lost or number is not None and gone>=n_of(number, n): return
+    if not early and not lost or self.asked is not None and gone>=self.asked: return
     savers = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, SaveModelCallback)] or ['a callback']
-    why = ([f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of {learn.n_epoch}, from 0), before the last cut']*early
-           + [f'{", ".join(savers)} has loaded weights from before the last cut']*lost)
-    asked = f'{number:g}' if number is not None else p.how['pattern'] or 'what the function of the scores gives'
-    call = ', '.join(['learn', *([asked] if number is not None else []), *(f'{k}={v!r}' for k,v in (('by',self._units.by), ('pattern',p.how['pattern']))
-                                                                      if v not in (None,'weight'))])
-    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, asked for: {asked}. '
-                  f'prune_model({call}) prunes the rest; train on after it. To avoid it, let `end` be sooner'
+    why = []
+    if early: why.append(f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of {learn.n_epoch}, '
+                         'from 0), before the last cut')
+    if lost: why.append(f'{", ".join(savers)} has loaded weights from before the last cut')
+    asked = p.how['pattern'] or 'what the function of the scores gives'
+    if self.asked is not None: asked = f'{p.sparsity:g}' if isinstance(p.sparsity, (int,float)) else repr(p.sparsity)
+    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, asked for: '
+                  f'{asked}. {self.call(asked)} prunes the rest; train on after it. To avoid it, let `end` be sooner'
                   + (', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'))
 
 # %% ../../nbs/32_prune.callback.ipynb #a4745ea3
 @patch
 def after_cancel_fit(self:Pruner):
-    "Which callback ends the fit?"
+    "Which callback ends the fit? The exception's frames know"
     tb = sys.exc_info()[2]
     while tb:
-        cb,tb = tb.tb_frame.f_locals.get('self'),tb.tb_next
+        cb = tb.tb_frame.f_locals.get('self')
         if isinstance(cb, Callback): self._ended = type(cb).__name__
+        tb = tb.tb_next
 
 # %% ../../nbs/32_prune.callback.ipynb #12f6f6a0
 @patch
@@ -198,5 +264,6 @@ def after_fit(self:Pruner):
 def put_back(self:Pruner):
     if not self._trained: unmask(self.model, self._put)     # it was a validation
     if self._report: self.learn.remove_cb(self._report)
-    self._put,self._report,self._units = (),None,None
+    self._put = ()
+    self._report = self._units = None
     super(Pruner, self).put_back()

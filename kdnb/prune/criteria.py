@@ -7,79 +7,88 @@ __all__ = ['criteria', 'criterion', 'check_criterion', 'magnitude', 'random_wort
            'group_lasso', 'scores']
 
 # %% ../../nbs/31_prune.criteria.ipynb #2ebb6cf2
-import math,warnings
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
-from itertools import islice
-import numpy as np, torch
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
-from fastai.callback.rnn import RNNCallback
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import no_random,to_device
-from ..channels.trial import channel_groups
-from ..core import check_choice,check_sparsity,evaluating,get_layer,inputs,unwrap
-from ..masks import acting
-from ..masks.model import mask_model,masks,prunable,raw,unmask
-from ..measure.outputs import in_order,split_batch
-from ..training.terms import brought_by,LossTerm
+from ..core import check_choice,evaluating,get_layer,inputs
+from ..masks.model import masks
+from ..measure.outputs import split_batch
 from .scoring import add_up,Scoring
 
 # %% ../../nbs/31_prune.criteria.ipynb #71798ca6
 def _enter(f, name, by):
+    "Put `f` into the register"
     if by is not None: check_choice('by', by, ('weight','channel'))
-    f.by,criteria[name] = by,f
+    f.by = by
+    criteria[name] = f
     return f
 
 # %% ../../nbs/31_prune.criteria.ipynb #783646bf
-criteria = {}
+criteria = {}      # `{name: function of a Scoring}`
 
-def criterion(f=None, # Function of a `Scoring`; or its name in the register
-    by=None): # What it can score, 'weight' or 'channel', if it is one of them only
+def criterion(
+    f:Callable|str|None=None, # Function of a `Scoring`; or its name in the register
+    by:str|None=None, # What it can score, 'weight' or 'channel', if it is one of them only
+) -> Callable:
     "Enter the function below in `criteria`: `@criterion`, `@criterion('name')` or `@criterion(by='channel')`"
     if not callable(f): return lambda g: _enter(g, f or g.__name__, by)
     return _enter(f, f.__name__, by)
 
 # %% ../../nbs/31_prune.criteria.ipynb #42a5c00c
-def check_criterion(criterion, by=None):
-    "The function that `criterion` names, or is, if it can score `by`"
-    f = criterion if callable(criterion) else criteria.get(criterion) if isinstance(criterion, str) else None
+def check_criterion(
+    criterion:Callable|str, # One of `criteria`, or a function of a `Scoring`
+    by:str|None=None, # What it is to score: 'weight' or 'channel'
+) -> Callable:
+    "The function that `criterion` names, or is. Raises `ValueError` if there is none, or it cannot score `by`."
+    f = criterion
+    if not callable(f): f = criteria.get(f) if isinstance(f, str) else None
     if f is None:
         near = get_close_matches(str(criterion), criteria, 1)
         raise ValueError(f'criterion is {criterion!r}, expected one of {", ".join(criteria)}, or a function of a '
                          f'`Scoring`.{f" Did you mean {near[0]!r}?" if near else ""}')
-    only = getattr(f, 'by', None) or getattr(getattr(f, 'func', None), 'by', None)      # `partial`
+    inner = getattr(f, 'func', None)      # of a `partial`
+    only = getattr(f, 'by', None) or getattr(inner, 'by', None)
     if by and only and by!=only:
-        name = next((k for k,g in criteria.items() if g in (f, getattr(f, 'func', None))), getattr(f, '__name__', f))
+        name = next((k for k,g in criteria.items() if g in (f,inner)), getattr(f, '__name__', f))
         raise ValueError(f'{name!r} scores {only}s. Use by="{only}", or another criterion.')
     return f
 
 # %% ../../nbs/31_prune.criteria.ipynb #5f8bebde
 @criterion
-def magnitude(s, p=1):
+def magnitude(
+    s:Scoring, # What is scored
+    p:float=1, # Which norm
+) -> dict[str,torch.Tensor]:
     "Norm `p` of each unit's weights"
     return {k: v**(1/p) for k,v in s.sum({k: w.abs()**p for k,w in s.weights.items()}).items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #369b00a9
 def _add(sums, values):
+    "Add `values` to `sums`, name by name"
     for k,v in values.items(): sums[k] = sums[k]+v if k in sums else v
-    return sums
 
 # %% ../../nbs/31_prune.criteria.ipynb #f8f3522e
 @criterion('random')
-def random_worth(s, seed=0):
+def random_worth(
+    s:Scoring, # What is scored
+    seed:int=0, # Of the numbers
+) -> dict[str,torch.Tensor]:
     "Uniform numbers, the same for the same `seed`"
     g = torch.Generator().manual_seed(seed)
     return {k: torch.rand(v.shape, generator=g).to(v.device) for k,v in s.sum(s.weights).items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #3003ef09
 @criterion
-def snip(s, n_batches=1):
-    "|w · gradient of the loss| over the sum of all, gradients added up over `n_batches` of the shuffled training set"
+def snip(
+    s:Scoring, # What is scored
+    n_batches:int=1, # Batches of the shuffled training set
+) -> dict[str,torch.Tensor]:
+    "|w · gradient of the loss| over the sum of all, gradients added up over the batches (Lee et al. 2019)"
     sums = {}
     with s.differentiable(batch_stats=True):
         for b in s.batches(n_batches, shuffle=True): _add(sums, s.mask_grads(s.loss(b)))
@@ -89,8 +98,11 @@ def snip(s, n_batches=1):
 
 # %% ../../nbs/31_prune.criteria.ipynb #56360d46
 @criterion
-def taylor(s, n_batches=None):
-    "(w · gradient of the loss)², added up over the first `n_batches` of the training set, over all of it if None"
+def taylor(
+    s:Scoring, # What is scored
+    n_batches:int|None=None, # Batches of the training set; all if None
+) -> dict[str,torch.Tensor]:
+    "(w · gradient of the loss)², added up over the batches (Molchanov et al. 2019)"
     sums = {}
     with s.differentiable():
         for b in s.batches(n_batches):
@@ -98,28 +110,47 @@ def taylor(s, n_batches=None):
     return sums
 
 # %% ../../nbs/31_prune.criteria.ipynb #ff5993cf
-@criterion('prue')
-def prue_worth(s, mode='paper'):
-    "|w · gradient of the prediction uncertainty| over the training set in evaluation mode (Wang et al. 2022, eq. 8)"
-    if mode not in ('paper','code'): raise ValueError(f"mode is {mode!r}, expected 'paper' or 'code'.")
-    dl = s.dls().train
-    def p_true(b):
-        xb,y = split_batch(b, getattr(dl, 'n_inp', None))
-        return s.model(*inputs(xb, s.model)).float().softmax(1).cpu().gather(1, y[:,None])[:,0],y
-    with torch.no_grad(), evaluating(s.model): p,y = (torch.cat(o) for o in zip(*map(p_true, s.batches())))
+def _p_true(s, b):
+    "Probability of the true class of each sample of batch `b` (n,), and the classes (n,)"
+    xb,y = split_batch(b, getattr(s.dls().train, 'n_inp', None))
+    p = s.model(*inputs(xb, s.model)).float().softmax(1).cpu()
+    return p.gather(1, y[:,None])[:,0],y
+
+# %% ../../nbs/31_prune.criteria.ipynb #60d73fe8
+def _class_means(s):
+    "Mean probability of the true class in each class (K,), and how many samples each has (K,)"
+    with torch.no_grad(), evaluating(s.model): p,y = (torch.cat(o) for o in zip(*(_p_true(s, b) for b in s.batches())))
     n = y.bincount().double()
-    mean,n_classes,sums = torch.zeros_like(n).index_add(0, y, p.double())/n.clamp(min=1),int((n>0).sum()),{}
+    return torch.zeros_like(n).index_add(0, y, p.double())/n.clamp(min=1),n
+
+# %% ../../nbs/31_prune.criteria.ipynb #c4d3bc6a
+@criterion('prue')
+def prue_worth(
+    s:Scoring, # What is scored
+    mode:str='paper', # 'paper': variance of p[y] in each class; 'code': sum of |p[y] - mean|
+) -> dict[str,torch.Tensor]:
+    """|w · gradient of the prediction uncertainty| over the training set (Wang et al. 2022, eq. 8)
+
+    Raises `ValueError` if `mode` is not known."""
+    if mode not in ('paper','code'): raise ValueError(f"mode is {mode!r}, expected 'paper' or 'code'.")
+    mean,n = _class_means(s)
+    n_classes,sums = int((n>0).sum()),{}
     with s.differentiable():
         for b in s.batches():
-            p,y = p_true(b)
+            p,y = _p_true(s, b)
             d = p-mean[y].to(p)
-            _add(sums, s.mask_grads(d.abs().sum() if mode=='code' else (d**2/(n_classes*n[y]).to(p)).sum()))
+            delta = d.abs() if mode=='code' else d**2/(n_classes*n[y]).to(p)
+            _add(sums, s.mask_grads(delta.sum()))
     return {k: v.abs() for k,v in s.sum(sums).items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #4043c2c1
 @criterion(by='channel')
-def bn_scale(s):
-    "Σ|γ| over the BatchNorms of a channel (network slimming)"
+def bn_scale(
+    s:Scoring, # What is scored
+) -> dict[str,torch.Tensor]:
+    """Σ|γ| over the BatchNorms of a channel (network slimming, Liu et al. 2017)
+
+    Raises `ValueError` if channels pass none."""
     res = {}
     for g in s.groups:
         norms = [(p, get_layer(s.model, p.path)) for p in g.norms]
@@ -132,51 +163,66 @@ def bn_scale(s):
 
 # %% ../../nbs/31_prune.criteria.ipynb #fc4814f4
 @criterion(by='channel')
-def group_lasso(s):
-    "√(number of weights) · L2 norm of the weights of a channel"
+def group_lasso(
+    s:Scoring, # What is scored
+) -> dict[str,torch.Tensor]:
+    "√(number of weights) · L2 norm of the weights of a channel (Yuan and Lin 2006)"
     n = s.sum({k: torch.ones_like(w) for k,w in s.weights.items()})
     return {k: v*n[k].sqrt() for k,v in magnitude(s, p=2).items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #0180aa34
 def _even(v, blocks):
-    "Scores of which the lowest, the second lowest, … of each of the `blocks` are equal: grouped convolutions lose as many from each"
-    at = torch.stack([(blocks==b).nonzero()[:,0][v[blocks==b].argsort(stable=True)] for b in blocks.unique()])
+    "Scores of which the lowest, the second lowest, … of each of the `blocks` are equal"
+    def ranked(b): return (blocks==b).nonzero()[:,0][v[blocks==b].argsort(stable=True)]
+    at = torch.stack([ranked(b) for b in blocks.unique()])
     return v.clone().index_put((at,), v[at].mean(0).expand_as(at))
 
 # %% ../../nbs/31_prune.criteria.ipynb #eff34d3a
 @patch
 def _check(self:Scoring, f, worth):
     "Are these scores of our units?"
-    units = {k: tuple(w.shape) for k,w in self.weights.items()} if self.by=='weight' else {g.name: (g.n,) for g in self.groups}
-    given = {k: tuple(getattr(v, 'shape', ())) for k,v in worth.items()} if isinstance(worth, dict) else type(worth).__name__
+    if self.by=='weight': units = {k: tuple(w.shape) for k,w in self.weights.items()}
+    else: units = {g.name: (g.n,) for g in self.groups}
+    given = type(worth).__name__
+    if isinstance(worth, dict): given = {k: tuple(getattr(v, 'shape', ())) for k,v in worth.items()}
     if given==units: return
     k = next((k for k in units if given.get(k)!=units[k]), None) if isinstance(given, dict) else None
-    said = given if k is None else f'{given.get(k, "nothing")} for {k!r}'
-    raise ValueError(f'the criterion {getattr(f, "__name__", f)!r} gives {said}, expected a tensor for each of '
-                     f'{", ".join(list(units)[:3])}, …, of the same shape{f": {units[k]}" if k else ""}. Return s.sum(values).')
+    what = given if k is None else f'{given.get(k, "nothing")} for {k!r}'
+    raise ValueError(f'the criterion {getattr(f, "__name__", f)!r} gives {what}, expected a tensor for each of '
+                     f'{", ".join(list(units)[:3])}, …, of the same shape{f": {units[k]}" if k else ""}. '
+                     'Return s.sum(values).')
 
 # %% ../../nbs/31_prune.criteria.ipynb #31f78049
 @patch
-def worth(self:Scoring, criterion='magnitude'): # One of `criteria`, or a function of a `Scoring`
-    "Worth of every unit, by name of weight or group; -inf for what is pruned already"
+def worth(self:Scoring,
+    criterion:Callable|str='magnitude', # One of `criteria`, or a function of a `Scoring`
+) -> dict[str,torch.Tensor]:
+    """Worth of every unit, by name of weight or group; -inf for what is pruned already
+
+    Raises `ValueError` if the scores are not of these units, or not finite."""
     f = check_criterion(criterion, self.by)
     worth = f(self)
     self._check(f, worth)
     for k,v in worth.items():
-        if not v.sum().isfinite(): raise ValueError(f'the scores of {k} are not all finite. Is the network still sound?')
+        if not v.sum().isfinite():
+            raise ValueError(f'the scores of {k} are not all finite. Is the network still sound?')
     for g in self.groups or []:
         if g.blocks is not None: worth[g.name] = _even(worth[g.name], g.blocks.to(worth[g.name].device))
-    if not (there := masks(self.model)): return worth
-    alive = self.sum({k: there.get(k, torch.ones_like(w)) for k,w in self.weights.items()})
-    return {k: v.masked_fill(alive[k]==0, -math.inf) for k,v in worth.items()}
+    if not masks(self.model): return worth
+    pruned = self.pruned()
+    return {k: v.masked_fill(pruned[k], -math.inf) for k,v in worth.items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #1aec0089
-def scores(model, # Network, or a `Learner`
-    criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
-    data=None, # `DataLoaders`, for channels and for criteria that need data; the learner's
-    by='weight', # What is scored: 'weight' or 'channel'
-    ignore=(), # Layers to leave out: paths, modules or types
-    loss_func=None, # Loss of outputs and targets, for `snip` and `taylor`; the learner's, or that of the data
-    layers=None): # Layers whose weights are scored, likewise, or 'all'; linear and convolution layers if None
-    "Worth of every weight, `{name: tensor of its shape}`, or channel, `{group: (n,)}`; -inf for what is pruned already"
+def scores(
+    model:nn.Module|Learner, # Network, or a `Learner`
+    criterion:Callable|str='magnitude', # One of `criteria`, or a function of a `Scoring`
+    data:object=None, # `DataLoaders`, for channels and for criteria that need data; the learner's
+    by:str='weight', # What is scored: 'weight' or 'channel'
+    ignore:object=(), # Layers to leave out: paths, patterns, modules or types
+    loss_func:Callable|None=None, # For `snip` and `taylor`; the learner's, or that of the data
+    layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolution layers if None
+) -> dict[str,torch.Tensor]:
+    """Worth of every weight, `{name: tensor of its shape}`, or channel, `{group: (n,)}`
+
+    -inf for what is pruned already. Raises `ValueError` as `Scoring` and its `worth` do."""
     return Scoring(model, data, by, ignore, loss_func, layers).worth(criterion)

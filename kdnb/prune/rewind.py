@@ -6,41 +6,50 @@
 __all__ = ['Level', 'Levels', 'iterative_prune', 'sweep_sparsity']
 
 # %% ../../nbs/32a_prune.rewind.ipynb #804acdb2
+from collections.abc import Callable,Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 import pandas as pd
 from torch import nn
 from fastcore.foundation import L
 from fastai.callback.core import Callback
-from fastai.torch_core import no_random,set_seed
 from fastai.callback.schedule import *
+from fastai.learner import Learner
+from fastai.torch_core import no_random,set_seed
 from ..core import check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,paths_of,say_share
 from .scoring import own_weights,Scoring
-from .select import _check,_cut,n_of,prune_model
+from .select import _check,_cut,_n_asked,prune_model
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5c5541ff
 @dataclass
 class Level:
-    "A network on the way down: `sparsity` (a fraction), number of `weights` left, metrics on the validation set"
-    sparsity:float; weights:int; metrics:dict; model:nn.Module
+    "A network on the way down"
+    sparsity:float       # Fraction of the weights that are 0
+    weights:int          # Number of those that are not
+    metrics:dict         # On the validation set
+    model:nn.Module      # A copy of the network, masked
+    channels:float|None=None # Fraction of the channels that are pruned, where whole channels go
 
 # %% ../../nbs/32a_prune.rewind.ipynb #a35e22d9
 class Levels(list):
-    "Levels from dense to sparse"
+    "`Level`s from dense to sparse"
     @property
-    def curve(self):
-        "`DataFrame` of sparsity, weights and metrics, for `find_breakpoint` and `plot_breakpoint`"
-        return pd.DataFrame([dict(sparsity=o.sparsity, weights=o.weights, **o.metrics) for o in self])
+    def curve(self) -> pd.DataFrame:
+        "Sparsity, weights and metrics, for `find_breakpoint` and `plot_breakpoint`; of channels their fraction, too"
+        def row(o): return dict(sparsity=o.sparsity, weights=o.weights, **o.metrics)
+        return pd.DataFrame([row(o) | ({} if o.channels is None else dict(channels=o.channels)) for o in self])
     def __repr__(self): return repr(self.curve)
     def _repr_html_(self): return self.curve.to_html(index=False)
 
 # %% ../../nbs/32a_prune.rewind.ipynb #cff55c11
-def _level(learn, dl=None, layers=None):
+def _level(learn, dl=None, layers=None, channels=None):
+    "What the network of `learn` is worth now"
     with learn.no_bar(),learn.no_logging(): values = learn.validate(dl=dl)
     ws = own_weights(learn, layers=layers)
-    return Level(fraction_zero(ws), sum(int(w.count_nonzero()) for w in ws.values()),
-                 dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values)), deepcopy(unwrap(learn.model)))
+    metrics = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values))
+    return Level(fraction_zero(ws), sum(int(w.count_nonzero()) for w in ws.values()), metrics,
+                 deepcopy(unwrap(learn.model)), channels)
 
 # %% ../../nbs/32a_prune.rewind.ipynb #cdc63e1e
 class _Snapshot(Callback):
@@ -53,6 +62,7 @@ class _Snapshot(Callback):
         if self.epoch+1==self.at: self.take()
     def take(self): self.state = deepcopy((unwrap(self.model).state_dict(), self.opt.state_dict()))
     def restore(self, learn):
+        "Network and a new optimiser as they were; masks stay as they are now"
         model,opt = deepcopy(self.state)
         own = {f'{k}_mask' for k in masks(model)}
         unwrap(learn.model).load_state_dict({k: v for k,v in model.items() if k not in own}, strict=False)
@@ -60,67 +70,114 @@ class _Snapshot(Callback):
         learn.opt.load_state_dict(opt)
 
 # %% ../../nbs/32a_prune.rewind.ipynb #da705bcf
-def _gone(learn, ignore, layers):
-    "Weights that are pruned, and all of them"
-    ws,there = own_weights(learn, ignore, layers),masks(learn.model)
-    return sum(int((there[k]==0).sum()) for k in ws if k in there),sum(w.numel() for w in ws.values())
+class _Rounds:
+    "The units of a learner's network that `iterative_prune` prunes, round by round"
+    def __init__(self, learn, by, ignore, layers):
+        self.learn = learn
+        self.kwargs = dict(by=by, ignore=ignore, layers=layers)
+        self.groups = None      # of channels: found once
+        self.groups = self.units().groups
+
+    def units(self, **kwargs):
+        "The `Scoring` of the network as it is now"
+        return Scoring(self.learn, groups=self.groups, **self.kwargs, **kwargs)
+
+    def gone(self):
+        "Units that are pruned, and all there are"
+        found = self.units().pruned().values()
+        return sum(int(v.sum()) for v in found),sum(v.numel() for v in found)
+
+    def level(self):
+        gone,n = self.gone()
+        channels = gone/n if self.kwargs['by']=='channel' else None
+        return _level(self.learn, layers=self.kwargs['layers'], channels=channels)
 
 # %% ../../nbs/32a_prune.rewind.ipynb #35d09253
-def iterative_prune(learn, # Learner; trained, unless its weights are rewound
-    sparsity=.79, # Fraction of the weights that go in the end
-    rate=.2, # Fraction of what is left that goes each round
-    rewind='lr', # 'lr', 'weights' or 'finetune'
-    rewind_to=0, # Epoch to whose end weights are rewound; 0 is their start
-    n_epoch=10, # Epochs of training (the schedule's length) each round
-    lr=None, # Largest learning rate; the learner's, or for 'finetune' the last one
-    fit='fit_one_cycle', # Fit method of the learner, whose second argument is the learning rate
-    cbs=(), # Callbacks for every training, such as `KnowledgeDistillation`
-    criterion='magnitude', # One of `criteria`, or a function of a `Scoring`
-    scope='global', # Weights compete in the whole network, or within each 'layer'
-    ignore=(), # Layers to leave out: paths, modules or types, one or several
-    layers=None): # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
-    "Prune and train in turn; returns a `Level` for the dense network and for every round. `learn` ends as the last one"
-    _check(sparsity, criterion, 'weight', scope, None)
+def _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr):
+    "Refuse what is no way to train again"
     check_sparsity(rate, 'rate')
-    if rate==0: raise ValueError('rate is 0: nothing would ever be pruned. Pass the fraction that goes each round, such as .2.')
+    if rate==0: raise ValueError('rate is 0: nothing would ever be pruned. '
+                                 'Pass the fraction that goes each round, such as .2.')
     if rewind not in ('lr','weights','finetune'):
         raise ValueError(f"rewind is {rewind!r}, expected 'lr', 'weights' or 'finetune'.")
-    if not 0 <= rewind_to < max(n_epoch, 1): raise ValueError(f'rewind_to is {rewind_to}, expected an epoch before {n_epoch}.')
+    if not 0 <= rewind_to < max(n_epoch, 1):
+        raise ValueError(f'rewind_to is {rewind_to}, expected an epoch before {n_epoch}.')
+    if rewind=='finetune' and learn.opt is None and lr is None:
+        raise ValueError('fine-tuning goes on with the last learning rate, and this learner has none: '
+                         'train it, or pass `lr`.')
+
+# %% ../../nbs/32a_prune.rewind.ipynb #5a283390
+def _train_again(learn, train, rewind, start, cbs):
+    "A round's training, from where `rewind` says"
+    if rewind!='weights': return train(reset_opt=rewind=='lr')
+    with learn.added_cbs(cbs): start.restore(learn)      # with the parameters that they bring
+    train(reset_opt=False, start_epoch=start.at)
+
+# %% ../../nbs/32a_prune.rewind.ipynb #bf7985cc
+def iterative_prune(
+    learn:Learner, # Trained, unless its weights are rewound; ends as the last `Level`
+    sparsity:float|dict=.79, # Fraction of the weights (channels) that go in the end, or `{layer: fraction}`
+    rate:float=.2, # Fraction of what is left that goes each round
+    rewind:str='lr', # 'lr', 'weights' or 'finetune'
+    rewind_to:int=0, # Epoch to whose end weights are rewound; 0 is their start
+    n_epoch:int=10, # Epochs of training (the schedule's length) each round
+    lr:float|slice|None=None, # Largest learning rate; the learner's, or for 'finetune' the last one
+    fit:str='fit_one_cycle', # Fit method of the learner, whose second argument is the learning rate
+    cbs:Callback|Iterable=(), # Callbacks for every training, such as `KnowledgeDistillation`
+    criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
+    scope:str|None=None, # Units compete in the network ('global', for weights) or in each 'layer' (for channels)
+    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
+    layers:object=None, # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
+    by:str='weight', # What goes: 'weight' or 'channel'
+    cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
+    round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
+) -> Levels:
+    """Prune and train in turn; returns a `Level` for the dense network and for every round
+
+    Raises `ValueError` for what it cannot do, and where a round ends with less pruned than before."""
+    _check(sparsity, criterion, by, scope, None, cap, round_to)
+    _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr)
+    scope = scope or ('layer' if by=='channel' else 'global')
     if rewind=='finetune':
-        if learn.opt is None and lr is None:
-            raise ValueError('fine-tuning goes on with the last learning rate, and this learner has none: train it, or pass `lr`.')
         fit,lr = 'fit',lr or [float(h['lr']) for h in learn.opt.hypers]
-    if layers is None and not ignore: say_share(learn.model, own_weights(learn))
-    ignore,layers = paths_of(learn.model, ignore),layers if layers in (None,'all') else paths_of(learn.model, layers, 'layers')
+    if by=='weight' and layers is None and not ignore: say_share(learn.model, own_weights(learn))
+    ignore = paths_of(learn.model, ignore)
+    if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')
     mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
-    def train(**kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *kwargs.pop('extra', [])], **kwargs)
+    rounds = _Rounds(learn, by, ignore, layers)
+    asked = _n_asked(rounds.units(), sparsity, scope, cap)
+    def train(*extra, **kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *extra], **kwargs)
+    start = _Snapshot(rewind_to)
     if rewind=='weights':
-        with no_random(reproducible=False): Scoring(learn, ignore=ignore, layers=layers, trial=True).worth(criterion)
-        train(reset_opt=True, extra=[start := _Snapshot(rewind_to)])
-    levels = Levels([_level(learn, layers=layers)])
-    while (last := _gone(learn, ignore, layers))[0] < n_of(sparsity, last[1]):
-        _cut(Scoring(learn, ignore=ignore, layers=layers), sparsity, criterion, scope, rate)
-        after = _gone(learn, ignore, layers)[0]
-        if after<=last[0]: raise ValueError(f'this round has pruned nothing: {after} of {last[1]} weights are pruned, asked for: {sparsity:g} of them.')
-        if rewind=='weights':
-            with learn.added_cbs(L(cbs)): start.restore(learn)      # with the parameters that they bring
-            train(reset_opt=False, start_epoch=rewind_to)
-        else: train(reset_opt=rewind=='lr')
-        if _gone(learn, ignore, layers)[0] < after:
-            raise ValueError('after this round fewer weights are pruned than before it: a callback has loaded weights of an earlier '
-                             'round. Leave it out, or let it start anew in each fit: SaveModelCallback(reset_on_fit=True).')
-        levels.append(_level(learn, layers=layers))
+        with no_random(reproducible=False): rounds.units(trial=True).worth(criterion)
+        train(start, reset_opt=True)
+    levels = Levels([rounds.level()])
+    while (gone := rounds.gone())[0]<asked:
+        _cut(rounds.units(), sparsity, criterion, scope, rate, cap=cap, round_to=round_to)
+        after = rounds.gone()[0]
+        if after<=gone[0]:
+            if round_to: break      # widths allow no more
+            raise ValueError(f'this round has pruned nothing: {after} of {gone[1]} {by}s are pruned, '
+                             f'asked for: {asked} of them.')
+        _train_again(learn, train, rewind, start, L(cbs))
+        if rounds.gone()[0]<after:
+            raise ValueError('after this round fewer weights are pruned than before it: a callback has loaded '
+                             'weights of an earlier round. Leave it out, or let it start anew in each fit: '
+                             'SaveModelCallback(reset_on_fit=True).')
+        levels.append(rounds.level())
     return levels
 
 # %% ../../nbs/32a_prune.rewind.ipynb #d7ae01bb
-def sweep_sparsity(learn, # Trained learner; it stays as it is
-    levels=tuple(i/10 for i in range(10)), # Sparsities, fractions
-    repeats=1, # Times each is done: for random criteria, or a `tune` that shuffles
-    tune=None, # Function of the learner that trains the pruned copy, such as `lambda l: l.fit(1, 1e-3)`
-    dl=None, # Where it is measured; the validation set if None
-    seed=0, # Of the first repeat; the others follow
-    **kwargs): # Arguments of `prune_model`: criterion, by, scope, ignore, layers
-    "Prune copies of the network once to each of `levels`: `DataFrame` of repeat, sparsity, weights left and metrics"
+def sweep_sparsity(
+    learn:Learner, # Trained; it stays as it is
+    levels:Iterable=tuple(i/10 for i in range(10)), # Sparsities, fractions
+    repeats:int=1, # Times each is done: for random criteria, or a `tune` that shuffles
+    tune:Callable|None=None, # Function of the learner that trains the pruned copy, such as `lambda l: l.fit(1, 1e-3)`
+    dl:Iterable|None=None, # Where it is measured; the validation set if None
+    seed:int=0, # Of the first repeat; the others follow
+    **kwargs, # Arguments of `prune_model`: criterion, by, scope, ignore, layers
+) -> pd.DataFrame:
+    "Prune copies of the network once to each of `levels`: repeat, sparsity, weights left and metrics of each"
     model,opt,rows = learn.model,learn.opt,[]
     for k in ('ignore','layers'):       # of the network itself: the copies have layers of their own
         if kwargs.get(k) not in (None,'all'): kwargs[k] = paths_of(model, kwargs[k], k)

@@ -6,6 +6,7 @@
 __all__ = ['add_up', 'own_weights', 'Scoring']
 
 # %% ../../nbs/30_prune.scoring.ipynb #f712ffe7
+from collections.abc import Iterable,Iterator
 from contextlib import contextmanager
 from itertools import islice
 import torch
@@ -23,115 +24,170 @@ from ..masks.model import mask_model,masks,prunable,raw,unmask
 from ..measure.outputs import in_order
 
 # %% ../../nbs/30_prune.scoring.ipynb #3b8d2149
-def add_up(n, parts): # Number of channels; pairs of the channel of each value, and the values
+def add_up(
+    n:int, # Number of channels
+    parts:Iterable, # Pairs of the channel of each value and the values, both (k,)
+) -> torch.Tensor:
     "Sum of the values of each channel (n,)"
     return sum(v.new_zeros(n).index_add(0, unit.to(v.device), v) for unit,v in parts)
 
 # %% ../../nbs/30_prune.scoring.ipynb #3dcfce2e
 def _plain_loss(learn):
-    "The learner's loss, also while MixUp or its like have put their own there; of a text model it sees the first output"
-    f = next((cb.old_lf for cb in learn.cbs if hasattr(cb, 'old_lf') and learn.loss_func==getattr(cb, 'lf', None)), learn.loss_func)
-    return (lambda z,*yb: f(z[0], *yb)) if any(isinstance(cb, RNNCallback) for cb in learn.cbs) else f
+    """The learner's loss, also while MixUp or its like have put their own there
 
+    Of a text model it sees the first output."""
+    def is_replaced(cb): return hasattr(cb, 'old_lf') and learn.loss_func==getattr(cb, 'lf', None)
+    f = next((cb.old_lf for cb in learn.cbs if is_replaced(cb)), learn.loss_func)
+    if not any(isinstance(cb, RNNCallback) for cb in learn.cbs): return f
+    return lambda z,*yb: f(z[0], *yb)
+
+# %% ../../nbs/30_prune.scoring.ipynb #623ae66e
 def _outputs_first(m, v):
     "`v`, shaped like the weight of layer `m`, with a row for each of its outputs"
-    return (v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1) if getattr(m, 'transposed', False) else v).flatten(1)
+    if getattr(m, 'transposed', False): v = v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1)
+    return v.flatten(1)
 
 # %% ../../nbs/30_prune.scoring.ipynb #2857a743
-def own_weights(learn, ignore=(), layers=None):
-    "`prunable` of a learner's network, without what loss terms have brought to it, such as the heads of a distillation"
-    brought = {id(p) for t in getattr(learn.splitter, 'terms', ()) for p in t.params(learn.model)}
-    return {k: w for k,w in prunable(learn.model, ignore, layers).items() if id(raw(learn.model, k)) not in brought}
+def own_weights(
+    learn:Learner, # Its network may hold layers that a loss term has brought
+    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
+    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+) -> dict[str,torch.Tensor]:
+    "`prunable` of a learner's network, without what loss terms have brought to it, such as heads"
+    terms = getattr(learn.splitter, 'terms', ())
+    brought = {id(p) for t in terms for p in t.params(learn.model)}
+    ws = prunable(learn.model, ignore, layers)
+    return {k: w for k,w in ws.items() if id(raw(learn.model, k)) not in brought}
 
 # %% ../../nbs/30_prune.scoring.ipynb #9c58b925
 class Scoring:
-    "What a criterion looks at: a network, the weights that are scored, and the units (weights or channels) they form"
+    """What a criterion looks at: a network, and the units (weights or channels) that are scored
+
+    Raises `ValueError` where there is nothing to prune, or no data to find channels with."""
     def __init__(self,
-        model, # Network, or a `Learner` that brings data and loss
-        data=None, # `DataLoaders`, for criteria that need data
-        by='weight', # What is scored: 'weight' or 'channel'
-        ignore=(), # Layers to leave out: paths, modules or types
-        loss_func=None, # Loss of outputs and targets; the learner's, or that of the data
-        layers=None, # Layers whose weights are scored, likewise, or 'all'; linear and convolution layers if None
-        trial=False): # Look at one batch only: can the criterion work?
+        model:nn.Module|Learner, # Network, or a `Learner` that brings data and loss
+        data:object=None, # `DataLoaders`, for criteria that need data; for channels a batch will do
+        by:str='weight', # What is scored: 'weight' or 'channel'
+        ignore:object=(), # Layers to leave out: paths, patterns, modules or types
+        loss_func:object=None, # Loss of outputs and targets; the learner's, or that of the data
+        layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolution layers if None
+        trial:bool=False, # Look at one batch only: can the criterion work?
+        groups:list|None=None, # What `channel_groups` found, if it has been asked before
+    ):
         check_choice('by', by, ('weight','channel'))
         find = own_weights if isinstance(model, Learner) else prunable
         self.weights = {k: w.detach() for k,w in find(model, ignore, layers).items()}
         if isinstance(model, Learner):
-            model,data,loss_func = model.model,data or model.dls,loss_func or _plain_loss(model)
-        self.model,self.data,self.by,self.trial = unwrap(model),data,by,trial
+            data,loss_func = data or model.dls,loss_func or _plain_loss(model)
+            model = model.model
+        self.model,self.data = unwrap(model),data
+        self.by,self.trial = by,trial
         self.loss_func = loss_func or getattr(data, 'loss_func', None) or CrossEntropyLossFlat()
-        self.groups = None if by=='weight' else self._removable()
+        self.groups = None if by=='weight' else self._removable(groups)
 
-    def _removable(self):
-        if self.data is None: raise ValueError('channels are found by running the network on a batch. '
-                                               'Pass `data`: DataLoaders or a batch of inputs.')
-        every = channel_groups(self.model, self.data)
-        groups = [g for g in every if g.stays is None and all(f'{p.path}.weight' in self.weights for p in g.makers)]
-        if not groups:
-            why = next((f'{g.name}: {g.stays}' for g in every if g.stays), 'there are no layers in a row')
-            raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides those that `ignore` '
-                             f'names ({why}). Prune weights: by="weight".')
-        return groups
+# %% ../../nbs/30_prune.scoring.ipynb #d15304b9
+@patch
+def _removable(self:Scoring, every=None):
+    "The groups whose channels can go, and whose makers are all scored"
+    if self.data is None: raise ValueError('channels are found by running the network on a batch. '
+                                           'Pass `data`: DataLoaders or a batch of inputs.')
+    if every is None: every = channel_groups(self.model, self.data)
+    def is_scored(g): return all(f'{p.path}.weight' in self.weights for p in g.makers)
+    groups = [g for g in every if g.stays is None and is_scored(g)]
+    if groups: return groups
+    why = next((f'{g.name}: {g.stays}' for g in every if g.stays), 'there are no layers in a row')
+    raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides those that '
+                     f'`ignore` names ({why}). Prune weights: by="weight".')
 
-    def sum(self, values): # `{name of a weight: tensor of its shape}`
-        "`values` summed over each unit: `{name: tensor of the weight's shape}`, or `{group: (n,)}` for channels"
-        if self.by=='weight': return values
-        res = {}
-        for g in self.groups:
-            rows = [(p, self._by_output(p.path, values[f'{p.path}.weight'])) for p in g.makers]
-            res[g.name] = add_up(g.n, [(p.unit, v[p.at]) for p,v in rows])
-        return res
+# %% ../../nbs/30_prune.scoring.ipynb #062e3a5d
+@patch
+def sum(self:Scoring,
+    values:dict, # `{name of a weight: tensor of its shape}`
+) -> dict[str,torch.Tensor]:
+    "`values` summed over each unit: `{name: tensor of the weight's shape}`, or `{group: (n,)}` for channels"
+    if self.by=='weight': return values
+    res = {}
+    for g in self.groups:
+        rows = [(p, self._by_output(p.path, values[f'{p.path}.weight'])) for p in g.makers]
+        res[g.name] = add_up(g.n, [(p.unit, v[p.at]) for p,v in rows])
+    return res
 
-    def _by_output(self, path, v):
-        "`v`, shaped like the weight of layer `path`, summed for each of its outputs"
-        return _outputs_first(get_layer(self.model, path), v).sum(1)
+# %% ../../nbs/30_prune.scoring.ipynb #a24ca81a
+@patch
+def _by_output(self:Scoring, path, v):
+    "`v`, shaped like the weight of layer `path`, summed for each of its outputs"
+    return _outputs_first(get_layer(self.model, path), v).sum(1)
+
+# %% ../../nbs/30_prune.scoring.ipynb #1cfdb660
+@patch
+def pruned(self:Scoring) -> dict[str,torch.Tensor]:
+    "`{name of a weight or group: mask of the units that are pruned already}`"
+    there = masks(self.model)
+    alive = self.sum({k: there[k] if k in there else torch.ones_like(w) for k,w in self.weights.items()})
+    return {k: v==0 for k,v in alive.items()}
 
 # %% ../../nbs/30_prune.scoring.ipynb #f7ac80b3
 @patch
-def dls(self:Scoring):
+def dls(self:Scoring) -> DataLoaders:
+    "The `DataLoaders`. Raises `ValueError` if there are none, or no training set."
     if not isinstance(self.data, DataLoaders) or not len(self.data.train):
         raise ValueError('this criterion needs training data. Pass a Learner, or `data=` DataLoaders.')
     return self.data
 
 # %% ../../nbs/30_prune.scoring.ipynb #ecd807bd
 def _shuffled(dl):
-    "Batches of `dl` in an order that is always the same, and takes nothing from the random numbers of training"
+    "Batches of `dl` in an order that is always the same; the random state of training is not touched"
     with no_random(reproducible=False): yield from dl.new(shuffle=True)
 
 # %% ../../nbs/30_prune.scoring.ipynb #068e141a
 @patch
-def batches(self:Scoring, n=None, shuffle=False):
-    "The first `n` batches of the training set (all if None), in order or in a shuffled one that is always the same"
+def batches(self:Scoring,
+    n:int|None=None, # How many; all if None
+    shuffle:bool=False, # In a shuffled order that is always the same
+) -> Iterator[tuple]:
+    "The first `n` batches of the training set"
     dl = self.dls().train
     return islice(_shuffled(dl) if shuffle else in_order(dl), 1 if self.trial else n)
 
 # %% ../../nbs/30_prune.scoring.ipynb #6f1e6396
 @patch
-def loss(self:Scoring, b):
-    "The training loss on batch `b`, of all its targets"
+def loss(self:Scoring,
+    b:tuple, # Batch of the training set: inputs and targets
+) -> torch.Tensor:
+    "The training loss on batch `b`, of all its targets. Raises `ValueError` if there are none."
     n = getattr(self.dls(), 'n_inp', 1 if len(b)==1 else len(b)-1)      # as `Learner` splits it
-    if len(b)<=n: raise ValueError('this criterion needs targets, and the training set has none. Use another, such as magnitude.')
+    if len(b)<=n:
+        raise ValueError('this criterion needs targets, and the training set has none. '
+                         'Use another, such as magnitude.')
     xb = inputs(tuple(b[:n]), self.model)
-    yb = to_device([o if isinstance(o, (torch.Tensor,dict,list,tuple)) else torch.as_tensor(o) for o in b[n:]], xb[0].device)
+    def as_target(o): return o if isinstance(o, (torch.Tensor,dict,list,tuple)) else torch.as_tensor(o)
+    yb = to_device([as_target(o) for o in b[n:]], xb[0].device)
     return self.loss_func(self.model(*xb), *yb)
 
 # %% ../../nbs/30_prune.scoring.ipynb #71701f1a
 @patch
-def mask_grads(self:Scoring, loss): # Scalar, computed with the weights under `differentiable`
-    "`{name: w · ∂loss/∂w}`: the gradient with respect to a mask at 1"
-    grads = torch.autograd.grad(loss, list(self._params().values()), allow_unused=True)
-    return {k: torch.zeros_like(p) if g is None else p.detach()*g for (k,p),g in zip(self._params().items(), grads)}
+def mask_grads(self:Scoring,
+    loss:torch.Tensor, # Scalar, computed with the weights under `differentiable`
+) -> dict[str,torch.Tensor]:
+    "`{name: w · ∂loss/∂w}`, of the weights' shapes: the gradient with respect to a mask at 1"
+    ps = self._params()
+    grads = torch.autograd.grad(loss, list(ps.values()), allow_unused=True)
+    return {k: torch.zeros_like(p) if g is None else p.detach()*g for (k,p),g in zip(ps.items(), grads)}
 
 # %% ../../nbs/30_prune.scoring.ipynb #262a9674
 @patch
 def _params(self:Scoring):
     "What gradients are taken of: the parameter, or the mask of a weight that is computed"
-    return {k: self._mask(k)[0][self._mask(k)[1]] if p is None else p for k in self.weights for p in [raw(self.model, k)]}
+    res = {k: raw(self.model, k) for k in self.weights}
+    for k in [k for k,p in res.items() if p is None]:
+        buffers,name = self._mask(k)
+        res[k] = buffers[name]
+    return res
 
 # %% ../../nbs/30_prune.scoring.ipynb #bc239fe6
 @patch
 def _mask(self:Scoring, name):
+    "The buffers of the layer whose tensor is called `name`, and the name of its mask there"
     path,_,which = name.rpartition('.')
     return self.model.get_submodule(path)._buffers,f'{which}_mask'
 
@@ -143,21 +199,26 @@ def _masks_that_learn(self:Scoring):
     computed = [k for k in self.weights if raw(self.model, k) is None]
     own = [k for k in computed if k not in masks(self.model)]
     if computed: mask_model(self.model, {k: torch.ones_like(self.weights[k]) for k in own})
-    was = [self._mask(k)[0][self._mask(k)[1]] for k in computed]
+    places = [self._mask(k) for k in computed]
+    was = [buffers[name] for buffers,name in places]
     try:
-        for k,m in zip(computed, was): self._mask(k)[0][self._mask(k)[1]] = m.clone()
+        for (buffers,name),m in zip(places, was): buffers[name] = m.clone()
         yield
     finally:
-        for k,m in zip(computed, was): self._mask(k)[0][self._mask(k)[1]] = m
+        for (buffers,name),m in zip(places, was): buffers[name] = m
         unmask(self.model, own)
 
 # %% ../../nbs/30_prune.scoring.ipynb #2961f760
 @patch
 @contextmanager
-def differentiable(self:Scoring, batch_stats=False):
-    "Evaluation mode and gradients of all scored weights, also frozen ones; `batch_stats`: BatchNorm sees the batch"
-    norms,rnns = ([m for m in self.model.modules() if isinstance(m, o)] for o in (_BatchNorm,nn.RNNBase))
-    tracked,drops = [m.track_running_stats for m in norms],[m.dropout for m in rnns]
+def differentiable(self:Scoring,
+    batch_stats:bool=False, # BatchNorm sees the batch, as in training
+) -> Iterator[None]:
+    "Evaluation mode and gradients of all scored weights, also frozen ones; all is put back at the end"
+    norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+    rnns = [m for m in self.model.modules() if isinstance(m, nn.RNNBase)]
+    tracked = [m.track_running_stats for m in norms]
+    drops = [m.dropout for m in rnns]
     with self._masks_that_learn():
         ps = self._params().values()
         was = [p.requires_grad for p in ps]

@@ -8,8 +8,10 @@ __all__ = ['least', 'without', 'validate_as', 'check_data', 'sensitivity', 'plot
 # %% ../../nbs/34_prune.sensitivity.ipynb #8d055861
 import inspect,sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from torch import nn
 from matplotlib.ticker import PercentFormatter
 from fastai.learner import Learner
 from fastai.torch_core import no_random
@@ -26,10 +28,12 @@ from ..core import check_choice,check_sparsity
 from ..masks.model import paths_of
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #b84b5267
-def least(worth, # Scores of the channels of a group (n,)
-    n, # How many go
-    blocks=None): # Block of each channel, if as many must go from each
-    "Mask of the `n` channels that are worth least; of equals the first"
+def least(
+    worth:torch.Tensor, # Scores of the channels of a group (n,)
+    n:int, # How many go
+    blocks:torch.Tensor|None=None, # Block of each channel (n,), if as many must go from each
+) -> torch.Tensor:
+    "Mask (n,) of the `n` channels that are worth least; of equals the first"
     worth,gone = worth.cpu(),torch.zeros(len(worth), dtype=torch.bool)
     blocks = torch.zeros(len(worth), dtype=torch.long) if blocks is None else blocks.cpu()
     for b in blocks.unique():
@@ -39,8 +43,10 @@ def least(worth, # Scores of the channels of a group (n,)
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #e13e96a1
 @torch.no_grad()
-def without(model, # Network in which the groups were found
-    gone): # Pairs of a `ChannelGroup` and the mask of its channels that go
+def without(
+    model:nn.Module, # Network in which the groups were found
+    gone:list[tuple], # Pairs of a `ChannelGroup` and the mask (n,) of its channels that go
+) -> nn.Module:
     "A smaller copy of `model`; no layer is emptied"
     small = plain_copy(model)
     _remove(small, [(g,dead) for g,mask in gone if (dead := _removable(g, mask.cpu())).any()])
@@ -57,9 +63,11 @@ class _Batches(list):
             seen += len(b[0])
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #1b069e7b
-def validate_as(learn, # `Learner`
-    model, # The network that is validated instead of its own
-    dl=None): # Loader or list of batches; the validation set if None
+def validate_as(
+    learn:Learner, # It stays as it is
+    model:nn.Module, # The network that is validated instead of its own
+    dl:object=None, # Loader or list of batches; the validation set if None
+) -> dict[str,float]:
     "`{name: value}` of loss and metrics of `model`"
     was,seen = learn.model,dict(vars(learn.recorder))
     try:
@@ -112,14 +120,19 @@ def _in_fit(learn):
     return frame is not None
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #3e9c1d1d
-def check_data(learn): # `Learner`
-    "Raise if the learner holds no training or no validation data, or is in the middle of a fit, which validating would end"
+def check_data(
+    learn:Learner, # Its network goes where the data are, as in a fit
+) -> None:
+    """See that the learner can be measured
+
+    Raises `ValueError` if it holds no training or no validation data, `RuntimeError` in the middle of a fit, which validating would end."""
     if _in_fit(learn): raise RuntimeError('the learner is in the middle of a fit, and measuring would end it. Call this after the fit.')
     for i,what in enumerate(('training','validation')):
         try: n = len(learn.dls.loaders[i])
         except (AttributeError,IndexError,TypeError): n = 0
         if not n: raise ValueError(f'the learner holds no {what} data, and what can go is measured there. Give it `dls`: '
                                    'learn.dls = dls, or Learner(dls, learn.model, ...).')
+    if (device := getattr(learn.dls, 'device', None)) is not None: learn.model.to(device)
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #2e9063e3
 def _check_levels(levels):
@@ -129,17 +142,21 @@ def _check_levels(levels):
     return levels
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #16fe5a37
-def sensitivity(learn, # Trained `Learner`; it stays as it is
-    by='group', # What goes: channels of each coupled 'group', or weights of each 'layer'
-    levels=tuple(i/10 for i in range(1, 10)), # Fractions that go
-    criterion='magnitude', # What the least worthy go by: one of `criteria`, or a function of a `Scoring`
-    n=None, # How many validation samples are asked, at least, at random; all if None
-    update_bn=0, # Training batches on which BatchNorm statistics are estimated anew after each cut
-    ignore=(), # Layers to leave out: paths, modules or types
-    layers=None, # By layer: those whose weights go, or 'all'; linear and convolution layers if None
-    cache=True, # Remember the result: in memory (True), in a folder, too, or not (False)
-    show=None): # Progress bar; if None as the learner
-    "`DataFrame` of loss and metrics on the validation set, for each part of the network and level"
+def sensitivity(
+    learn:Learner, # Trained; it stays as it is
+    by:str='group', # What goes: channels of each coupled 'group', or weights of each 'layer'
+    levels:tuple=tuple(i/10 for i in range(1, 10)), # Fractions that go
+    criterion:str|Callable='magnitude', # What the least worthy go by: one of `criteria`, or a function of a `Scoring`
+    n:int|None=None, # How many validation samples are asked, at least, at random; all if None
+    update_bn:int=0, # Training batches on which BatchNorm statistics are estimated anew after each cut
+    ignore:object=(), # Layers to leave out: paths, modules or types
+    layers:object=None, # By layer: those whose weights go, or 'all'; linear and convolution layers if None
+    cache:bool|str|Path=True, # Remember the result: in memory (True), in a folder, too, or not (False)
+    show:bool|None=None, # Progress bar; if None as the learner
+) -> pd.DataFrame:
+    """Loss and metrics on the validation set, for each part of the network and level
+
+    Raises `ValueError` if there is nothing to measure on, or nothing that could go."""
     check_choice('by', by, ('group','layer'))
     unit,levels = dict(group='channel', layer='weight')[by],_check_levels(levels)
     f = check_criterion(criterion, unit)
@@ -171,11 +188,15 @@ def _measured(learn, s, criterion, by, levels, n, update_bn, show):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #20843223
-def plot_sensitivity(found, # What `sensitivity` returned
-    metric=None, # Column that is drawn; if None the first metric, or the loss if there is none
-    marks=None, # `{part: fraction that went}`, to mark on its line
-    ax=None):
-    "A metric against the fraction of each part that is gone; returns the axes"
+def plot_sensitivity(
+    found:pd.DataFrame, # What `sensitivity` returned
+    metric:str|None=None, # Column that is drawn; if None the first metric, or the loss if there is none
+    marks:dict|None=None, # `{part: fraction that went}`, to mark on its line
+    ax:plt.Axes|None=None, # Axes to draw on
+) -> plt.Axes:
+    """A metric against the fraction of each part that is gone
+
+    Raises `ValueError` if there is no such column."""
     part,values = found.columns[0],list(found.columns[4:])
     metric = metric or (values[1] if len(values)>1 else values[0])
     if metric not in values: raise ValueError(f'metric is {metric!r}, expected one of {", ".join(values)}.')

@@ -9,7 +9,8 @@ __all__ = ['budget_ways', 'budget_defaults', 'budget', 'budget_table']
 import pandas as pd
 from fastcore.foundation import L
 from fastai.learner import Learner
-from ..compress import Budget,cut_to,hows
+from ..compress.budget import Budget
+from ..compress.cut import cut_to
 from ..distill.callback import KnowledgeDistillation
 from ..distill.learner import check_terms
 from ..core import inputs
@@ -22,10 +23,11 @@ from .run import Run
 from ..distill.task import check_classes
 
 # %% ../../nbs/56_recipes.budget.ipynb #2af083b2
-budget_ways = *hows,'scratch'
+budget_ways = 'sensitivity','uniform','global','scratch'
 
 budget_defaults = dict(
     macs=None, # Budgets: fractions of the dense network's multiply-accumulates, or numbers with a unit; (.5,.25) if None
+    to=None, # Instead of them limits that hold at once: `dict(macs=.5, params='20k')`
     ways=budget_ways, # Ways to find the network: by sensitivity, uniform or global, or with new weights
     criterion='magnitude', # What the least worthy channels of a group go by
     round_to=None, # Widths are multiples of it
@@ -36,11 +38,21 @@ budget_defaults = dict(
     teacher_lr=5e-3, # Adam, one cycle
     lr=3e-3) # The same, after the cut
 
+# %% ../../nbs/56_recipes.budget.ipynb #9ba1d67f
+def _budgets(s):
+    "`{words: limits}` of the budgets that the settings `s` ask for"
+    if s['to'] is None: return {f'{f"{100*o:g} %" if isinstance(o, float) else o} of the MACs': dict(macs=o) for o in s['macs']}
+    if not isinstance(s['to'], dict) or not s['to'] or (odd := s['to'].keys()-{'macs','params','bytes'}):
+        hint = f' {sorted(odd)[0]!r} is for learn.compress_to.' if isinstance(s['to'], dict) and s['to'] else ''
+        raise ValueError(f"to is {s['to']!r}, expected limits on macs, params or bytes, such as macs=.5.{hint}")
+    return {', '.join(f'{k} {v}' for k,v in s['to'].items()): s['to']}
+
+
 # %% ../../nbs/56_recipes.budget.ipynb #f0f400c1
-def _cut(run, dense, limit, way, s):
+def _cut(run, dense, limits, way, s):
     "The network that `way` leads to"
     learn = run.learner(dense)
-    cut = cut_to(learn, Budget(learn.model, inputs(run.dls, learn.model), dict(macs=limit)), 'sensitivity' if way=='scratch' else way,
+    cut = cut_to(learn, Budget(learn.model, inputs(run.dls, learn.model), limits), 'sensitivity' if way=='scratch' else way,
                  s['criterion'], s['round_to'], n=s['n'], update_bn=s['update_bn'], cache=run.path/'sensitivity', show=False)
     if way!='scratch': return cut
     run._begin()
@@ -49,9 +61,8 @@ def _cut(run, dense, limit, way, s):
     return cut
 
 # %% ../../nbs/56_recipes.budget.ipynb #691a37e9
-def _stage(way, limit): return f'{way}, {f"{100*limit:g} %" if isinstance(limit, float) else limit} of the MACs'
-
-@recipe('budget', help='cut a network to a budget of multiply-accumulates in several ways, and teach what is left')
+@recipe('budget', settings=budget_defaults,
+        help='cut a network to a budget of multiply-accumulates in several ways, and teach what is left')
 def budget(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher='resnet8', # The dense network, which is cut and then teaches: a name, a module to train, or a trained `Learner`
     path='runs/budget', # Folder of the run; one that is there goes on
@@ -65,25 +76,27 @@ def budget(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     "Cut a dense network to budgets in several ways, and distil; returns the finished `Run`"
     check_classes(dls)
     s,epochs = check_settings('budget', settings, budget_defaults),check_epochs(epochs or ((6,3) if quick else (20,10)), 'the dense network', 'the small ones')
-    s['macs'] = (.5,.25) if s['macs'] is None else tuple(L(s['macs']))
+    s['macs'],s['ways'] = (.5,.25) if s['macs'] is None else tuple(L(s['macs'])),tuple(L(s['ways']))
     check_criterion(s['criterion'], 'channel')
     for o in s['ways']: check_choice('a way', o, budget_ways)
     t = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
-    for limit in s['macs']: Budget(t, inputs(dls, t), dict(macs=limit))      # refuse before anything is trained
+    budgets = _budgets(s)
+    for limits in budgets.values(): Budget(t, inputs(dls, t), limits)      # refuse before anything is trained
     if s['terms'] is not None: check_terms(check_keeps(term_for(s['terms'], t, t, dls), 'budget'), t, t, dls)
     run,sensitivities = Run(path, 'budget', dls, data, seeds, force, show, teacher=name_of(teacher), epochs=epochs, quick=quick, **s),{}
     for seed in run.each_seed():
         dense = run.teacher(teacher, epochs[0], s['teacher_lr'], stage='dense')
-        for limit in s['macs']:
+        for words,limits in budgets.items():
+            limit = words if s['to'] else limits['macs']
             for way in s['ways']:
-                cut = _cut(run, dense, limit, way, s)
+                cut = _cut(run, dense, limits, way, s)
                 if seed==run.seeds[0] and cut.sensitivity is not None: sensitivities[limit] = cut
                 terms = s['terms'] and term_for(s['terms'], cut.model, dense, dls)
                 kd = KnowledgeDistillation(dense, terms, s['task'], cache=run.cache)
-                run.fit(_stage(way, limit), run.learner(cut.model), epochs[1], s['lr'], cbs=kd, of=dense,
+                run.fit(f'{way}, {words}', run.learner(cut.model), epochs[1], s['lr'], cbs=kd, of=dense,
                         more=dict(way=way, budget=limit, widths=cut.widths.after.tolist()))
     _show(run, sensitivities)
-    return run.finish(run.models[_stage(s['ways'][0], s['macs'][0])], of=run.models['dense'])
+    return run.finish(run.models[f"{s['ways'][0]}, {next(iter(budgets))}"], of=run.models['dense'])
 
 # %% ../../nbs/56_recipes.budget.ipynb #41fff28f
 def budget_table(record): # `Record` or `Run` of `budget`

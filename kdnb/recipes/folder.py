@@ -18,9 +18,9 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..data.arrays import TensorDL
 from ..distill.task import check_classes
-from ..files import _lock,atomic_write,release
+from ..files import atomic_write,_lock,release
 from ..models.registry import in_shape
-from .record import _read_run,machine,Record,RUN_FORMAT,RunFile,versions
+from .record import machine,_read_run,Record,RUN_FORMAT,RunFile,versions
 from .settings import check_seeds,name_of
 from ..training.fingerprint import fingerprint
 from ..training.processes import join_processes,wait_for_all

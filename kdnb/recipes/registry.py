@@ -36,6 +36,11 @@ def _field_options(cls, lines):
     fields = [o for o in cls.body if isinstance(o, ast.AnnAssign)]
     return {o.target.id: _option(o.annotation, o.value, lines) for o in fields}
 
+# %% ../../nbs/50a_recipes.registry.ipynb #af3324e7
+def _dict_options(call, lines):
+    "Of the keywords of a `dict(...)`"
+    return {k.arg: _option(None, k.value, lines) for k in call.keywords}
+
 # %% ../../nbs/50a_recipes.registry.ipynb #c7131eff
 def _parameter_options(f, lines):
     args = f.args.posonlyargs + f.args.args
@@ -77,14 +82,17 @@ def read_recipes(
     text = Path(file).read_text(encoding='utf-8')
     tree,lines = ast.parse(text),text.split('\n')
     classes = {o.name: o for o in tree.body if isinstance(o, ast.ClassDef)}
+    calls = [o for o in tree.body if isinstance(o, ast.Assign) and isinstance(o.value, ast.Call)]
+    dicts = {o.targets[0].id: o.value for o in calls if ast.unparse(o.value.func)=='dict'}
     for f in tree.body:
         if not isinstance(f, ast.FunctionDef): continue
         found = _recipe_decorator(f)
         if found is None and f.name!=function: continue
         given = {k: ast.literal_eval(o) for k,o in (found or {}).items() if isinstance(o, ast.Constant)}
         options = _parameter_options(f, lines)
-        settings = (found or {}).get('settings')
-        if cls := classes.get(getattr(settings, 'id', None)): options |= _field_options(cls, lines)
+        settings = getattr((found or {}).get('settings'), 'id', None)
+        if settings in classes: options |= _field_options(classes[settings], lines)
+        if settings in dicts: options |= _dict_options(dicts[settings], lines)
         options = {k: o for k,o in options.items() if k not in not_options}
         name = given.get('name') or f.name.replace('_', '-')
         yield RecipeSource(name, f'{where}:{f.name}', given.get('help', ''), options, given.get('default', False))
@@ -108,7 +116,7 @@ def default_recipe() -> str:
 def recipe(
     name:str|Callable|None=None, # Its name; that of the function, with hyphens, if None
     help:str='', # What it does, in one line, for `kdnb compress --help`
-    settings:type|None=None, # Class of its settings, see `Settings`
+    settings:type|dict|None=None, # Class of its settings, see `Settings`, or a dict of defaults
     default:bool=False, # Run it if none is named? For one of the package's own
 ) -> Callable:
     "Decorator that makes a function known as a recipe"
@@ -223,9 +231,9 @@ def settable(
     recipe:Callable, # Function that runs a recipe
 ) -> list[str]:
     "Names of what may be set besides data, folder and display; none if it takes whatever it is given"
-    takes,settings = inspect.signature(recipe).parameters,getattr(recipe, 'settings', None)
-    module = sys.modules.get(recipe.__module__)
-    fields = settings.__dataclass_fields__ if settings else getattr(module, f'{recipe.__name__}_defaults', {})
+    takes,module = inspect.signature(recipe).parameters,sys.modules.get(recipe.__module__)
+    settings = getattr(recipe, 'settings', None) or getattr(module, f'{recipe.__name__}_defaults', {})
+    fields = getattr(settings, '__dataclass_fields__', settings)
     if not fields and any(p.kind==p.VAR_KEYWORD for p in takes.values()): return []
     names = [k for k,p in takes.items() if p.kind!=p.VAR_KEYWORD] + [*fields]
     return [k for k in dict.fromkeys(names) if k not in not_options]

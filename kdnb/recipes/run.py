@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
-from ..export import load_model,save_model
+from ..export.files import load_model,save_model
 from ..files import atomic_write,load_state,release,save_state
 from ..measure.counts import cost,latency
 from .record import Exhibit

@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
 from ..distill.callback import HEADS
-from ..export import _index_owner,_put,_resize
+from ..export.build import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks.layers import Masked
 from ..masks.model import fold,mask_model,masks,unmask

@@ -27,18 +27,18 @@ from fastai.torch_core import set_seed
 from ..core import unwrap
 from ..data.arrays import SampleIndex
 from ..files import load_state,save_state
-from ..measure.outputs import accuracy_on
 from ..measure.counts import n_weights
+from ..measure.outputs import accuracy_on
 from ..models.named import create
 from ..models.registry import in_shape
 from ..prune.student import design_student
 from .settings import Settings
 from .stage import _made_from,_named_code,set_result,StagedRun
-from ..training.state import callback_memory,set_callback_memory
 from ..training.checkpoint import Checkpoint
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 from ..training.processes import Processes
 from ..training.schedules import _dropped,fused_adam,nesterov_sgd
+from ..training.state import callback_memory,set_callback_memory
 
 # %% ../../nbs/50e_recipes.training.ipynb #42ad4b75
 def network_for(

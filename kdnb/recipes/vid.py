@@ -287,8 +287,6 @@ def _check_sizes(dls, sizes, quick=False):
 def _refuse_jobs(dls, teacher, student, source, plan, s):
     "Raise `ValueError` for what does not fit, before anything is trained"
     check_weight(s.clip, 'clip')
-    for o in s.students:
-        if not isinstance(o, str): raise ValueError(f'students has {type(o).__name__}, expected names of networks.')
     nets,done = {},set()
     if any(o.kind!='transfer' for o in plan.values()): nets['distil'] = nets['mlp'] = _taking(dls, teacher)
     if any(o.kind=='transfer' for o in plan.values()): nets['transfer'] = _source_teacher(dls, teacher, source, s)

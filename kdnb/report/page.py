@@ -9,7 +9,7 @@ __all__ = ['how_to_load', 'report']
 from pathlib import Path
 from fastcore.basics import patch
 from .. import __version__
-from ..export import load_lines
+from ..export.files import load_lines
 from ..recipes.record import Record
 from .exhibits import exhibit_html
 from .figures import _learning,plot_stages

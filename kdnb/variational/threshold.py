@@ -12,7 +12,7 @@ import pandas as pd, torch
 from torch import nn
 from ..channels.layers import plain_copy
 from ..channels.shrink import shrink
-from ..measure import accuracy_on
+from ..measure.outputs import accuracy_on
 from ..measure.counts import n_weights
 from ..measure.outputs import split_batch
 from .gates import Gate
