@@ -130,7 +130,7 @@ def vbgs_kd(
         net = noisy(dense)
         kl = prior()
         sparse = sparsify('sparse', run.learner(net, wd=0.), cbs=[taught(net), kl],
-                          result=partial(to_deterministic, T=T_log_alpha))
+                          result=partial(to_deterministic, limit=T_log_alpha))
         small = shrink(sparse, dls).eval()
         run.enter('small', small, of=dense, widths=layer_widths(small))
         if singles:
