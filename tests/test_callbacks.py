@@ -2,6 +2,7 @@
 import pytest
 import torch.distributed as tdist
 from fastai.callback.schedule import *
+from fastai.test_utils import synth_learner
 from common import Two, ends, flat, here, per_item, quiet, seeded
 from kdnb import processes
 from kdnb.all import *
@@ -218,3 +219,22 @@ def test_what_is_no_function_is_refused_at_once():
     for f,words in ((lambda: Pruner(nn.Linear(2,2)), 'sparsity is a Linear, expected a fraction'), (lambda: prune_model(nn.Linear(2,2), nn.Linear(2,2)), 'sparsity is a Linear'),
                     (lambda: LossTerm(3), "the term 'term' is 3, expected a function"), (lambda: LossTerm(dict(a=len, b=None), dict(a=1,b=1)), "the term 'b' is None")):
         with pytest.raises(ValueError, match=words): f()
+
+def test_a_checkpoint_is_the_loop_of_one_learner_while_it_is_in_it(tmp_path):
+    def own(o): return '_do_fit' not in vars(o)
+    a,b,cb = synth_learner(),synth_learner(),Checkpoint(tmp_path)
+    a.add_cb(cb)
+    assert a._do_fit==cb._loop
+    b.add_cb(cb)                      # it moves
+    assert own(a) and not own(b) and cb not in a.cbs
+    with pytest.raises(ValueError, match='this Checkpoint is in the learner already'): b.add_cb(cb)
+    b.remove_cb(cb)
+    with b.no_bar(),b.no_logging(): b.fit(1, cbs=cb)
+    assert own(b) and (tmp_path/'fit0').exists()
+
+def test_an_attach_that_fails_leaves_the_callback_free():
+    class Fails(Attached, QuickCallback):
+        def attach(self): raise RuntimeError('no')
+    learn,cb = synth_learner(),Fails()
+    with pytest.raises(RuntimeError): learn.add_cb(cb)
+    assert cb.learn is None and cb not in learn.cbs

@@ -48,3 +48,6 @@ class Enclosed(nn.Module):
 def test_stages_within_a_module_around_the_whole_network_are_found():
     m = nn.Sequential(Enclosed(), nn.Flatten(), nn.Linear(48,2))
     assert stage_ends(m, torch.randn(2,1,8,8))=={(8,8): '0.body.1', (4,4): '0'}
+
+def test_old_names():
+    assert hear is capture_outputs and answers is activations

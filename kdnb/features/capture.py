@@ -103,8 +103,7 @@ def capture_outputs(
     with evaluating(model), Capture(model, paths, xb) as c: return find_logits(model(*xb), logits),c.take()
 
 # %% ../../nbs/05a_features.capture.ipynb #3930016f
-hear = capture_outputs
-"The old name of `capture_outputs`; it goes with the next version"
+hear = capture_outputs     # its old name; it goes with the next version
 
 # %% ../../nbs/05a_features.capture.ipynb #c9d937f1
 def _shape(out):

@@ -88,5 +88,4 @@ def activations(
     return {k: torch.from_numpy(np.load(f, mmap_mode='c')) for k,f in files.items() if f.exists()}
 
 # %% ../../nbs/05d_features.stored.ipynb #27d1cf9b
-answers = activations
-"The old name of `activations`; it goes with the next version"
+answers = activations     # its old name; it goes with the next version

@@ -45,7 +45,7 @@ def _equations(model, groups):
     for path,m in model.named_modules():
         if not isinstance(m, weighted) or path not in made or not made[path].readers: continue
         n_in,groups_of = (m.in_features,1) if hasattr(m, 'in_features') else (m.in_channels,m.groups)
-        depthwise = groups_of>1 and groups_of==m.in_channels==m.out_channels
+        depthwise = groups_of>1 and groups_of==m.in_channels
         ins = {} if depthwise else {g.name: share for g,share in read.get(path, [])}
         rest = 1 if depthwise else n_in - sum(share*g.n for g,share in read.get(path, []))
         share = sum(len(p.at) for p in made[path].makers if p.path==path)/made[path].n

@@ -60,64 +60,6 @@ def before_fit(self:ParamsCallback) -> None:
     super(ParamsCallback, self).before_fit()
     self.join()
 
-# %% ../../nbs/06c_training.params.ipynb #5efc9629
-@patch
-def _part_group(self:ParamsCallback):
-    "Give the parameters a group of their own again, in an optimiser that had one"
-    opt = self.learn.opt
-    own = vars(opt).get('own_hypers')
-    groups = self.learn.splitter(self.learn.model)
-    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
-    same = set().union(*_ids(groups))==set().union(*_ids(opt.param_lists))
-    if own is None or not same or len(groups)!=len(opt.param_lists)+1: return
-    regroup(opt, groups, i, own)
-    opt.own_hypers = None
-
-# %% ../../nbs/06c_training.params.ipynb #822d6aee
-@patch
-def _merge_group(self:ParamsCallback):
-    "Let the parameters be part of the group in which the learner's splitter has them"
-    opt,learn = self.learn.opt,self.learn
-    old = [list(g) for g in opt.param_lists]
-    ids = {id(p) for p in self.params(learn.model)}
-    if not ids or ids not in _ids(old[:-1]): return
-    i = _ids(old).index(ids)
-    merged = old[:i] + [old[i]+old[i+1]] + old[i+2:]
-    groups = TermSplitter(learn.splitter)(learn.model)
-    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
-
-# %% ../../nbs/06c_training.params.ipynb #474d8ee5
-@patch
-def attach(self:ParamsCallback) -> None:
-    "Given to a learner: make the parameters known to the optimiser, now or when it is made"
-    learn = self.learn
-    self._attached = True
-    self._files = {}
-    if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
-    learn.splitter.terms.append(self)
-    self.join()
-    if self.own_group and learn.opt is not None: self._part_group()
-    if not self.own_group and len(self.params(learn.model)):
-        replace_method(learn, 'save', partial(save_bare, learn))
-        replace_method(learn, 'load', partial(load_bare, learn))
-
-# %% ../../nbs/06c_training.params.ipynb #c531258c
-@patch
-def detach(self:ParamsCallback) -> None:
-    "Taken from the learner: undo `attach`"
-    learn = self.learn
-    attached,self._attached,self._files = self._attached,False,{}
-    if not attached: return
-    ps = [] if self.own_group else list(self.params(learn.model))
-    if ps and learn.opt is not None: let_go(learn.opt, ps)
-    for p in ps: p.grad = None
-    if not brought_by(learn):
-        for name in ('save','load'): restore_method(learn, name)
-    if isinstance(learn.splitter, TermSplitter) and self in learn.splitter.terms:
-        learn.splitter.terms.remove(self)
-        if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
-    if self.own_group and learn.opt is not None: self._merge_group()
-
 # %% ../../nbs/06c_training.params.ipynb #43f874f0
 def brought_by(
     learn:Learner, # Any learner
@@ -183,3 +125,61 @@ def load_bare(
             for o,v in zip(c.tensors(), tensors): o.copy_(v)
         if kwargs.get('with_opt', True): _put_states(learn.opt, ps, states)
     return learn
+
+# %% ../../nbs/06c_training.params.ipynb #5efc9629
+@patch
+def _part_group(self:ParamsCallback):
+    "Give the parameters a group of their own again, in an optimiser that had one"
+    opt = self.learn.opt
+    own = vars(opt).get('own_hypers')
+    groups = self.learn.splitter(self.learn.model)
+    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
+    same = set().union(*_ids(groups))==set().union(*_ids(opt.param_lists))
+    if own is None or not same or len(groups)!=len(opt.param_lists)+1: return
+    regroup(opt, groups, i, own)
+    opt.own_hypers = None
+
+# %% ../../nbs/06c_training.params.ipynb #822d6aee
+@patch
+def _merge_group(self:ParamsCallback):
+    "Let the parameters be part of the group in which the learner's splitter has them"
+    opt,learn = self.learn.opt,self.learn
+    old = [list(g) for g in opt.param_lists]
+    ids = {id(p) for p in self.params(learn.model)}
+    if not ids or ids not in _ids(old[:-1]): return
+    i = _ids(old).index(ids)
+    merged = old[:i] + [old[i]+old[i+1]] + old[i+2:]
+    groups = TermSplitter(learn.splitter)(learn.model)
+    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
+
+# %% ../../nbs/06c_training.params.ipynb #474d8ee5
+@patch
+def attach(self:ParamsCallback) -> None:
+    "Given to a learner: make the parameters known to the optimiser, now or when it is made"
+    learn = self.learn
+    self._attached = True
+    self._files = {}
+    if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
+    learn.splitter.terms.append(self)
+    self.join()
+    if self.own_group and learn.opt is not None: self._part_group()
+    if not self.own_group and len(self.params(learn.model)):
+        replace_method(learn, 'save', partial(save_bare, learn))
+        replace_method(learn, 'load', partial(load_bare, learn))
+
+# %% ../../nbs/06c_training.params.ipynb #c531258c
+@patch
+def detach(self:ParamsCallback) -> None:
+    "Taken from the learner: undo `attach`"
+    learn = self.learn
+    attached,self._attached,self._files = self._attached,False,{}
+    if not attached: return
+    ps = [] if self.own_group else list(self.params(learn.model))
+    if ps and learn.opt is not None: let_go(learn.opt, ps)
+    for p in ps: p.grad = None
+    if not brought_by(learn):
+        for name in ('save','load'): restore_method(learn, name)
+    if isinstance(learn.splitter, TermSplitter) and self in learn.splitter.terms:
+        learn.splitter.terms.remove(self)
+        if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
+    if self.own_group and learn.opt is not None: self._merge_group()
