@@ -16,29 +16,11 @@ from torch import nn
 from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import plain_copy
+from ..channels.layers import attributes_of,index_layer,plain_copy,set_attributes,set_sizes
 from .build import _built,_check_fit,_cut,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
 from ..files import atomic_write
-from ..models.named import create
-
-# %% ../../nbs/40c_export.files.ipynb #2962aa49
-import hashlib,json
-from collections import OrderedDict
-from collections.abc import Callable
-from pathlib import Path
-import safetensors.torch as st, torch
-from torch import nn
-from safetensors import safe_open,SafetensorError
-from torch.utils._pytree import tree_leaves
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from ..channels.layers import attributes_of,index_layer,plain_copy,set_attributes,set_sizes
-from ..core import set_layer
-from .images import _pixels,Preprocess
-from ..files import atomic_write
-from ..layers import weighted
 from ..models.named import create
 
 # %% ../../nbs/40c_export.files.ipynb #369ed98e
@@ -68,12 +50,12 @@ def save_model(
     if not arch:
         raise ValueError(f'{type(model).__name__} does not say how to build it. Pass arch=dict(name=..., kwargs=...), '
                          'and the function that builds it to load_model(path, build=...).')
-    tensors = tensors_of(model)
+    tensors,sparse = _packed(tensors_of(model))
     if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
-    header = dict(format=FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
+    header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
-                  sha256=_sha256(tensors))
+                  **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
     if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
     return atomic_write(path, st.save(tensors, metadata=dict(kdnb=json.dumps(header))))
 
@@ -141,11 +123,10 @@ def load_model(
     try: model = plain_copy(_built(dense))
     except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
-    with safe_open(path, 'pt') as f: tensors = OrderedDict((k, f.get_tensor(k).clone()) for k in shapes)
-    if _sha256(tensors)!=header.get('sha256'):
-        raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
+    tensors,packed = _read(path, header, shapes)
     twins = _cut(model, tensors, path)
     set_attributes(model, header.get('attributes', {}))
+    for k,(mask,values) in packed.items(): tensors[k] = _unpacked(shapes[k], mask, values, f'{path}: {k}')
     tensors._metadata = model.state_dict()._metadata     # versions of layers: some refuse a state without
     model.load_state_dict(tensors, assign=True)
     for first,*others in twins:
