@@ -14,7 +14,8 @@ MOVED = {'terms': 'training.terms training.params training.optimizer training.ca
 # modules that are there, and others that hold now some of what stood in them
 SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
          'prune.criteria': 'prune.scoring prune.select prune.penalties', 'prune.callback': 'prune.select prune.rewind',
-         'distill.callback': 'distill.learner distill.show distill.seen'}
+         'distill.callback': 'distill.learner distill.show distill.seen',
+         'distill.task': 'distill.adapter'}
 
 def _finds(module, places, warn=False):
     "Let `module` look for what it lacks in the modules `places`"

@@ -35,7 +35,11 @@ from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *
 from kdnb.distill.seen import *
+from kdnb.distill.teacher import *
+from kdnb.distill.parts import *
+from kdnb.distill.checks import *
 from kdnb.distill.callback import *
+from kdnb.distill.mutual import *
 from kdnb.distill.learner import *
 from kdnb.distill.show import *
 from kdnb.variational.gates import *

@@ -6,27 +6,22 @@
 __all__ = ['probabilities_in', 'log_of', 'class_names', 'class_order', 'normalisation', 'Feed', 'feed_of', 'image_shape',
            'check_size', 'TeacherAdapter']
 
-# %% ../../nbs/11k_distill.adapter.ipynb #802c3c1d
+# %% ../../nbs/11k_distill.adapter.ipynb #cf754194
 import math,warnings
 from collections.abc import Callable,Iterator
 from contextlib import contextmanager
-from functools import partial
 import torch
 from torch import nn
-import torch.nn.functional as F
 from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
-from fastai.callback.mixup import MixHandler
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
 from fastai.learner import Learner
-from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
-from fastai.torch_core import no_random
+from ..core import evaluating,inputs,unwrap
 from ..data.arrays import ArrayDataset
-from ..core import unwrap
-from ..core import evaluating,inputs
-from .losses import class_dim
-from .logits import DKD,KD,BinaryKD,LogitTerm,LogitsMSE
+from .logits import BinaryKD,LogitTerm
+from .losses.shared import class_dim
+from .task import are_class_numbers,check_targets,is_distribution,_plain
 from .terms import Term
 
 # %% ../../nbs/11k_distill.adapter.ipynb #0f99c325
@@ -300,21 +295,3 @@ def logits(self:TeacherAdapter,
     if self.order is None or not term.by_class: return z
     if self._index is None or self._index.device!=z.device: self._index = torch.tensor(self.order, device=z.device)
     return z.index_select(class_dim(z), self._index)
-
-# %% ../../nbs/11k_distill.adapter.ipynb #cf754194
-import math,warnings
-from collections.abc import Callable,Iterator
-from contextlib import contextmanager
-import torch
-from torch import nn
-from fastcore.basics import patch,tuplify
-from fastcore.foundation import L
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
-from fastai.learner import Learner
-from ..core import evaluating,inputs,unwrap
-from ..data.arrays import ArrayDataset
-from .logits import BinaryKD,LogitTerm
-from .losses.shared import class_dim
-from .task import are_class_numbers,check_targets,is_distribution,_plain
-from .terms import Term

@@ -8,11 +8,40 @@ __all__ = ['ContrastHead', 'CRD']
 # %% ../../nbs/11e_distill.crd.ipynb #407d6d15
 import torch, torch.distributed as tdist
 from torch import nn
+from ..core import check_choice
 from .heads import HeadTerm
 from .losses.features import crd,vectors
 from .losses.shared import at_least_float32,check_T,in_float32,unit
-from .terms import _both
+from .seen import Seen
+from .terms import on_both
 from ..features.layers import penultimate
+
+# %% ../../nbs/11e_distill.crd.ipynb #2c8e922c
+@torch.no_grad()
+@in_float32
+def normaliser(v, memory, others, T):
+    "The constant Z of `crd`: the mean of what negatives are given, times the samples of the memory"
+    p = torch.exp(v@memory.T/T)
+    return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
+
+# %% ../../nbs/11e_distill.crd.ipynb #eb8cb587
+def ranks():
+    "The number of processes that train together"
+    return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
+
+# %% ../../nbs/11e_distill.crd.ipynb #ea4746b0
+def gather(x):
+    "The rows of `x` of all processes"
+    if (n := ranks())==1: return x
+    xs = [torch.empty_like(x) for _ in range(n)]
+    tdist.all_gather(xs, x.contiguous())
+    return torch.cat(xs)
+
+# %% ../../nbs/11e_distill.crd.ipynb #91d0e646
+def average(x):
+    "The mean of `x` over all processes"
+    if (n := ranks())>1: tdist.all_reduce(x)
+    return x/n
 
 # %% ../../nbs/11e_distill.crd.ipynb #86c03c10
 class ContrastHead(nn.Module):
@@ -27,13 +56,17 @@ class ContrastHead(nn.Module):
         momentum:float=.5, # Of the memories
     ):
         super().__init__()
-        self.embed_s,self.embed_t,self.T,self.momentum = nn.Linear(d_s, dim),nn.Linear(d_t, dim),T,momentum
+        self.embed_s = nn.Linear(d_s, dim)
+        self.embed_t = nn.Linear(d_t, dim)
+        self.T = T
+        self.momentum = momentum
         self.K = K if K and K<len(labels) else None
         count = labels.bincount()
         memory_s,memory_t = unit(torch.randn(2, len(labels), dim), 2)
         for name,o in dict(memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
         of_data = dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count)
-        self._new,self._of_data = None,list(of_data)
+        self._new = None                 # embeddings of the last batch
+        self._of_data = list(of_data)
         vars(self).update(of_data)
 
     def _apply(self, fn, recurse=True):
@@ -59,8 +92,8 @@ class ContrastHead(nn.Module):
         vs = [unit(at_least_float32(e(vectors(f)))) for e,f in ((self.embed_s,f_s), (self.embed_t,f_t))]
         others,memories = self.negatives(self.labels[index]),(self.memory_t,self.memory_s)
         if not self.Z.any():
-            self.Z.copy_(_average(torch.stack([_normaliser(v, m, others, self.T) for v,m in zip(vs, memories)])))
-        if self.training: self._new = [_gather(o) for o in (index, *(v.detach() for v in vs))]
+            self.Z.copy_(average(torch.stack([normaliser(v, m, others, self.T) for v,m in zip(vs, memories)])))
+        if self.training: self._new = [gather(o) for o in (index, *(v.detach() for v in vs))]
         return sum(crd(v, m, index, others, z, self.T) for v,m,z in zip(vs, memories, self.Z))
 
     @torch.no_grad()
@@ -70,33 +103,12 @@ class ContrastHead(nn.Module):
         (index,*vs),self._new = self._new,None
         for m,v in zip((self.memory_s,self.memory_t), vs): m[index] = unit(self.momentum*m[index] + (1-self.momentum)*v)
 
-# %% ../../nbs/11e_distill.crd.ipynb #2c8e922c
-@torch.no_grad()
-@in_float32
-def _normaliser(v, memory, others, T):
-    p = torch.exp(v@memory.T/T)
-    return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
-
-def _ranks(): return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
-
-# %% ../../nbs/11e_distill.crd.ipynb #ea4746b0
-def _gather(x):
-    "The rows of `x` of all processes"
-    if (n := _ranks())==1: return x
-    xs = [torch.empty_like(x) for _ in range(n)]
-    tdist.all_gather(xs, x.contiguous())
-    return torch.cat(xs)
-
-# %% ../../nbs/11e_distill.crd.ipynb #91d0e646
-def _average(x):
-    "The mean of `x` over all processes"
-    if (n := _ranks())>1: tdist.all_reduce(x)
-    return x/n
-
 # %% ../../nbs/11e_distill.crd.ipynb #6ea5e154
 class CRD(HeadTerm):
     "Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8"
-    needs_index,usual,usual_layers = True,.8,_both(penultimate)
+    needs_index = True
+    usual = .8
+    usual_layers = on_both(penultimate)
     def __init__(self,
         layer:dict|str, # The student's penultimate layer, or `{student's: teacher's}`
         teacher_layer:str|None=None, # The teacher's
@@ -104,13 +116,18 @@ class CRD(HeadTerm):
         K:int|None=16384, # Negatives for each sample; all samples of other classes if None or more than there are
         T:float=.07, # Temperature
         momentum:float=.5, # Of the memories
+        teacher:int|None=None, # Which of several teachers
     ):
-        super().__init__(layer, teacher_layer); check_T(T)
-        self.dim,self.K,self.T,self.momentum = dim,K,T,momentum
+        super().__init__(layer, teacher_layer, teacher)
+        check_T(T)
+        self.dim = dim
+        self.K = K
+        self.T = T
+        self.momentum = momentum
     def prepare(self,
-        o:object, # What the term sees of a batch
+        o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "Embeddings and memories for each pair"
-        return nn.ModuleList([ContrastHead(vectors(f_s).shape[1], vectors(f_t).shape[1], o.labels, self.dim, self.K, self.T,
-                                       self.momentum) for f_s,f_t in self.features(o)])
+        def head(f_s, f_t): return ContrastHead(f_s.shape[1], f_t.shape[1], o.labels, self.dim, self.K, self.T, self.momentum)
+        return nn.ModuleList([head(*map(vectors, f)) for f in self.features(o)])
     def __call__(self, o): return sum(h(*f, o.index) for h,f in zip(o.head, self.features(o)))

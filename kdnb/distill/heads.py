@@ -7,32 +7,56 @@ __all__ = ['HeadTerm', 'as_map', 'FSP', 'FitNet']
 
 # %% ../../nbs/11c_distill.heads.ipynb #44c4e6f5
 import math
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
+import torch.nn.functional as F
 from .layers import LayerTerm
-from .losses.features import fsp
+from .losses.features import as_maps,fsp,same_size,token_grid
 from .losses.shared import in_float32
+from .seen import Seen
 
 # %% ../../nbs/11c_distill.heads.ipynb #f4102db5
 class HeadTerm(LayerTerm, abstract=True):
     "A term on pairs of layers, with a trainable part for each pair"
     def prepare(self,
-        o:object, # What the term sees of a batch
+        o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "A head for each pair"
         return nn.ModuleList([self.head(*f) for f in self.features(o)])
+    def features(self,
+        o:Seen, # What the term sees of a batch
+    ) -> list:
+        "Features of each pair; of tokens that are masked those that count, as samples (n, C)"
+        mask = getattr(o, 'mask', None)
+        res = []
+        for f_s,f_t in super().features(o):
+            tokens = mask is not None and f_s.ndim==f_t.ndim==3 and f_s.shape[:2]==f_t.shape[:2]==mask.shape and mask.any()
+            res.append((f_s[mask.bool()],f_t[mask.bool()]) if tokens else (f_s,f_t))
+        return res
     def __call__(self, o): return sum(self.compare(h, *f) for h,f in zip(o.head, self.features(o)))
 
 # %% ../../nbs/11c_distill.heads.ipynb #08d9b6d6
-_mse = in_float32(F.mse_loss)
+mse = in_float32(F.mse_loss)
 
+# %% ../../nbs/11c_distill.heads.ipynb #564b2588
 def as_map(
-    f:torch.Tensor, # Maps (B, C, H, W), or features (B, …)
+    f:torch.Tensor, # Maps (B, C, H, W), tokens (B, N, C), or features (B, …)
 ) -> torch.Tensor:
-    "Maps (B, C, H, W); anything else as maps of one pixel"
-    return f if f.ndim==4 else f.flatten(1)[:,:,None,None]
+    "Maps (B, C, H, W); tokens as their square grid, or as a row; anything else as maps of one pixel"
+    if f.ndim==4: return f
+    if f.ndim!=3: return f.flatten(1)[:,:,None,None]
+    try: return token_grid(f)
+    except ValueError: return f.mT[:,:,None]
 
-def _bn(c, size): return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []   # a last batch of one value has no variance
+# %% ../../nbs/11c_distill.heads.ipynb #ecdaaed8
+def map_pair(f_s, f_t):
+    "Both as maps: tokens place by place where there are as many, vectors as one pixel"
+    return tuple(map(as_map, as_maps(f_s, f_t)))
+
+# %% ../../nbs/11c_distill.heads.ipynb #e3663282
+def batch_norm(c, size):
+    "`[BatchNorm2d]` of `c` channels; nothing for maps of one pixel: a last batch of one value has no variance"
+    return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []
 
 # %% ../../nbs/11c_distill.heads.ipynb #614725c9
 class FSP(HeadTerm):
@@ -43,10 +67,16 @@ class FSP(HeadTerm):
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
+        teacher:int|None=None, # Which of several teachers
     ):
-        super().__init__(layers, teacher_layers)
+        super().__init__(layers, teacher_layers, teacher)
         if len(self.pairs)<2:
             raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks from layer to layer.')
+    def features(self,
+        o:Seen, # What the term sees of a batch
+    ) -> list:
+        "Maps of each pair; of tokens a row of them"
+        return [as_maps(*f) for f in LayerTerm.features(self, o)]
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W)
         f_t:torch.Tensor, # The teacher's
@@ -58,6 +88,15 @@ class FSP(HeadTerm):
         fs = [(h(f_s),f_t) for h,(f_s,f_t) in zip(o.head, self.features(o))]
         return sum(fsp((a_s,b_s), (a_t,b_t)) for (a_s,a_t),(b_s,b_t) in zip(fs, fs[1:]))
 
+# %% ../../nbs/11c_distill.heads.ipynb #67d5fc61
+def resizing(c_s, c_t, size_s, size_t):
+    "A convolution from maps of `size_s` to maps of at least `size_t`"
+    (h_s,w_s),(h_t,w_t) = size_s,size_t
+    if (h_s,w_s)==(h_t,w_t): return nn.Conv2d(c_s, c_t, 1)
+    if h_s>=h_t and w_s>=w_t: return nn.Conv2d(c_s, c_t, 3, (h_s//h_t, w_s//w_t), 1)
+    up = math.ceil(h_t/h_s),math.ceil(w_t/w_s)
+    return nn.ConvTranspose2d(c_s, c_t, 3, up, 1, tuple(o-1 for o in up))
+
 # %% ../../nbs/11c_distill.heads.ipynb #c31b3e13
 class FitNet(HeadTerm):
     "Regress the teacher's features (Romero et al. 2015); usual weight 100"
@@ -65,32 +104,29 @@ class FitNet(HeadTerm):
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
-        norm:bool=True, # BatchNorm in the regressor
-        relu:bool=True, # ReLU at its end, for layers of the teacher that end in one
+        norm:bool=True, # BatchNorm in the regressor of maps
+        relu:bool=True, # ReLU at its end, for layers of the teacher that end in one; not of tokens
+        teacher:int|None=None, # Which of several teachers
     ):
-        super().__init__(layers, teacher_layers); self.norm,self.relu = norm,relu
+        super().__init__(layers, teacher_layers, teacher)
+        self.norm = norm
+        self.relu = relu
     def head(self,
         f_s:torch.Tensor, # The student's features (B, …)
         f_t:torch.Tensor, # The teacher's
     ) -> nn.Module:
         "The regressor from one to the other"
-        f_s,f_t = as_map(f_s),as_map(f_t)
+        tokens = f_t.ndim==3
+        f_s,f_t = map_pair(f_s, f_t)
         (c_s,*size_s),(c_t,*size_t) = f_s.shape[1:],f_t.shape[1:]
-        return nn.Sequential(_resize(c_s, c_t, size_s, size_t), nn.AdaptiveAvgPool2d(tuple(size_t)),
-                             *_bn(c_t, size_t)*self.norm, *[nn.ReLU()]*self.relu)
+        pool = nn.AdaptiveAvgPool2d(tuple(size_t))
+        if tokens: return nn.Sequential(nn.Conv2d(c_s, c_t, 1))
+        return nn.Sequential(resizing(c_s, c_t, size_s, size_t), pool, *batch_norm(c_t, size_t)*self.norm, *[nn.ReLU()]*self.relu)
     def compare(self,
         head:nn.Module, # The regressor
         f_s:torch.Tensor, # The student's features (B, …)
         f_t:torch.Tensor, # The teacher's
     ) -> torch.Tensor:
         "Mean squared error of the regressor"
-        return _mse(head(as_map(f_s)), as_map(f_t))
-
-# %% ../../nbs/11c_distill.heads.ipynb #67d5fc61
-def _resize(c_s, c_t, size_s, size_t):
-    "A convolution from maps of `size_s` to maps of at least `size_t`"
-    (h_s,w_s),(h_t,w_t) = size_s,size_t
-    if (h_s,w_s)==(h_t,w_t): return nn.Conv2d(c_s, c_t, 1)
-    if h_s>=h_t and w_s>=w_t: return nn.Conv2d(c_s, c_t, 3, (h_s//h_t, w_s//w_t), 1)
-    up = math.ceil(h_t/h_s),math.ceil(w_t/w_s)
-    return nn.ConvTranspose2d(c_s, c_t, 3, up, 1, tuple(o-1 for o in up))
+        f_s,f_t = map_pair(f_s, f_t)
+        return mse(*same_size(head(f_s), f_t))

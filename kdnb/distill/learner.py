@@ -7,16 +7,21 @@ __all__ = ['check_terms', 'teacher_assistant']
 
 # %% ../../nbs/15_distill.learner.ipynb #5470ce69
 import inspect
+from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 import torch
+from torch import nn
 from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from ..core import as_network,described,inputs,undisturbed
 from .callback import KnowledgeDistillation
+from .terms import Term,Terms
 
 # %% ../../nbs/15_distill.learner.ipynb #5e6970e9
 def _fit_method(learn, name, kwargs):
@@ -24,7 +29,8 @@ def _fit_method(learn, name, kwargs):
     method = getattr(type(learn), name, None) if isinstance(name, str) else None
     if method is None:
         near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
-        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.' + (f' Did you mean {near[0]!r}?' if near else ''))
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.'
+                         + (f' Did you mean {near[0]!r}?' if near else ''))
     takes = inspect.signature(method).parameters
     if 'lr' in kwargs and 'lr' not in takes and (own := [k for k in ('base_lr','lr_max','max_lr') if k in takes]):
         if own[0] in kwargs: raise ValueError(f'lr and {own[0]} are both given, and {name} has one learning rate.')
@@ -34,50 +40,57 @@ def _fit_method(learn, name, kwargs):
 # %% ../../nbs/15_distill.learner.ipynb #a668c992
 @patch
 def distill(self:Learner,
-    teacher, # Trained `Learner` or module
-    n_epoch, # Epochs
-    terms=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
-    task=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
-    fit='fit_one_cycle', # Which method of the learner trains
-    cbs=None, # More callbacks
-    cache=False, # Ask the teacher once per sample, see `KnowledgeDistillation`
-    n_views=None, # With `cache`: number of fixed views of each image
-    logits=None, # Where the logits are in what the networks return, see `as_logits`
-    teacher_tfm=None, # Function from the student's inputs to what the teacher wants, such as a resize
-    **kwargs): # Passed on to the fit method; `lr` is the learning rate, whatever that calls it
-    "Train with what `teacher` knows; returns the `KnowledgeDistillation`"
+    teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list of such
+    n_epoch:int, # Epochs
+    terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
+    task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
+    fit:str='fit_one_cycle', # Which method of the learner trains
+    cbs:list|None=None, # More callbacks
+    cache:bool|str|Path=False, # Ask the teacher once per sample, see `KnowledgeDistillation`
+    n_views:int|None=None, # With `cache`: number of fixed views of each image
+    logits:str|int|Callable|None=None, # Where the logits are in what the networks return, see `as_logits`
+    teacher_tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants, such as a resize
+    shares:list|None=None, # With several teachers: the weight of each in the mean of their answers; equal if None
+    mask:Callable|None=None, # Function of inputs and targets: True where a pixel or token counts
+    **kwargs, # Passed on to the fit method; `lr` is the learning rate, whatever that calls it
+) -> KnowledgeDistillation:
+    "Train with what `teacher` knows; returns the callback. Raises `ValueError` if something does not fit."
     if not isinstance(n_epoch, Integral):
         raise ValueError(f'n_epoch is {described(n_epoch)}, expected a number: distill(teacher, 5, KD(T=4)*.9).')
     train = _fit_method(self, fit, kwargs)
-    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, logits, teacher_tfm)
+    kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, logits, teacher_tfm, shares, mask)
     with self.added_cbs(kd): train(n_epoch, cbs=cbs)
     return kd
 
 # %% ../../nbs/15_distill.learner.ipynb #879ed7b4
-def check_terms(terms, # A term or a sum of terms
-    student, teacher, # Networks, trained or not
-    dls, # `DataLoaders` that both can read
-    logits=None): # Where the logits are in what they return, see `as_logits`
-    "Raise the error that `distill` would raise, if `terms` do not fit these networks"
+def check_terms(
+    terms:Term|Terms|None, # A term or a sum of terms
+    student:nn.Module, # Network, trained or not
+    teacher:nn.Module, # Network, trained or not
+    dls:DataLoaders, # Data that both can read
+    logits:str|int|Callable|None=None, # Where the logits are in what they return, see `as_logits`
+) -> None:
+    "Raise the `ValueError` that `distill` would raise, if `terms` do not fit these networks"
     student,teacher = as_network(student, 'student'),as_network(teacher)
-    kd,p = KnowledgeDistillation(teacher, terms, logits=logits),next(teacher.parameters(), torch.zeros(0))
+    kd = KnowledgeDistillation(teacher, terms, logits=logits)
+    p = next(teacher.parameters(), torch.zeros(0))
     learn = Learner(dls, deepcopy(student).to(p.device), CrossEntropyLossFlat(), cbs=kd)
     if kd._fault is not None: raise kd._fault
-    if kd._paths('student_layers')!=kd._paths('probe_layers'): return     # the student has been replaced
+    if kd.paths('student_layers')!=kd.paths('probe_layers'): return     # the student has been replaced
     with undisturbed(learn.model), torch.no_grad():
-        o = kd._probe()
-        o.index = torch.arange(len(inputs(dls)[0]), device=p.device)
-        o.lazy['y'] = lambda: torch.zeros_like(o.z_s[:,0], dtype=torch.long)
-        for k,term in kd.terms.items():
-            o.head = kd.heads[k] if k in kd.heads else None
-            term(o)
+        for k,o in kd._probe().items():
+            o.index = torch.arange(len(inputs(dls)[0]), device=p.device)
+            o.y = lambda o=o: torch.zeros_like(o.z_s[:,0], dtype=torch.long)
+            kd.terms[k](o)
 
 # %% ../../nbs/15_distill.learner.ipynb #bb520526
-def teacher_assistant(learners, # `[teacher, assistant, …, student]`, of which the first is trained
-    n_epoch, # Epochs of each training, or a list of them
-    terms=None, # A term or a sum of terms for every step; if None what the task asks for
-    **kwargs): # Passed on to `distill`
-    "Distil along a chain of learners; returns the last"
+def teacher_assistant(
+    learners:list[Learner], # `[teacher, assistant, …, student]`, of which the first is trained
+    n_epoch:int|list, # Epochs of each training, or a list of them
+    terms:Term|Terms|None=None, # A term or a sum of terms for every step; if None what the task asks for
+    **kwargs, # Passed on to `distill`
+) -> Learner:
+    "Distil along a chain of learners; returns the last. Raises `ValueError` if it is no chain."
     if bad := [o for o in learners if not isinstance(o, Learner)]:
         raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one before it.')
     if len(learners)<2:

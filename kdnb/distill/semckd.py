@@ -9,12 +9,21 @@ __all__ = ['CrossLayerHead', 'SemCKD']
 import torch, torch.nn.functional as F
 from torch import nn
 from fastai.data.core import DataLoaders
-from .heads import as_map,_bn
-from .layers import _stage_pairs
+from .heads import as_map,batch_norm
+from .layers import stage_pairs
 from .losses.features import same_size
 from .losses.shared import at_least_float32,check_batch,unit
+from .seen import Seen
 from .terms import Term
 from ..features.layers import as_pairs
+
+# %% ../../nbs/11g_distill.semckd.ipynb #2889620c
+def projector(f_s, f_t):
+    "1×1, 3×3, 1×1 convolutions"
+    c_s,c_t = f_s.shape[1],f_t.shape[1]
+    size = same_size(f_s, f_t)[0].shape[2:]
+    return nn.Sequential(nn.Conv2d(c_s, c_t, 1), *batch_norm(c_t, size), nn.ReLU(),
+                         nn.Conv2d(c_t, c_t, 3, 1, 1), *batch_norm(c_t, size), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
 
 # %% ../../nbs/11g_distill.semckd.ipynb #9ff0cebe
 class CrossLayerHead(nn.Module):
@@ -26,10 +35,13 @@ class CrossLayerHead(nn.Module):
         factor:int=4, # By how much their embeddings are shorter
     ):
         super().__init__()
-        self.bs,width = bs,max(bs//factor, 1)
-        embed = lambda: nn.Sequential(nn.Linear(bs, 2*width), nn.ReLU(), nn.Linear(2*width, width))
-        self.queries,self.keys = (nn.ModuleList([embed() for _ in fs]) for fs in (fs_s, fs_t))
-        self.project = nn.ModuleList([nn.ModuleList([_projector(a, b) for b in fs_t]) for a in fs_s])
+        self.bs = bs
+        width = max(bs//factor, 1)
+        def embed(): return nn.Sequential(nn.Linear(bs, 2*width), nn.ReLU(), nn.Linear(2*width, width))
+        self.queries = nn.ModuleList([embed() for _ in fs_s])
+        self.keys = nn.ModuleList([embed() for _ in fs_t])
+        def row(a): return nn.ModuleList([projector(a, b) for b in fs_t])
+        self.project = nn.ModuleList(map(row, fs_s))
     def forward(self,
         fs_s:list, # Maps of the S layers of the student (B, C, H, W)
         fs_t:list, # Maps of the T layers of the teacher
@@ -37,8 +49,8 @@ class CrossLayerHead(nn.Module):
         "Weights (B, S, T), and squared errors of the projections (B, S, T)"
         q,k = (torch.stack([self._embed(e, f) for e,f in zip(es, fs)], 1)
                for es,fs in ((self.queries,fs_s), (self.keys,fs_t)))
-        errors = torch.stack([torch.stack([self._error(p, a, b) for p,b in zip(ps, fs_t)], 1)
-                              for ps,a in zip(self.project, fs_s)], 1)
+        def row(ps, a): return torch.stack([self._error(p, a, b) for p,b in zip(ps, fs_t)], 1)
+        errors = torch.stack([row(ps, a) for ps,a in zip(self.project, fs_s)], 1)
         return (q@k.mT).softmax(2),errors
     def _embed(self, e, f):
         f = at_least_float32(f).flatten(1)
@@ -46,13 +58,6 @@ class CrossLayerHead(nn.Module):
     def _error(self, p, a, b):
         a,b = same_size(a, b)
         return (at_least_float32(p(a)) - at_least_float32(b)).square().flatten(1).mean(1)
-
-# %% ../../nbs/11g_distill.semckd.ipynb #2889620c
-def _projector(f_s, f_t):
-    "1×1, 3×3, 1×1 convolutions"
-    c_s,c_t,size = f_s.shape[1],f_t.shape[1],same_size(f_s, f_t)[0].shape[2:]
-    return nn.Sequential(nn.Conv2d(c_s, c_t, 1), *_bn(c_t, size), nn.ReLU(),
-                         nn.Conv2d(c_t, c_t, 3, 1, 1), *_bn(c_t, size), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
 
 # %% ../../nbs/11g_distill.semckd.ipynb #e0bb137f
 class SemCKD(Term):
@@ -66,23 +71,26 @@ class SemCKD(Term):
         layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
     ) -> tuple:
         "The layers of both sides, ends of stages"
-        pairs = layers or _stage_pairs(student, teacher, data)
+        pairs = layers or stage_pairs(student, teacher, data)
         return list(pairs),list(pairs.values())
     def __init__(self,
         layers:list|str, # Layers of the student
         teacher_layers:list|str, # Layers of the teacher; any number
         bs:int|None=None, # Length of queries' and keys' inputs; the batch size if None
         factor:int=4, # By how much their embeddings are shorter
+        teacher:int|None=None, # Which of several teachers
     ):
+        super().__init__(teacher)
         self.student_layers,self.teacher_layers = ([p for p,_ in as_pairs(l)] for l in (layers, teacher_layers))
-        self.bs,self.factor = bs,factor
+        self.bs = bs
+        self.factor = factor
     def features(self,
-        o:object, # What the term sees of a batch
+        o:Seen, # What the term sees of a batch
     ) -> tuple:
         "Features of all layers of the student, and of the teacher"
         return [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
     def prepare(self,
-        o:object, # What the term sees of a batch
+        o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "Projections between all layers, and attention"
         for f in self.features(o)[1]: check_batch(o.f_s[self.student_layers[0]], f)

@@ -6,42 +6,58 @@
 __all__ = ['likelihood_maps', 'sorted_variances', 'plot_log_likelihood', 'plot_variances']
 
 # %% ../../nbs/16_distill.show.ipynb #fc59bda9
+from collections.abc import Callable
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
+from torch import nn
 from fastcore.basics import patch
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import show_image
 from ..core import as_network,evaluating,inputs
 from .adapter import TeacherAdapter
+from .callback import KnowledgeDistillation
 from .logits import KD
 from .vid import GaussianHead
-from ..features.logits import as_logits
 from ..features.capture import hear
+from ..features.logits import as_logits
 
 # %% ../../nbs/16_distill.show.ipynb #5ea94258
-def _show(x, ax, title=None): show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
+def draw(x, ax, title=None):
+    "An image on an axis; of one channel dark on white"
+    show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
+
+# %% ../../nbs/16_distill.show.ipynb #9832c16a
+def differing(learn, teacher, dl, n, logits=None):
+    "The `n` samples of a batch on which teacher and student differ most, and the probabilities (n, C) of both"
+    net,adapter,b = as_network(teacher),TeacherAdapter(teacher),dl.one_batch()
+    def answer(m, data): return as_logits(hear(m, [], data, logits)[0])
+    adapter.meet(learn.dls, net, lambda: tuple(answer(m, learn.dls) for m in (learn.model, net)))
+    with adapter.fed(net): z_t = answer(net, b[:1])
+    z_s = answer(learn.model, b[:1])
+    adapter.check(KD(), z_s, z_t)
+    probs = [z.float().softmax(1).cpu() for z in (adapter.logits(z_t, KD()), z_s)]
+    most = (probs[0]-probs[1]).abs().sum(1).topk(min(n, len(z_s))).indices
+    return [o[most.to(o.device)] for o in b],[p[most] for p in probs]
 
 # %% ../../nbs/16_distill.show.ipynb #3a747b52
 @patch
 def show_distilled(self:Learner,
-    teacher, # `Learner` or module
-    n=6, # Number of images
-    k=3, # Number of classes, the likeliest by either's opinion
-    dl=None, # The validation set if None
-    figsize=None,
-    logits=None): # Where the logits are in what the networks return, see `as_logits`
+    teacher:Learner|nn.Module, # `Learner` or module
+    n:int=6, # Number of images
+    k:int=3, # Number of classes, the likeliest by either's opinion
+    dl:DataLoader|None=None, # The validation set if None
+    figsize:tuple|None=None, # In inches
+    logits:str|int|Callable|None=None, # Where the logits are in what the networks return, see `as_logits`
+) -> np.ndarray:
     "The images of one batch on which teacher and student differ most, and what they think of them; returns the axes"
-    dl,adapter,teacher = dl or self.dls.valid,TeacherAdapter(teacher),as_network(teacher)
-    b,probs,said = dl.one_batch(),[],lambda m,xb: as_logits(hear(m, [], xb, logits)[0])
-    adapter.meet(self.dls, teacher, lambda: tuple(said(m, self.dls) for m in (self.model, teacher)))
-    with adapter.fed(teacher): zs = said(teacher, b[:1]),said(self.model, b[:1])
-    adapter.check(KD(), zs[1], zs[0])
-    for z in (adapter.logits(zs[0], KD()),zs[1]): probs.append(z.float().softmax(1).cpu())
-    most = (probs[0]-probs[1]).abs().sum(1).topk(n := min(n, len(probs[0]))).indices
-    b,probs = [o[most.to(o.device)] for o in b],[p[most] for p in probs]
+    dl = dl or self.dls.valid
+    b,probs = differing(self, teacher, dl, n, logits)
+    n = len(probs[0])
     axs = plt.subplots(2, n, figsize=figsize or (1.5*n,3), squeeze=False, layout='constrained')[1]
     for i,(x,*y) in enumerate(dl.decode_batch(tuple(b), max_n=n)):
-        _show(x, axs[0,i], str(*y[:1]))
-        top,ax = (probs[0][i]+probs[1][i]).topk(min(k, probs[0].shape[1])).indices,axs[1,i]
+        draw(x, axs[0,i], str(*y[:1]))
+        top = (probs[0][i]+probs[1][i]).topk(min(k, probs[0].shape[1])).indices
+        ax = axs[1,i]
         for j,(p,name) in enumerate(zip(probs, ('teacher','student'))):
             ax.barh(np.arange(len(top))+.2-.4*j, p[i][top], .4, label=name, color=f'C{j}')
         ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=[str(dl.vocab[c]) for c in top])
@@ -50,7 +66,7 @@ def show_distilled(self:Learner,
     return axs
 
 # %% ../../nbs/16_distill.show.ipynb #b56bedaf
-def _gaussians(kd):
+def gaussians(kd):
     "`(student's layer, teacher's layer, head)` of every pair of layers that VID has compared"
     found = [(s,t,h) for k,term in kd.terms.items() if k in kd.heads and hasattr(term, 'pairs')
              for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
@@ -59,12 +75,17 @@ def _gaussians(kd):
 
 # %% ../../nbs/16_distill.show.ipynb #26dd4a4a
 @torch.no_grad()
-def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
-    model, # The network it trained
-    dl, # Loader of the images
-    n=3): # Number of images
-    "Images (n, C, H, W), and by title the maps (n, H, W) of log q(t|s) and of the teacher's activity, for each pair"
-    found,b = _gaussians(kd),dl.one_batch()
+def likelihood_maps(
+    kd:KnowledgeDistillation, # What `learn.distill` returned, with a VID term
+    model:nn.Module, # The network it trained
+    dl:DataLoader, # Loader of the images
+    n:int=3, # Number of images
+) -> dict[str,torch.Tensor]:
+    """Images (n, C, H, W), and by title the maps (n, H, W) of log q(t|s) and of the teacher's activity, for each pair
+
+    Raises `ValueError` if no term has learnt a variance."""
+    found = gaussians(kd)
+    b = dl.one_batch()
     xb = inputs(b[:1], model)
     f_s = hear(model, [s for s,_,_ in found], xb)[1]
     with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
@@ -78,30 +99,38 @@ def likelihood_maps(kd, # What `learn.distill` returned, with a VID term
 
 # %% ../../nbs/16_distill.show.ipynb #e227aa50
 @torch.no_grad()
-def sorted_variances(kd): # What `learn.distill` returned, with a VID term
-    "The learnt variance of each of the teacher's channels (C,), sorted, for each pair"
-    return {f'{s} → {t}': head.variance.sort().values.cpu() for s,t,head in _gaussians(kd)}
+def sorted_variances(
+    kd:KnowledgeDistillation, # What `learn.distill` returned, with a VID term
+) -> dict[str,torch.Tensor]:
+    "The learnt variance of each of the teacher's channels (C,), sorted, for each pair; `ValueError` if there is none"
+    return {f'{s} → {t}': head.variance.sort().values.cpu() for s,t,head in gaussians(kd)}
 
 # %% ../../nbs/16_distill.show.ipynb #c543aea4
-def plot_log_likelihood(kd, # What `learn.distill` returned, with a VID term
-    learn, # The learner it trained
-    n=3, # Number of images
-    dl=None, # The validation set if None
-    figsize=None):
+def plot_log_likelihood(
+    kd:KnowledgeDistillation, # What `learn.distill` returned, with a VID term
+    learn:Learner, # The learner it trained
+    n:int=3, # Number of images
+    dl:DataLoader|None=None, # The validation set if None
+    figsize:tuple|None=None, # In inches
+) -> np.ndarray:
     "Images, log q(t|s) at each place, and the teacher's activity there (Ahn et al. 2019, Figures 2, 4); returns the axes"
     maps = likelihood_maps(kd, learn.model, dl or learn.dls.valid, n)
     size = figsize or (1.4*len(maps),1.5*n)
     axs = plt.subplots(n, len(maps), figsize=size, squeeze=False, layout='constrained')[1]
     for col,(title,ms) in enumerate(maps.items()):
         for ax,m in zip(axs[:,col], ms):
-            if col: ax.imshow(m, cmap='inferno'); ax.axis('off')
-            else: _show(m, ax)
+            if not col: draw(m, ax)
+            else:
+                ax.imshow(m, cmap='inferno')
+                ax.axis('off')
         if col: axs[0,col].set_title(title, fontsize=8)
     return axs
 
 # %% ../../nbs/16_distill.show.ipynb #1de9f56c
-def plot_variances(kd, # What `learn.distill` returned, with a VID term
-    figsize=None):
+def plot_variances(
+    kd:KnowledgeDistillation, # What `learn.distill` returned, with a VID term
+    figsize:tuple|None=None, # In inches
+) -> np.ndarray:
     "The learnt variance of each of the teacher's channels, sorted (Ahn et al. 2019, Figure 3); returns the axes"
     found = sorted_variances(kd)
     size = figsize or (3.2*len(found),2.2)

@@ -7,83 +7,23 @@ __all__ = ['SimKD', 'simkd_student']
 
 # %% ../../nbs/11h_distill.simkd.ipynb #22a6f35e
 from collections import OrderedDict
-from types import SimpleNamespace
 import torch
 from torch import fx,nn
 from ..core import evaluating
-from .heads import _mse
+from .heads import mse
 from .layers import LayerTerm
 from .losses.features import same_size
+from .seen import Seen
 from .srrl import rest_of
-from .terms import _both
-from ..features.layers import as_pairs,last_map
-from ..features.halves import cut
+from .terms import on_both
 from ..features.capture import hear
-from ..models import architecture
+from ..features.halves import cut
+from ..features.layers import as_pairs,last_map
 from ..models.named import create
-
-# %% ../../nbs/11h_distill.simkd.ipynb #e298d79a
-class SimKD(LayerTerm):
-    """Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0
-
-    Raises `ValueError` if there is more than one pair."""
-    task,by_class,usual_layers = 0.,True,_both(last_map)
-    def __init__(self,
-        layer:dict|str, # The student's last map
-        teacher_layer:str|None=None, # The teacher's last map
-        factor:int=2, # By how much the projector's middle is narrower than the teacher's map
-        norm:bool=True, # BatchNorm in the projector
-    ):
-        super().__init__(layer, teacher_layer); self.factor,self.norm = factor,norm
-        if len(self.pairs)>1:
-            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last maps.')
-    student_layers = ['projector']
-    @property
-    def probe_layers(self) -> list[str]:
-        "The student's last map"
-        return [self.pairs[0][0]]
-    def before_train(self,
-        model:nn.Module, # The network of body, projector and head
-    ) -> None:
-        "The teacher's part stays in evaluation mode"
-        model.head.eval()
-    def __call__(self, o): return _mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
-
-    def rebuild(self,
-        o:object, # What the term sees of a batch
-    ) -> nn.Module:
-        """The plain module student's body → projector → rest of the teacher
-
-        Raises `ValueError` if a copy of the student's body would do other things in training than the body."""
-        (s,t), = self.pairs
-        f_s,f_t = o.f_s[s],o.f_t[t]
-        rest,order = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)),getattr(o, 'order', None)
-        if order is not None: _reorder(rest, order)
-        small = same_size(f_s, f_t)[0]
-        pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
-        with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
-        if bodies[0].code!=bodies[1].code:
-            raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy cannot. '
-                             'Use layers that know, such as nn.Dropout, instead of functions.')
-        new = _chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
-        archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
-        if all(archs):
-            more = {} if order is None else dict(order=order)
-            new.arch = dict(name='simkd_student', kwargs=dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more))
-        return new
-
-    def projector(self,
-        c_s:int, # Channels of the student's map
-        c_t:int, # Channels of the teacher's
-    ) -> list[nn.Module]:
-        "1×1, 3×3 and 1×1 convolutions from one to the other"
-        mid,layers = max(c_t//self.factor, 1),[]
-        for a,b,k in ((c_s,mid,1), (mid,mid,3), (mid,c_t,1)):
-            layers += [nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm), *[nn.BatchNorm2d(b)]*self.norm, nn.ReLU()]
-        return layers
+from ..models.registry import architecture
 
 # %% ../../nbs/11h_distill.simkd.ipynb #9664ce0d
-def _reorder(rest, order):
+def reorder(rest, order):
     "Let the last layer of `rest` give the outputs `order` only, in that order"
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
@@ -95,7 +35,7 @@ def _reorder(rest, order):
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
 
 # %% ../../nbs/11h_distill.simkd.ipynb #f9ccec21
-def _chain(body, projector, head):
+def chain(body, projector, head):
     "One plain module of three, which takes what `body` takes"
     takes = [n.target for n in body.graph.nodes if n.op=='placeholder']
     root = nn.Sequential(OrderedDict(body=body, projector=projector, head=head))
@@ -104,6 +44,74 @@ def _chain(body, projector, head):
     x = g.call_module('body', tuple(g.placeholder(o) for o in takes))
     g.output(g.call_module('head', (g.call_module('projector', (x,)),)))
     return fx.GraphModule(root, g, 'SimKDStudent')
+
+# %% ../../nbs/11h_distill.simkd.ipynb #e298d79a
+class SimKD(LayerTerm):
+    """Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0
+
+    Raises `ValueError` if there is more than one pair."""
+    task = 0.
+    by_class = True
+    usual_layers = on_both(last_map)
+    student_layers = 'projector',
+    def __init__(self,
+        layer:dict|str, # The student's last map
+        teacher_layer:str|None=None, # The teacher's last map
+        factor:int=2, # By how much the projector's middle is narrower than the teacher's map
+        norm:bool=True, # BatchNorm in the projector
+        teacher:int|None=None, # Which of several teachers
+    ):
+        super().__init__(layer, teacher_layer, teacher)
+        self.factor = factor
+        self.norm = norm
+        if len(self.pairs)>1:
+            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last maps.')
+    @property
+    def probe_layers(self) -> list[str]:
+        "The student's last map"
+        return [self.pairs[0][0]]
+    def before_train(self,
+        model:nn.Module, # The network of body, projector and head
+    ) -> None:
+        "The teacher's part stays in evaluation mode"
+        model.head.eval()
+    def __call__(self, o): return mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
+
+    def rebuild(self,
+        o:Seen, # What the term sees of a batch
+    ) -> nn.Module:
+        """The plain module student's body → projector → rest of the teacher
+
+        Raises `ValueError` if a copy of the student's body would do other things in training than the body."""
+        (s,t), = self.pairs
+        f_s,f_t = o.f_s[s],o.f_t[t]
+        rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
+        order = getattr(o, 'order', None)
+        if order is not None: reorder(rest, order)
+        small = same_size(f_s, f_t)[0]
+        pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
+        with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
+        if bodies[0].code!=bodies[1].code:
+            raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy cannot. '
+                             'Use layers that know, such as nn.Dropout, instead of functions.')
+        new = chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
+        archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
+        if all(archs):
+            more = {} if order is None else dict(order=order)
+            kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more)
+            new.arch = dict(name='simkd_student', kwargs=kwargs)
+        return new
+
+    def projector(self,
+        c_s:int, # Channels of the student's map
+        c_t:int, # Channels of the teacher's
+    ) -> list[nn.Module]:
+        "1×1, 3×3 and 1×1 convolutions from one to the other"
+        mid = max(c_t//self.factor, 1)
+        layers = []
+        for a,b,k in ((c_s,mid,1), (mid,mid,3), (mid,c_t,1)):
+            layers += [nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm), *[nn.BatchNorm2d(b)]*self.norm, nn.ReLU()]
+        return layers
 
 # %% ../../nbs/11h_distill.simkd.ipynb #5bf029f1
 @architecture
@@ -119,4 +127,4 @@ def simkd_student(
     s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
     xb,(pair,) = torch.zeros(2, *student['kwargs']['in_shape']),as_pairs(layers)
     f_s,f_t = (hear(m, [p], xb)[1] for m,p in zip((s, t), pair))
-    return SimKD(layers, factor=factor, norm=norm).rebuild(SimpleNamespace(student=s, teacher=t, f_s=f_s, f_t=f_t, order=order))
+    return SimKD(layers, factor=factor, norm=norm).rebuild(Seen(f_s, f_t, student=s, teacher=t, order=order))

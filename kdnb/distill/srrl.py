@@ -10,27 +10,30 @@ from copy import deepcopy
 import torch
 from torch import nn
 from ..core import evaluating
-from .heads import HeadTerm,_mse
+from .heads import HeadTerm,mse
 from .losses.features import same_size,vectors
-from .terms import _both
+from .layers import last_features
+from .seen import Seen
+from .terms import on_both
 from ..features.halves import cut
-from ..features.layers import last_map
 
 # %% ../../nbs/11f_distill.srrl.ipynb #2a1d17ba
 class ConnectorHead(nn.Module):
-    "From the student's map to the teacher's, and through the rest of the teacher (frozen, no part of this module)"
+    "From the student's map or tokens to the teacher's, and through the rest of the teacher (frozen, no part of this module)"
     def __init__(self,
-        c_s:int, # Channels of the student's map
-        c_t:int, # Channels of the teacher's
+        c_s:int, # Channels of the student
+        c_t:int, # Channels of the teacher
         rest:nn.Module, # What follows in the teacher
+        tokens:bool=False, # Tokens (B, N, C), not maps: one linear layer
     ):
         super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.BatchNorm2d(c_t), nn.ReLU())
-        self._rest = [rest]
+        self.conv = nn.Linear(c_s, c_t)
+        if not tokens: self.conv = nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.BatchNorm2d(c_t), nn.ReLU())
+        self._rest = [rest]     # in a list, so that torch does not take it for a part
     def forward(self,
-        f:torch.Tensor, # The student's map (B, C, H, W)
+        f:torch.Tensor, # The student's map (B, C, H, W), or tokens (B, N, C)
     ) -> tuple[torch.Tensor,torch.Tensor]:
-        "The map as the teacher would have it, and the logits that the teacher makes of it"
+        "The features as the teacher would have them, and the logits that the teacher makes of them"
         f = self.conv(f)
         return f,self._rest[0].to(f.device)(f)
 
@@ -38,16 +41,19 @@ class ConnectorHead(nn.Module):
 def rest_of(
     teacher:nn.Module, # Network that torch.fx can follow
     path:str, # Its layer
-    f_s:torch.Tensor, # The student's maps (B, C, H, W)
+    f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens (B, N, C)
     f_t:torch.Tensor, # The teacher's there
     logits:object=None, # Where its logits are in what it returns, see `as_logits`
 ) -> nn.Module:
     """A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, for the student's maps `f_s`
 
-    Raises `ValueError` if these are no maps, or if what follows cannot take maps of that size."""
-    if f_s.ndim!=4 or f_t.ndim!=4:
-        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W).')
+    Raises `ValueError` if these are neither maps nor as many tokens, or if what follows cannot take maps of that size."""
+    tokens = f_s.ndim==f_t.ndim==3 and f_s.shape[1]==f_t.shape[1]
+    if not tokens and not f_s.ndim==f_t.ndim==4:
+        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W), or tokens '
+                         '(B, N, C), as many on both sides.')
     with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
+    if tokens: return rest
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
@@ -59,23 +65,33 @@ def rest_of(
 
 # %% ../../nbs/11f_distill.srrl.ipynb #95f12ba5
 class SRRL(HeadTerm):
-    "Softmax regression representation learning (Yang et al. 2021), on the last map; usual weight 1"
-    usual_layers = _both(last_map)
+    "Softmax regression representation learning (Yang et al. 2021), on the last map or block of tokens; usual weight 1"
+    usual_layers = on_both(last_features)
     def __init__(self,
         layer:dict|str, # The student's last map, or `{student's: teacher's}`
         teacher_layer:str|None=None, # The teacher's
+        teacher:int|None=None, # Which of several teachers
     ):
-        super().__init__(layer, teacher_layer)
+        super().__init__(layer, teacher_layer, teacher)
+    def features(self,
+        o:Seen, # What the term sees of a batch
+    ) -> list:
+        "Maps, or all tokens: the rest of the teacher takes no part of them"
+        return [(o.f_s[s],o.f_t[t]) for s,t in self.pairs]
     def prepare(self,
-        o:object, # What the term sees of a batch
+        o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "A connector for each pair"
-        return nn.ModuleList([ConnectorHead(f_s.shape[1], f_t.shape[1], rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None)))
-                              for (_,t),(f_s,f_t) in zip(self.pairs, self.features(o))])
+        def head(t, f_s, f_t):
+            rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
+            if f_s.ndim==3: return ConnectorHead(f_s.shape[2], f_t.shape[2], rest, tokens=True)
+            return ConnectorHead(f_s.shape[1], f_t.shape[1], rest)
+        return nn.ModuleList([head(t, *f) for (_,t),f in zip(self.pairs, self.features(o))])
     def __call__(self, o):
         res = 0
         for h,(f_s,f_t) in zip(o.head, self.features(o)):
-            f_s,f_t = same_size(f_s, f_t)
+            if f_s.ndim==4: f_s,f_t = same_size(f_s, f_t)
             f,z = h(f_s)
-            res = res + _mse(vectors(f), vectors(f_t)) + _mse(z, o.z_t)
+            mask = getattr(o, 'mask', None)
+            res = res + mse(vectors(f, mask=mask), vectors(f_t, mask=mask)) + mse(z, o.z_t)
         return res

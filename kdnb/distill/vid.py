@@ -7,12 +7,14 @@ __all__ = ['GaussianHead', 'VID', 'VIDLP']
 
 # %% ../../nbs/11d_distill.vid.ipynb #0118f500
 import math
-import torch, torch.nn.functional as F
+import torch
 from torch import nn
-from .heads import as_map,_bn,HeadTerm
+import torch.nn.functional as F
+from .heads import batch_norm,HeadTerm,map_pair
 from .losses.features import same_size,vectors
 from .losses.shared import at_least_float32
-from .terms import _own
+from .seen import Seen
+from .terms import on_student
 from ..features.layers import penultimate
 
 # %% ../../nbs/11d_distill.vid.ipynb #dd6c4ff6
@@ -26,7 +28,9 @@ class GaussianHead(nn.Module):
         grows:bool=False, # Is the mean larger than the student's map?
     ):
         super().__init__()
-        self.mean,self.eps,self.grows = mean,eps,grows
+        self.mean = mean
+        self.eps = eps
+        self.grows = grows
         self.alpha = nn.Parameter(torch.full((channels,), math.log(math.expm1(variance-eps))))
     @property
     def variance(self) -> torch.Tensor:
@@ -37,16 +41,27 @@ class GaussianHead(nn.Module):
         f_t:torch.Tensor, # The teacher's
     ) -> torch.Tensor:
         "-log q(t|s) of each element (B, C, H, W), without its constant"
-        f_s,f_t = as_map(f_s),as_map(f_t)
+        f_s,f_t = map_pair(f_s, f_t)
         if not self.grows: f_s,f_t = same_size(f_s, f_t)
         mean,t = at_least_float32((self.mean(f_s), f_t))
         var = self.variance[:,None,None]
         return .5*(var.log() + (t-mean)**2/var)
 
+# %% ../../nbs/11d_distill.vid.ipynb #4693c082
+def growing(c_s, c_t, size):
+    "Transposed convolutions from a 1×1 map to `size`: 1 → 4 → 8 → …"
+    layers = [nn.ConvTranspose2d(c_s, c_t, 4)]
+    n = 4
+    while n<max(size):
+        layers.append(nn.ConvTranspose2d(c_t, c_t, 4, 2, 1))
+        n *= 2
+    return nn.Sequential(*layers, *([] if size==(n,n) else [nn.AdaptiveAvgPool2d(size)]))
+
 # %% ../../nbs/11d_distill.vid.ipynb #5ca75892
 class VID(HeadTerm):
-    "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100 with the task at .1 or 1"
-    usual,aliases = 10.,('VID-I',)
+    "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100, task .1 or 1"
+    usual = 10.
+    aliases = 'VID-I',
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
@@ -55,18 +70,23 @@ class VID(HeadTerm):
         norm:bool=True, # BatchNorm between them
         variance:float=5., # Where the variances start
         eps:float=1e-5, # Least variance
+        teacher:int|None=None, # Which of several teachers
     ):
-        super().__init__(layers, teacher_layers)
-        self.depth,self.hidden,self.norm,self.variance,self.eps = depth,hidden,norm,variance,eps
+        super().__init__(layers, teacher_layers, teacher)
+        self.depth = depth
+        self.hidden = hidden
+        self.norm = norm
+        self.variance = variance
+        self.eps = eps
     def head(self,
         f_s:torch.Tensor, # The student's features (B, …)
         f_t:torch.Tensor, # The teacher's
     ) -> nn.Module:
         "q(t|s) of one pair"
-        f_s,f_t = as_map(f_s),as_map(f_t)
+        f_s,f_t = map_pair(f_s, f_t)
         grows = f_s.shape[2:]==(1,1) and f_t.shape[2:]!=(1,1)
-        mean = (_grow(f_s.shape[1], f_t.shape[1], tuple(f_t.shape[2:])) if grows
-                else self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, f_s.shape[2:], f_t.shape[2:]))))
+        if grows: mean = growing(f_s.shape[1], f_t.shape[1], tuple(f_t.shape[2:]))
+        else: mean = self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, f_s.shape[2:], f_t.shape[2:])))
         return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
     def mean(self,
         c_s:int, # Channels of the student's map
@@ -74,9 +94,10 @@ class VID(HeadTerm):
         size:tuple, # Height and width
     ) -> nn.Module:
         "The network for the mean"
-        widths,layers = [c_s] + [round(self.hidden*c_t)]*(self.depth-1) + [c_t],[]
+        widths = [c_s] + [round(self.hidden*c_t)]*(self.depth-1) + [c_t]
+        layers = []
         for i,(a,b) in enumerate(zip(widths, widths[1:])):
-            if i: layers += [*_bn(a, size)*self.norm, nn.ReLU()]
+            if i: layers += [*batch_norm(a, size)*self.norm, nn.ReLU()]
             layers.append(nn.Conv2d(a, b, 1))
         return nn.Sequential(*layers)
     def compare(self,
@@ -87,24 +108,19 @@ class VID(HeadTerm):
         "Mean of -log q(t|s)"
         return head(f_s, f_t).mean()
 
-# %% ../../nbs/11d_distill.vid.ipynb #4693c082
-def _grow(c_s, c_t, size):
-    "Transposed convolutions from a 1×1 map to `size`: 1 → 4 → 8 → …"
-    layers,n = [nn.ConvTranspose2d(c_s, c_t, 4)],4
-    while n<max(size): layers.append(nn.ConvTranspose2d(c_t, c_t, 4, 2, 1)); n *= 2
-    return nn.Sequential(*layers, *([] if size==(n,n) else [nn.AdaptiveAvgPool2d(size)]))
-
 # %% ../../nbs/11d_distill.vid.ipynb #41136708
 class VIDLP(VID):
     "Variational information distillation of logits from the student's penultimate `layer` (Ahn et al. 2019, eq. 6)"
-    usual_layers,aliases = _own(penultimate),('VID-LP',)
+    usual_layers = on_student(penultimate)
+    aliases = 'VID-LP',
+    teacher_layers = ()
     def __init__(self,
         layer:str, # The student's layer before its logits
         variance:float=5., # Where the variances start
         eps:float=1e-5, # Least variance
+        teacher:int|None=None, # Which of several teachers; the mean of their logits if None
     ):
-        super().__init__({layer: ''}, depth=1, variance=variance, eps=eps)
-    teacher_layers = ()
+        super().__init__({layer: ''}, depth=1, variance=variance, eps=eps, teacher=teacher)
     def features(self,
         o:object, # What the term sees of a batch
     ) -> list:

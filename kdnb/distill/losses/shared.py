@@ -52,9 +52,10 @@ def check_T(
 ) -> None:
     "A temperature is a number above 0. Raises `ValueError` if `T` is none."
     if callable(T):
-        raise ValueError('T is a schedule, expected a number: a temperature does not change while training. '
-                         'What can is the weight of a term, KD(T=4)*SchedCos(1., .1).')
-    if T is None or isinstance(T, str) or not 0<T<math.inf: raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
+        raise ValueError('T is a schedule, expected a number. A schedule is for the terms that soften answers, '
+                         'KD(T=SchedCos(4., 1.)).')
+    if T is None or isinstance(T, str) or not 0<T<math.inf:
+        raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #d8752c14
 def class_dim(

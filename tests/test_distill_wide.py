@@ -1,0 +1,279 @@
+"Tokens, several teachers, temperatures over time, places that do not count, and learners that teach each other: right values, and nothing left behind."
+import gc, weakref
+
+import pytest
+from fastai.callback.schedule import *
+from common import X, Y, data, flat, here, quiet, seeded
+from kdnb.all import *
+from kdnb.distill.seen import Seen, probe
+
+DLS = data()
+B,N = 4,17
+
+class Patches(nn.Module):
+    "A small vision transformer: 16 patches and a class token"
+    def __init__(self, d, depth=3):
+        super().__init__()
+        self.embed,self.first = nn.Conv2d(1, d, 2, 2),nn.Parameter(torch.zeros(1,1,d))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(d, 2, 2*d, 0., batch_first=True) for _ in range(depth))
+        self.norm,self.head = nn.LayerNorm(d),nn.Linear(d, 10)
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.first.expand(len(x),-1,-1), x], 1)
+        for b in self.blocks: x = b(x)
+        return self.head(self.norm(x)[:,0])
+
+def vit(d=8, seed=0, **kwargs): set_seed(seed); return here(Patches(d, **kwargs))
+def lenet(seed=1): set_seed(seed); return here(create('lenet5', DLS))
+def wide(seed=2): set_seed(seed); return here(create('lenet5_caffe', DLS))
+def learner(model=None, **kwargs): return seeded(data(), model or lenet(), **kwargs)
+def seen(**kwargs):
+    set_seed(3)
+    return Seen({'b': torch.randn(B,N,6)}, {'b': torch.randn(B,N,8)}, **kwargs)
+
+# References: one sample, one token at a time
+
+def slow_at(f_s, f_t):
+    def where(f): q = [sum(v**2 for v in t.tolist())/len(t) for t in f]; return torch.tensor(q)/sum(v*v for v in q)**.5
+    return sum(((where(s)-where(t))**2).sum() for s,t in zip(f_s, f_t))/f_s[...,0].numel()
+def slow_nst(f_s, f_t):
+    def unit(f): return [c/c.norm() for c in f.T]
+    def k(a, b): return sum((x@y)**2 for x in a for y in b)/len(a)/len(b)
+    return sum(k(s, s)+k(t, t)-2*k(s, t) for s,t in zip(map(unit, f_s), map(unit, f_t)))/len(f_s)
+def slow_sp(f_s, f_t):
+    def gram(f): return torch.stack([(g := torch.tensor([(a*b).sum() for b in f]))/g.norm() for a in f])
+    return (gram(f_s)-gram(f_t)).square().sum()/len(f_s)**2
+
+@pytest.mark.parametrize('term,slow', [(AT('b'), slow_at), (NST('b'), slow_nst), (SP('b'), slow_sp)], ids=['at','nst','sp'])
+def test_tokens_are_places(term, slow):
+    o = seen()
+    assert torch.isclose(term(o), slow(o.f_s['b'], o.f_t['b']), rtol=1e-4)
+
+def test_the_token_of_a_vector():
+    o = seen()
+    s,t = o.f_s['b'],o.f_t['b']
+    for cls,loss in ((PKT, pkt), (RKD, rkd)):
+        assert torch.isclose(cls('b')(o), loss(s.mean(1), t.mean(1)))
+        assert torch.isclose(cls('b', token='class')(o), loss(s[:,0], t[:,0]))
+    o.mask = torch.arange(N)<torch.tensor([[3],[17],[1],[8]])
+    v = [torch.stack([f[i,:n].mean(0) for i,n in enumerate((3,17,1,8))]) for f in (s,t)]
+    assert torch.isclose(RKD('b')(o), rkd(*v), rtol=1e-4)
+
+def test_heads_of_tokens_are_small_and_take_them_one_by_one():
+    o = Seen({'b': torch.randn(2,197,192)}, {'b': torch.randn(2,197,384)})        # DeiT-Tiny to DeiT-Small
+    for term,most in ((FitNet('b'), 192*384+384), (VID('b', depth=1), 192*384+2*384)):
+        o.head = term.prepare(o)
+        assert sum(p.numel() for p in o.head.parameters())==most
+        full = term(o)
+        o.mask = torch.zeros(2,197).bool(); o.mask[:,5:9] = True
+        part = Seen({k: v[:,5:9] for k,v in o.f_s.items()}, {k: v[:,5:9] for k,v in o.f_t.items()}, head=o.head)
+        assert torch.isclose(term(o), term(part)) and not torch.isclose(term(o), full, rtol=1e-7)
+        o.mask = None
+
+@pytest.mark.parametrize('n_s,n_t', [(17,65), (16,65), (65,16), (18,50)])
+def test_grids_of_other_sizes(n_s, n_t):
+    o = Seen({'b': torch.randn(2,n_s,6)}, {'b': torch.randn(2,n_t,8)})
+    for term in (AT('b'), NST('b'), FitNet('b'), VID('b')):
+        o.head = term.prepare(o)
+        assert term(o).isfinite()
+    with pytest.raises(ValueError, match='19 tokens are no square grid'): AT('b')(Seen({'b': torch.randn(2,19,6)}, o.f_t))
+
+def test_a_transformer_learns_from_a_transformer_and_from_maps():
+    names = ['blocks.0','blocks.2']
+    terms = AT(names)*100 + NST(names) + SP(names)*10 + RKD(names) + PKT(names)*100 + FitNet(names) + VID(names)
+    learn = quiet(learner(vit()), 2, 1e-2, fit='fit', cbs=KnowledgeDistillation(vit(12, 1), terms))
+    first,last = learn.recorder.values
+    assert last[-1]<first[-1] and last[-2]<first[-2]                  # VID and FitNet learn
+    quiet(learner(vit()), 1, 1e-2, cbs=KnowledgeDistillation(wide(), AT({'blocks.2': 'conv2'}) + FitNet({'blocks.2': 'conv2'})))
+    assert named_term('FitNet', vit(), vit(12, depth=6), DLS).terms[0].pairs==[('blocks.0','blocks.1'), ('blocks.1','blocks.3'), ('blocks.2','blocks.5')]
+    assert named_term('SP', vit(), vit(12), DLS).terms[0].pairs==[('blocks.2','blocks.2')]
+
+def test_srrl_reads_tokens_with_the_rest_of_the_teacher():
+    class Rows(nn.Module):
+        def __init__(self, d): super().__init__(); self.b,self.norm,self.head = nn.Linear(8, d),nn.LayerNorm(d),nn.Linear(d, 10)
+        def forward(self, x): return self.head(self.norm(self.b(x[:,0])).mean(1))
+    s,t = here(Rows(6)),here(Rows(9))
+    o = probe(s, t, DLS, ['b'], ['b'])
+    o.head = SRRL('b').prepare(o)
+    f = o.head[0].conv(o.f_s['b'])
+    right = F.mse_loss(f.mean(1), o.f_t['b'].mean(1)) + F.mse_loss(t.head(t.norm(f).mean(1)), o.z_t)
+    assert torch.isclose(SRRL('b')(o), right)
+    quiet(learner(s), 1, 1e-2, cbs=KnowledgeDistillation(t, SRRL('b')))
+
+def test_distillation_token():
+    class Deit(nn.Module):
+        def __init__(self): super().__init__(); self.body,self.head,self.head_dist = nn.Sequential(nn.Flatten(), nn.Linear(64,9)),nn.Linear(9,10),nn.Linear(9,10)
+        def forward(self, x): x = self.body(x); return self.head(x),self.head_dist(x)
+    for term in (DistillToken(), DistillToken(hard=False)):
+        model = here(Deit())
+        before = [o.weight.clone() for o in (model.head, model.head_dist)]
+        learn = Learner(data(), model, loss_func=lambda z,y: F.cross_entropy(z[0] if isinstance(z, tuple) else z, y), opt_func=SGD)
+        quiet(learn, 1, 1e-2, cbs=KnowledgeDistillation(wide(), term*.5, task=0., logits=0))
+        assert torch.equal(model.head.weight, before[0]) and not torch.equal(model.head_dist.weight, before[1])
+
+# Several teachers
+
+def ask(teachers, terms, cache=False, n=1, **kwargs):
+    learn = quiet(learner(opt_func=SGD), n, 1e-2, cbs=KnowledgeDistillation(teachers, terms, cache=cache, **kwargs))
+    return flat(learn.model),learn.recorder.values[-1][-1]
+
+class Mean(nn.Module):
+    "What the softened answers of several networks are on average, as logits"
+    def __init__(self, nets, shares, T): super().__init__(); self.nets,self.shares,self.T = nn.ModuleList(nets),shares,T
+    def forward(self, x): return self.T*sum(a*(n(x)/self.T).softmax(1) for n,a in zip(self.nets, self.shares)).log()
+
+@pytest.mark.parametrize('cache', [False,True])
+def test_the_mean_of_two_is_the_mean_of_their_softened_answers(cache):
+    pair = [wide(), lenet(7)]
+    for shares,given in (([.5,.5], None), ([.75,.25], [3,1])):
+        w,v = ask(pair, KD(T=3), cache, shares=given)
+        u,right = ask(Mean(pair, shares, 3), KD(T=3))
+        assert abs(v-right)<1e-4 and torch.allclose(w, u, atol=1e-5)
+
+def test_a_term_for_each_teacher_and_one_pass_for_all():
+    pair,passes = [wide(), lenet(7)],[]
+    for i,m in enumerate(pair): m.register_forward_hook(lambda m,x,z,i=i: passes.append((i,m.training)))
+    terms = KD(teacher=0)*.5 + KD(teacher=1)*.5 + AT('conv2', teacher=0) + VID('conv1', teacher=1) + KD()
+    learn = learner(cbs=KnowledgeDistillation(pair, terms))
+    passes.clear()
+    quiet(learn, 1, 1e-3)
+    n = len(learn.dls.train)
+    assert {i: sum(o==(i,False) for o in passes)-n for i in (0,1)}[0] in range(0, 4) and not any(t for _,t in passes)
+    assert len(learn.recorder.values[-1])==3+5
+    learn = quiet(learner(), 1, 1e-3, cbs=KnowledgeDistillation(pair, KD(teacher=0) + KD(teacher=1)*0))
+    assert [len(m._forward_hooks) for m in pair]==[1,1]
+
+def test_two_teachers_with_features_cached_in_memory_and_files(tmp_path):
+    pair,terms = [wide(), lenet(7)],KD() + AT('conv2', teacher=0)*10 + VID('conv1', teacher=1)
+    right = ask(pair, terms)[0]
+    for cache in (True, tmp_path, tmp_path): assert torch.allclose(ask(pair, terms, cache)[0], right, atol=1e-5)
+    assert sorted(o.name for o in tmp_path.iterdir())==['teacher0','teacher1']
+
+def test_a_teacher_of_stored_logits():
+    t = wide()
+    table = answers(t, data().train)['']
+    right = ask(t, KD(), n=2)[0]
+    for o in (table, table.cpu().numpy()): assert torch.allclose(ask(o, KD(), n=2)[0], right, atol=1e-5)
+    assert torch.allclose(ask([table, t], KD(T=2))[0], ask(t, KD(T=2))[0], atol=1e-5)
+    for message,o,terms in (('are of 7 samples, the training set has', table[:7], KD()), ("has no layer 'conv2'", table, AT('conv2')),
+                            ('expected floating point numbers', table.argmax(1), KD())):
+        with pytest.raises(ValueError, match=message): ask(o, terms)
+    with pytest.raises(ValueError, match='stored logits, but MixUp mixes'): quiet(learner(), 1, cbs=[KnowledgeDistillation(table), MixUp()])
+    x,y = DLS.train.dataset.x[:64].float()/255,DLS.train.dataset.y[:64]
+    plain = DataLoaders(*[DataLoader(list(zip(x, y)), bs=16)]*2)
+    with pytest.raises(ValueError, match='a teacher of stored logits needs to know which sample is which'):
+        quiet(seeded(plain, lenet()), 1, cbs=KnowledgeDistillation(table[:64]))
+
+@pytest.mark.parametrize('message,make', [
+    ('KD asks teacher 2, and there are 2', lambda: KnowledgeDistillation([wide(), wide()], KD(teacher=2))),
+    ('AT compares layers, and there are 2 teachers. Say whose', lambda: KnowledgeDistillation([wide(), wide()], AT('conv1'))),
+    ('shares is .1, 2, 3., expected 2 numbers', lambda: KnowledgeDistillation([wide(), wide()], shares=[1,2,3])),
+    ("teacher is 'first', expected its place", lambda: KD(teacher='first')),
+    ('teacher gives 7 outputs, student 10', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)], KD(teacher=1)))),
+    ('T is -1', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation(wide(), KD(T=lambda p: -1.)))),
+    ("token is 'last'", lambda: RKD('b', token='last')),
+])
+def test_bad_input(message, make):
+    with pytest.raises(ValueError, match=message): make()
+
+# Over time
+
+def test_a_scheduled_temperature():
+    o = Seen(z_s=torch.randn(5,4), z_t=torch.randn(5,4), y=torch.arange(5)%4)
+    for cls,loss in ((KD, kd), (BinaryKD, binary_kd), (LwF, lwf)):
+        for pct in (0., .25, 1.):
+            o.pct = pct
+            assert torch.isclose(cls(T=SchedLin(8., 2.))(o), loss(o.z_s, o.z_t, 8-6*pct))
+    o.pct = .5
+    assert torch.isclose(DKD(T=SchedLin(8., 2.))(o), dkd(o.z_s, o.z_t, o.y, T=5.)) and torch.isclose(DIST(T=SchedLin(3., 1.))(o), dist(o.z_s, o.z_t, T=2.))
+    temperatures = []
+    def falling(pct): temperatures.append(pct); return 4-2*pct
+    learn = quiet(learner(), 2, 1e-3, cbs=KnowledgeDistillation(wide(), KD(T=falling)))
+    n = len(learn.dls.train)
+    assert temperatures==[pytest.approx(i/(2*n)) for i in range(2*n)]
+    assert torch.equal(ask(wide(), KD(T=lambda p: 4.))[0], ask(wide(), KD(T=4.))[0])
+
+# Places that do not count
+
+def pixels(size=8, ignored=255):
+    y = (X[:32,0]>90).long()
+    y[:,:3] = ignored
+    return DataLoaders(*[DataLoader([(x,o) for x,o in zip(X[:32].float()/255, y)], bs=16) for _ in range(2)])
+def fcn(c=3, stride=1, seed=0): set_seed(seed); return here(nn.Sequential(nn.Conv2d(1,8,3,stride,1), nn.ReLU(), nn.Conv2d(8,c,1)))
+
+@pytest.mark.parametrize('term', [KD(), BinaryKD(), LogitsMSE(), DIST(), DKD(), KD(standardize=True)], ids=lambda t: repr(t)[:12])
+def test_ignored_pixels_do_not_count(term):
+    "What the teacher says there changes nothing"
+    class Mad(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): z = self.net(x); return torch.cat([1000*z[:,:,:3].flip(1), z[:,:,3:]], 2)
+    t,res = fcn(seed=1),[]
+    for teacher in (t, Mad(t)):
+        learn = Learner(pixels(), fcn(), CrossEntropyLossFlat(axis=1, ignore_index=255), opt_func=SGD)
+        quiet(learn, 1, .1, cbs=KnowledgeDistillation(teacher, term))
+        res.append(flat(learn.model))
+    assert torch.equal(*res) and res[0].isfinite().all()
+
+def test_a_mask_of_ones_own():
+    def run(**kwargs):
+        learn = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
+        quiet(learn, 1, .1, cbs=KnowledgeDistillation(fcn(seed=1), KD(), task=0., **kwargs))
+        return flat(learn.model)
+    nothing = run(mask=lambda xb,yb: torch.zeros_like(yb[0]).bool())
+    assert torch.equal(nothing, flat(fcn())) and not torch.equal(run(), nothing)
+    assert torch.equal(run(mask=lambda xb,yb: torch.ones_like(yb[0]).bool()), run())
+    with pytest.raises(ValueError, match=r'the mask has shape \(16, 8\), expected \(16, 8, 8\)'): run(mask=lambda xb,yb: yb[0][:,0]==0)
+
+def test_a_teacher_of_another_size_is_resized():
+    learn = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
+    t = fcn(stride=2, seed=1)
+    quiet(learn, 1, 1e-2, cbs=KnowledgeDistillation(t, KD(), task=0.))
+    class Resized(nn.Module):
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return F.interpolate(self.net(x), size=x.shape[2:], mode='bilinear', align_corners=False)
+    other = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
+    quiet(other, 1, 1e-2, cbs=KnowledgeDistillation(Resized(t), KD(), task=0.))
+    assert torch.allclose(flat(learn.model), flat(other.model), atol=1e-6)
+
+# Each other
+
+def test_mutual_steps_are_those_of_the_paper():
+    "One batch, by hand"
+    a,b = lenet(1),lenet(5)
+    xb,yb = DLS.train.dataset.x[:16].float()/255,DLS.train.dataset.y[:16]
+    xb,yb = xb.to(DLS.device),yb.to(DLS.device)
+    dls = DataLoaders(*[DataLoader(list(zip(xb, yb)), bs=16) for _ in range(2)])
+    first,second = (Learner(dls, deepcopy(m), CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.), wd=0.) for m in (a,b))
+    quiet(first, 1, .1, cbs=MutualLearning(second, weight=.7, T=2.))
+    z_a,z_b = a(xb),b(xb)
+    (F.cross_entropy(z_a, yb) + .7*kd(z_a, z_b.detach(), 2.)).backward()
+    (F.cross_entropy(z_b, yb) + .7*kd(z_b, z_a.detach(), 2.)).backward()
+    for net,learn in ((a,first), (b,second)):
+        for p,q in zip(net.parameters(), learn.model.parameters()): assert torch.allclose(p-.1*p.grad, q, atol=1e-6)
+
+def test_mutual_learning_leaves_nothing_and_refuses():
+    a,b = learner(),learner(lenet(5))
+    b.model.eval()
+    quiet(a, 1, 1e-3, cbs=MutualLearning(b))
+    assert not b.model.training and a.metrics.attrgot('name')==['accuracy'] and all(p.grad is None or not p.grad.any() for p in b.model.parameters())
+    before = flat(b.model)
+    for message,make in (('peer is a Sequential', lambda: MutualLearning(nn.Sequential())), ('the same network', lambda: quiet(a, 1, cbs=MutualLearning(a))),
+                         ('GradientAccumulation', lambda: quiet(a, 1, cbs=[MutualLearning(b), GradientAccumulation(128)]))):
+        with pytest.raises(ValueError, match=message): make()
+    assert torch.equal(flat(b.model), before)
+
+# Memory
+
+def test_five_fits_on_one_learner_leave_nothing():
+    learn,t,seen_ = learner(),wide(),[]
+    terms = KD() + FitNet('conv2') + VID('conv1') + CRD({'fc2': 'fc1'})
+    counts = []
+    for _ in range(5):
+        kd_ = KnowledgeDistillation(t, terms, cache=True)
+        seen_ += [weakref.ref(kd_), weakref.ref(kd_.heads)]
+        quiet(learn, 1, 1e-3, cbs=kd_)
+        seen_.append(weakref.ref(kd_.heads))
+        del kd_
+        gc.collect()
+        counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    assert counts[-1]==counts[1] and not any(o() is not None for o in seen_)
