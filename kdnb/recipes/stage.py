@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..channels.layers import index_layer
 from ..core import get_layer,set_layer,unwrap
-from ..distill.callback import HEADS
+from ..distill.parts import HEADS
 from ..export.build import _index_owner,_put,_resize
 from ..files import atomic_write
 from ..masks.layers import Masked
