@@ -4,7 +4,7 @@ READY  := .venv/.installed
 PEERS  := bench/.peers/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lab nbs gpu readme evidence tables results bench clean
+.PHONY: help demo test lab nbs gpu readme evidence tables results zoo bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,7 @@ demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
 test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real MNIST, KDNB_DEVICE=cuda runs pytest on a GPU
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	-@$(BIN)/python .ci/measure.py
 
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py
@@ -38,6 +39,9 @@ tables: $(READY)  ## compute tables and figures again from the rows in results/
 results: $(READY)  ## train for the numbers in results/
 	$(BIN)/python results/vbgs_kd.py
 	$(BIN)/python results/variational.py
+
+zoo: $(READY)  ## prune networks that nobody here wrote, and go on where results/zoo.csv ends: make zoo [MINUTES=60] [PART=3/10]
+	$(BIN)/python tests/zoo.py --minutes $(or $(MINUTES),60) --part $(or $(PART),1/1)
 
 # freed memory stays in the process: else page faults fall on one variant or another
 bench: export MALLOC_TRIM_THRESHOLD_ = 1000000000

@@ -3,7 +3,7 @@ import importlib,sys,warnings
 from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
 
-MOVED = {'terms': 'training.terms training.optimizer training.callbacks training.schedules core',
+MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
          'checkpoint': 'training.checkpoint training.state training.fingerprint files',
          'processes': 'training.processes', 'trace': 'channels.trace layers', 'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '

@@ -8,9 +8,11 @@ from kdnb.models import *
 from kdnb.measure import *
 from kdnb.features import *
 from kdnb.show import *
+from kdnb.drawing import *
 from kdnb.training.callbacks import *
 from kdnb.training.schedules import *
 from kdnb.training.optimizer import *
+from kdnb.training.params import *
 from kdnb.training.terms import *
 from kdnb.training.state import *
 from kdnb.training.checkpoint import *

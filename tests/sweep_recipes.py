@@ -3,7 +3,7 @@ import json, os, time
 from pathlib import Path
 from types import SimpleNamespace
 
-steady_defaults = dict(lam=.5, steps=4, pause=.05, weights=1)
+steady_defaults = dict(lam=.5, steps=4, pause=.05, weights=1, lives=0)
 
 def _say(path, *words):
     with open(path.parent/'log.txt', 'a') as f: f.write(' '.join(map(str, (path.name, *words)))+'\n')
@@ -18,7 +18,10 @@ def steady(dls, teacher='a', student='b', path='runs/steady', epochs=None, seeds
     at = done.stat().st_size
     _say(path, 'begin', at, os.getpid())
     if s['lam']<0: raise ValueError(f'lam is {s["lam"]}, expected a fraction.')
-    if s['lam']>1: os.kill(os.getpid(), 9)
+    if s['lam']>1:
+        saved = len([*path.glob('*.safetensors')])
+        if s['lives']: (path/f'{saved}.safetensors').touch()
+        if not s['lives'] or saved<s['lives']: os.kill(os.getpid(), 9)
     for i in range(at, s['steps']):
         time.sleep(s['pause'])
         with open(done, 'a') as f: f.write('.')

@@ -2,6 +2,7 @@
 import pytest
 import torch.distributed as tdist
 from fastai.callback.schedule import *
+from fastai.test_utils import synth_learner
 from common import Two, ends, flat, here, per_item, quiet, seeded
 from kdnb import processes
 from kdnb.all import *
@@ -80,7 +81,7 @@ def test_masks_hold_under_noise(groups, noise):
             if (logvar := dict(v.named_parameters()).get(f'{n}_logvar')) is not None: logvar.add_(5*(1-mask))
     torch.manual_seed(0); test_eq(v(xb), out)
     learn = quiet(learner(v, cbs=VariationalSparsifier(gamma_weight=2.), wd=0.), 4, 3e-3)
-    small = learn.compress(T=50.)       # nothing is noise yet: only masks take away
+    small = learn.compress(limit=50.)       # nothing is noise yet: only masks take away
     assert not masks(small) and all((w[masks(v)[n]==0]==0).all() for n,w in prunable(small).items())
     assert sparsity(small)>=.5 and {type(m) for m in small.modules()}<={type(m) for m in net().modules()}
     test_close(small(xb), v.eval()(xb), 1e-5)
@@ -218,3 +219,22 @@ def test_what_is_no_function_is_refused_at_once():
     for f,words in ((lambda: Pruner(nn.Linear(2,2)), 'sparsity is a Linear, expected a fraction'), (lambda: prune_model(nn.Linear(2,2), nn.Linear(2,2)), 'sparsity is a Linear'),
                     (lambda: LossTerm(3), "the term 'term' is 3, expected a function"), (lambda: LossTerm(dict(a=len, b=None), dict(a=1,b=1)), "the term 'b' is None")):
         with pytest.raises(ValueError, match=words): f()
+
+def test_a_checkpoint_is_the_loop_of_one_learner_while_it_is_in_it(tmp_path):
+    def own(o): return '_do_fit' not in vars(o)
+    a,b,cb = synth_learner(),synth_learner(),Checkpoint(tmp_path)
+    a.add_cb(cb)
+    assert a._do_fit==cb._loop
+    b.add_cb(cb)                      # it moves
+    assert own(a) and not own(b) and cb not in a.cbs
+    with pytest.raises(ValueError, match='this Checkpoint is in the learner already'): b.add_cb(cb)
+    b.remove_cb(cb)
+    with b.no_bar(),b.no_logging(): b.fit(1, cbs=cb)
+    assert own(b) and (tmp_path/'fit0').exists()
+
+def test_an_attach_that_fails_leaves_the_callback_free():
+    class Fails(Attached, QuickCallback):
+        def attach(self): raise RuntimeError('no')
+    learn,cb = synth_learner(),Fails()
+    with pytest.raises(RuntimeError): learn.add_cb(cb)
+    assert cb.learn is None and cb not in learn.cbs

@@ -202,7 +202,7 @@ class Fixed(nn.Module):
     def forward(self, x): return x.reshape(len(x), 16, 30, 30)
 
 @pytest.mark.parametrize('model,why', [
-    (Net(nn.GroupNorm(4,16)), 'GroupNorm between normalises over them'),
+    (Net(nn.GroupNorm(1,16)), 'GroupNorm between normalises over them'),
     (Net(nn.Softmax(1)), 'softmax mixes them'),
     (Net(nn.ReLU(), lambda y,a: (y,a)), "they are the network's output"),
     (Net(nn.Identity(), lambda y,a: dict(y=y, a=a)), "the network's output"),

@@ -320,7 +320,7 @@ def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
     quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
     assert (tmp_path/'answers'/'view0'/'0.npy').exists()
     teacher.fc2.bias.data += 1
-    with pytest.raises(ValueError, match='holds the answers of another network'): quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
+    with pytest.raises(ValueError, match='holds the outputs of another network'): quiet(learn, 1, 1e-3, cbs=KnowledgeDistillation(teacher, KD(), cache=tmp_path/'answers'))
 
 
 class Invert(Callback):

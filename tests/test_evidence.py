@@ -3,9 +3,11 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest
 from nbclient import NotebookClient
-from kdnb.evidence import (MissingRows,Verdict,add_rows,all_grids,gather,per_seed,printed,read_rows,results_folder,rounds,rows_file,spread,
-                           state_of,stored_rows,verdict,with_rows,work_through)
-from kdnb import evidence
+from kdnb.evidence import MissingRows
+from kdnb.evidence.tables import Verdict,printed,read_rows,spread,verdict,with_rows
+from kdnb.evidence.rows import add_rows,all_grids,per_seed,results_folder,rows_file,stored_rows
+from kdnb.evidence.work import gather,rounds,state_of,work_through
+from kdnb.evidence import work
 from kdnb.sweep.grid import Grid
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +79,7 @@ def test_what_has_failed_is_tried_again_by_the_next_call(folder, tmp_path, monke
     assert begun()==2
     work_through(path, tmp_path/'runs', show=False)
     assert begun()==2      # not by the same call
-    monkeypatch.setattr(evidence, 'keep_alive', lambda *args, **kwargs: work_through(path, tmp_path/'runs', show=False))
+    monkeypatch.setattr(work, 'keep_alive', lambda *args, **kwargs: work_through(path, tmp_path/'runs', show=False))
     gather(path=path, out=tmp_path/'runs')
     assert begun()==4
 

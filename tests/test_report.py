@@ -7,8 +7,7 @@ import pytest
 from common import data
 from fake import exhibits, fake_record
 from kdnb.all import *
-from kdnb.show import _in_style
-from kdnb.report.figures import _pooled
+from kdnb.drawing import _in_style,_pooled
 from kdnb.report.numbers import layer_rows,stage_rows,verdict
 
 BROWSER = which('chromium') or which('chromium-browser') or which('google-chrome')
@@ -147,7 +146,7 @@ def test_latencies_are_kept_with_their_spread(tmp_path):
     assert s['latency_ms']>0 and 0<=s['latency_spread_ms']<s['latency_ms'] and f"± {s['latency_spread_ms']:.2f} ms" in str(report(run))
 
 def test_names_beside_points_do_not_cover_each_other():
-    from kdnb.show import _common,label_points
+    from kdnb.drawing import _common,label_points
     rng = np.random.default_rng(0)
     for n,spread in ((12,.02), (20,1.)):
         ax = plt.subplots(figsize=(4.7,2.8), layout='constrained')[1]

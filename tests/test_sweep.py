@@ -198,6 +198,14 @@ def test_a_trial_that_kills_its_process_is_given_up(quick, tmp_path):
     assert p.exitcode==0 and list(r.trials.state)==['finished','failed']
     assert r.trials.error[1]=='Its process was killed 5 times.' and counts(tmp_path, 'begin').total()==1+sw._lives
 
+def test_kills_after_which_a_run_got_further_do_not_add_up(quick, tmp_path):
+    g = grid(lams=[2.], seeds=[0], lives=sw._lives+2)
+    args = g,tmp_path/'journal.log',tmp_path
+    for _ in range(sw._lives+2): start(*args).join()
+    assert list(sweep(*args, workers=0).trials.state)==['left']
+    start(*args).join()
+    assert list(sweep(*args, workers=0).trials.state)==['finished']
+
 def test_of_equal_attempts_the_first_counts(quick, tmp_path):
     w = sw._Worker(Grid(grid(lams=[.1], seeds=[0])), tmp_path/'journal.log', tmp_path)
     w.add()

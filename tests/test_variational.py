@@ -418,7 +418,7 @@ def test_full_noise_everywhere(noise, groups):
     expected = dense if groups=='weights' or noise=='full' and groups!='neurons' else {p for p in dense if p[:2]=='fc'} if noise=='full' else set()
     assert having==expected
     assert all((lv==-9).all() for n,lv in v.named_parameters() if n.endswith('logvar'))
-    d = to_deterministic(v, T=1e9)
+    d = to_deterministic(v, limit=1e9)
     assert torch.equal(d.eval()(x), m(x)) and {n for n,_ in d.named_parameters()}=={n for n,_ in m.named_parameters()}
 
 def test_new_weights():
@@ -587,7 +587,7 @@ def test_the_test_set_is_not_touched(sparse, monkeypatch):
 def test_explorer(sparse, monkeypatch, capsys):
     ex = ThresholdExplorer(sparse, 6)
     valley = threshold({n: g.log_alpha for n,g in noise_groups(sparse.model).items()})
-    assert ex.T==min(ex.curve.index, key=lambda T: abs(T-valley))==pytest.approx(valley)
+    assert ex.T==ex.limit==min(ex.curve.index, key=lambda T: abs(T-valley))==pytest.approx(valley)
     slider,text = ex.widget().children
     assert slider.value==ex.T and text.value==ex.describe() and [T for _,T in slider.options]==list(ex.curve.index)
     for T in (ex.curve.index[0], ex.curve.index[-1]):

@@ -142,7 +142,7 @@ def same(a, b, x):
 def reloaded(small, name, folder):
     "`small`, saved and loaded again"
     from kdnb.all import load_model, save_model
-    save_model(small, folder/'small.safetensors')
+    save_model(small, folder/'small.safetensors', arch=dict(name=name, kwargs={}))
     return load_model(folder/'small.safetensors', lambda: built(name))
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from .groups import _removable
 from .layers import copy_network
-from .trial import _silence
+from .trial import _silence,_summing
 from ..core import evaluating
 from ..layers import channel_axis,n_channels,norms,over_weight
 
@@ -31,7 +31,9 @@ def _every(parts, n, test):
     for p in parts: res[p.unit[~test(p.path).cpu()[p.at]]] = False
     return res
 
-def _unread(model, g): return _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
+def _unread(model, g):
+    if _summing(model, g): return torch.zeros(g.n, dtype=torch.bool, device='cpu')      # the mean of all reads it, too
+    return _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
 
 # %% ../../nbs/08d_channels.dead.ipynb #f58518f2
 def _constant(model, g):
@@ -77,7 +79,7 @@ def _silent(model, groups, xb):
     asked = [(g,c) for g in groups if (c := _constant(model, g)).any()]
     if not asked: return []
     loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
-    paths,drawn,silent = {p.path for g,_ in asked for p in g.readers},[],{}
+    paths,drawn,silent = {p.path for g,_ in asked for p in g.readers+_summing(model, g)},[],{}
     for g,c in asked:
         for p in g.makers:
             m = loud.get_submodule(p.path)
@@ -92,7 +94,7 @@ def _silent(model, groups, xb):
         for x in _other_inputs(xb):
             for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
-    return [(g, c & _every(g.readers, g.n, lambda p: silent.get(p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu')))) for g,c in asked]
+    return [(g, c & _every(g.readers+_summing(model, g), g.n, lambda p: silent.get(p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu')))) for g,c in asked]
 
 # %% ../../nbs/08d_channels.dead.ipynb #766bcc71
 def _dead(model, groups, xb):

@@ -12,7 +12,7 @@ from dataclasses import dataclass,field
 import pandas as pd, torch
 from .layers import _narrow_layer,_narrow_tensor,note_attributes
 from .trace import components
-from ..layers import is_depthwise,n_channels,norms,own_axes,_usual
+from ..layers import is_depthwise,is_spread,n_channels,norms,own_axes,_usual
 
 # %% ../../nbs/08b_channels.groups.ipynb #f5600e08
 Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, and the group's channel at each position
@@ -81,7 +81,7 @@ def _partitions(t, model):
     for (kind,path),labels in t.parts.items():
         if kind not in ('makers','readers') or not (labels>0).any(): continue
         m = model.get_submodule(path)
-        if getattr(m, 'groups', 1)==1 or is_depthwise(m): continue
+        if getattr(m, 'groups', 1)==1 or is_depthwise(m) or is_spread(m): continue
         yield torch.where(labels>0, of[labels.long()], -1),torch.arange(len(labels), device='cpu')//(len(labels)//m.groups),f'grouped convolution {path} needs all of them'
     for (labels,blocks),why,whole in t.balanced:
         cls = torch.where(labels>0, of[labels.long()], -1)

@@ -7,6 +7,7 @@ __all__ = ['index_layer', 'keep_inputs', 'copy_network', 'plain_copy', 'set_size
            'set_attributes']
 
 # %% ../../nbs/08_channels.layers.ipynb #a7d49ef7
+import math
 from copy import deepcopy
 from functools import partial
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm,SpectralNormLoadStateDictP
 from torch.nn.utils.spectral_norm import SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from ..core import evaluating,unwrap
-from ..layers import is_depthwise,kind_of,n_channels,own_axes,spanned_axis,_usual,weighted
+from ..layers import is_depthwise,is_spread,kind_of,n_channels,own_axes,spanned_axis,_usual,weighted
 
 # %% ../../nbs/08_channels.layers.ipynb #61b23c26
 def index_layer(index, # Kept positions of the last axis (n,)
@@ -103,7 +104,7 @@ def _narrow(t, # Tensor that looks like the one of `m` called `name`
     if name not in _usual:
         for d,side in (own_axes(m, name) or {}).items(): t = t.index_select(d, cols if side else rows)
         return t
-    if name!='weight' or not isinstance(m, weighted) or is_depthwise(m): return t[rows]
+    if name!='weight' or not isinstance(m, weighted) or is_depthwise(m) or is_spread(m): return t[rows]
     a,b,g = (cols,rows,m.groups) if getattr(m, 'transposed', False) else (rows,cols,getattr(m, 'groups', 1))
     high,wide = t.shape[0]//g,t.shape[1]
     return torch.cat([t[a[a//high==i]][:,b[b//wide==i]-i*wide] for i in range(g)])
@@ -146,16 +147,23 @@ def set_attributes(
     model:nn.Module, # Network as it was built
     attributes:dict, # `{path: {attribute: value}}`, from `attributes_of`
 ) -> None:
-    "Give modules of `model` these attributes. Raises `ValueError` for one that is none of them, or of another type."
+    "Give modules of `model` these attributes. Raises `ValueError` for one that is none of them, of another type, or larger."
+    modules = dict(model.named_modules())
+    if not isinstance(attributes, dict) or not all(isinstance(o, dict) for o in attributes.values()):
+        raise ValueError(f'attributes are {attributes!r}, expected {{path: {{attribute: value}}}}.')
     for path,values in attributes.items():
-        m = dict(model.named_modules()).get(path)
         for name,v in values.items():
-            old = vars(m).get(name) if m is not None else None
+            old = vars(modules[path]).get(name) if path in modules else None
             if isinstance(old, tuple) and isinstance(v, list): v = tuple(v)      # as JSON gives it
-            if type(old) is not type(v) or isinstance(old, bool) or not isinstance(old, (int,float,list,tuple)):
-                raise ValueError(f'{path}.{name} is {old!r}, which cannot become {v!r}.')
-            m.__dict__[name] = v
-        note_attributes(m, *values)
+            if not _may_become(old, v): raise ValueError(f'{path}.{name} is {old!r}, which cannot become {v!r}.')
+            modules[path].__dict__[name] = v
+        note_attributes(modules[path], *values)
+
+def _may_become(old, new):
+    "Is `new` a number of the type of `old`, and no larger count, or a list of such?"
+    if type(old) is not type(new): return False
+    if isinstance(old, (list,tuple)): return len(old)==len(new) and all(map(_may_become, old, new))
+    return 0<=new<=old if type(old) is int else type(old) is float and 0<=new<math.inf
 
 # %% ../../nbs/08_channels.layers.ipynb #5e7db903
 def _narrow_tensor(model, name, stay):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves,tree_map_only
 from fastcore.basics import patch
 from ..core import evaluating,first_samples
-from ..layers import channel_axis,computes_weight,holds,is_depthwise,kind_of,n_channels,norms,spanned_axis,weighted
+from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,n_channels,norms,spanned_axis,weighted
 
 # %% ../../nbs/08a_channels.trace.ipynb #e4b2d166
 def labels_of(
@@ -83,6 +83,7 @@ class Trace(TorchDispatchMode):
         self.model,self.parts,self.ran = model,{},[]    # `{(kind, path): labels}`; paths of layers in the order of running
         self.joined,self.held,self.balanced = [],[],[]
         self._first,self._n,self._quiet,self._where = {},1,False,''
+        self._found = None,None
         self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
         self._marked = []
 
@@ -182,7 +183,7 @@ def layer(self:Trace,
     if makes and (came>0).any() and computes_weight(m, x, *args, **kwargs): came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     self.note('readers' if makes else 'makers' if isinstance(m, weighted) else 'norms', path, came)
     if (n := kind_of(m).together(m))>1: rows = came.view(-1, n); self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
-    labels = self.new_labels(path, made) if makes else came
+    labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
     if makes: self.note('makers', path, labels)
     if isinstance(out, torch.Tensor) and out.ndim==x.ndim and out.shape[axis]==made: self.mark(out, labels, axis)
     else: self.hold(labels, LOST)
@@ -348,15 +349,20 @@ def merge(self:Trace,
     ls = [labels_of(t).expand(out.shape) for t in ts]
     if len(ls)==1: return ls[0]
     axes = [d for d in range(out.ndim) if any(varies(l, d) for l in ls)]
-    res = None
+    res,fixed = None,[]
     for t,l in zip(ts, ls):
         for d in set(range(out.ndim))-{*axes}: l = l.narrow(d, 0, 1)
-        there = _spanned(l, axes)
-        if _labelled(l) and there!=axes: l = self.hold(l, WIDTHS)
+        there,shape = _spanned(l, axes),(1,)*(out.ndim-t.ndim)+t.shape
+        if there and there!=axes and any(shape[d]!=out.shape[d] for d in axes if d not in there):
+            self.hold(l, WIDTHS)
+            fixed.append((there, self._why(t)))      # one of these for all rows, such as the positions in all heads
+            continue
         if not there: continue
         if res is not None: self.join(res, l.expand(res.shape), self._why(t)); l = torch.where(res>0, res, l)
         res = l
-    return (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
+    res = (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
+    for dims,why in fixed: res = self.mixed(res, dims, why)
+    return res
 
 def _spanned(l, axes): return [d for d in axes if _spans(l, d)]
 
@@ -376,7 +382,8 @@ def mixed(self:Trace,
     "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
     if not (dims := [d for d in dims if varies(l, d)]): return l
     path = self._running[-1][0] if self._running else ''
-    if path in self.inside or not any(varies(l, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
+    of = self.classes[_small(l).long()]       # a class token's labels are others than those of the patches, until they are joined
+    if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
     first = l
     for d in dims: first = first.narrow(d, 0, 1)
     self.join(first.expand(l.shape), l, why)
@@ -607,6 +614,8 @@ def by_size(self:Trace,
         return False
     if name=='split_with_sizes':
         parts = l.split(named['split_sizes'], dim)
+        for o in parts:
+            if o.shape[dim]==1: self.hold(o, 'the code picks them by number')      # a part never goes
         listed = [self.sized(o, dim, i) for i,o in enumerate(parts)]
         found = [ks or self.sized(o, dim) for ks,o in zip(listed, parts) if varies(o, dim)]
     elif named.get('step', 1)!=1: return False
@@ -634,7 +643,7 @@ def counts_with(self:Trace,
     with evaluating(m):
         try: before = run()
         except Exception: return True
-        m.__dict__[name] = old+1 if type(old) is int else type(old)(o+1 for o in old)
+        m.__dict__[name] = 2*old+1 if type(old) is int else type(old)(2*o+1 for o in old)
         try: return not all(a.shape==b.shape and torch.equal(a, b) for a,b in zip(before, run(), strict=True))
         except Exception: return True
         finally: m.__dict__[name] = old
@@ -663,7 +672,10 @@ def components(
 @patch(as_prop=True)
 def classes(self:Trace) -> torch.Tensor:
     "The class of each label: labels of one class live and die together"
-    return components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
+    if self._found[0]==(len(self.joined), self._n): return self._found[1]
+    of = components(torch.cat([torch.zeros(2, 0, dtype=torch.int32, device='cpu'), *self.joined], 1), self._n)
+    self._found = (len(self.joined), self._n),of
+    return of
 
 # %% ../../nbs/08a_channels.trace.ipynb #44cceff9
 @patch(as_prop=True)

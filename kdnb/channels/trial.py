@@ -17,7 +17,7 @@ from .groups import ChannelGroup,ChannelGroups,_collect,_hold_odd,_others,_remov
 from .layers import copy_network,plain_copy
 from .trace import LOST,output_tensors,trace_channels
 from ..core import evaluating,first_samples,inputs
-from ..layers import channel_axis,n_channels,norms,over_weight,weighted
+from ..layers import channel_axis,kind_of,n_channels,norms,over_weight,weighted
 
 # %% ../../nbs/08c_channels.trial.ipynb #1dd75c50
 @torch.no_grad()
@@ -100,13 +100,16 @@ def _said(error):
     "The first line of an error, for a message"
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
+# %% ../../nbs/08c_channels.trial.ipynb #80d5e1c7
+def _summing(model, g): return [p for p in g.norms if kind_of(model.get_submodule(p.path)).sums]
+
 # %% ../../nbs/08c_channels.trial.ipynb #264e6a65
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
     masked,small = deepcopy(model),deepcopy(model)
-    for g,dead in gone: _silence(masked, g, dead, ['readers'])
+    for g,dead in gone: _silence(masked, g, dead, ('makers','norms','readers') if _summing(model, g) else ['readers'])
     try:
         kept = _remove(small, gone)
         with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)       # torch.fx prints the errors of its modules

@@ -7,77 +7,105 @@ __all__ = ['ArrayDataset', 'TensorDL', 'take_index', 'SampleIndex', 'CropFlip', 
 
 # %% ../../nbs/02_data.arrays.ipynb #a3a91522
 from contextlib import contextmanager
+from collections.abc import Iterator
 import numpy as np, torch, torch.nn.functional as F
 from fastai.vision.all import *
 
-# %% ../../nbs/02_data.arrays.ipynb #28ef8c04
+# %% ../../nbs/02_data.arrays.ipynb #8ccc30f1
 class ArrayDataset:
     "Images `x` (N, C, H, W) and labels `y` (N,), indexed by a number or by a tensor of numbers"
-    n_inp,loss_func = 1,CrossEntropyLossFlat()
-    def __init__(self, x, y=None, vocab=None, split_idx=1): store_attr()
+    n_inp = 1
+    loss_func = CrossEntropyLossFlat()
+    def __init__(self,
+        x:torch.Tensor, # Images (N, C, H, W)
+        y:torch.Tensor|None=None, # Class numbers (N,)
+        vocab:CategoryMap|list|None=None, # Names of the classes
+        split_idx:int=1, # 0 for a training set, 1 for others
+    ):
+        store_attr()
     def __len__(self): return len(self.x)
     def __getitem__(self, i):
         x = TensorImage(self.x[i])
         return (x,) if self.y is None else (x, TensorCategory(self.y[i]))
-    def to(self, device):
+    def to(self,
+        device:torch.device|str|None, # Where to; the CPU if None
+    ) -> 'ArrayDataset':
         "Move images and labels to `device`, once"
         if self.x.device != torch.device(device or 'cpu'):
             self.x,self.y = to_device((self.x,self.y), device)
         return self
     @contextmanager
-    def set_split_idx(self, i):
-        "Be a training (0) or validation set (1) for a while, which switches random transforms; `learn.tta` asks for it"
+    def set_split_idx(self,
+        i:int, # 0 or 1
+    ) -> Iterator['ArrayDataset']:
+        "Be a training (0) or validation set (1) until exit, which switches random transforms; `learn.tta` asks for it"
         was,self.split_idx = self.split_idx,i
         try: yield self
         finally: self.split_idx = was
-    def decode(self, o, full=True): return (o[0], *(Category(self.vocab[int(y)]) for y in o[1:2]))
-    def new_empty(self):
+    def decode(self, o, full=True):
+        "An image and the name of its class; fastai asks for it to show them"
+        return (o[0], *(Category(self.vocab[int(y)]) for y in o[1:2]))
+    def new_empty(self) -> 'ArrayDataset':
         "Without images; copies, since a slice would carry all of them into a pickle"
         x,y = (o if o is None else o[:0].clone() for o in (self.x, self.y))
         return ArrayDataset(x, y, self.vocab, self.split_idx)
 
-# %% ../../nbs/02_data.arrays.ipynb #0461155e
-class TensorDL(TfmdDL):
-    "A `TfmdDL` over an `ArrayDataset` that slices whole batches; `index=True` adds the samples' places to the batch"
-    def __init__(self, dataset, bs=64, shuffle=False, index=False, **kwargs):
-        if not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(_stack(dataset))   # `Learner.predict`
-        self.index = index
-        super().__init__(dataset, bs=bs, shuffle=shuffle, **merge(kwargs, dict(num_workers=0)))
+# %% ../../nbs/02_data.arrays.ipynb #874dd474
+def _to_chw(x):
+    "The image tensor `x` as (C, H, W)"
+    if x.ndim==2: return x[None]
+    return x.permute(2,0,1) if x.shape[-1] in (1,3,4) and x.shape[0]>4 else x
 
-    def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is not None and not isinstance(dataset, ArrayDataset):
-            dataset = ArrayDataset(_stack(dataset), vocab=self.dataset.vocab)
-        return super().new(dataset, cls, **merge(dict(index=self.index and dataset is None), kwargs))
-
-    @property
-    def augments(self):
-        "Does an image change from epoch to epoch?"
-        return any(isinstance(t, RandTransform) for t in self.after_batch)
-
-    def shuffle_fn(self, idxs):
-        return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
-
-    def __iter__(self):
-        self.randomize()
-        self.before_iter()
-        ds,n = self.dataset.to(self.device),len(self)
-        for i in list(torch.as_tensor(self.get_idxs(), dtype=torch.long, device=ds.x.device).split(self.bs))[:n]:
-            yield self.after_batch(ds[i] + ((i,) if self.index else ()))
-        self.after_iter()
-
-# %% ../../nbs/02_data.arrays.ipynb #b10c5a43
+# %% ../../nbs/02_data.arrays.ipynb #3a1dad53
 def _stack(items):
     "One (N, C, H, W) tensor from images given as tensors, arrays, PIL images or `(image, label)`"
     items = [o[0] if isinstance(o, tuple) else o for o in items]
     xs = [o.detach() if isinstance(o, torch.Tensor) else torch.as_tensor(np.array(o)) for o in items]
-    return torch.stack([x[None] if x.ndim==2 else x.permute(2,0,1) if x.shape[-1] in (1,3,4) and x.shape[0]>4 else x
-                        for x in xs])
+    return torch.stack([_to_chw(x) for x in xs])
 
-# %% ../../nbs/02_data.arrays.ipynb #b3b53b33
-def take_index(learn):
+# %% ../../nbs/02_data.arrays.ipynb #9d52e656
+class TensorDL(TfmdDL):
+    "A `TfmdDL` over an `ArrayDataset` that slices whole batches"
+    def __init__(self,
+        dataset:ArrayDataset|list, # Images and labels, or a list of images
+        bs:int=64, # Samples in a batch
+        shuffle:bool=False, # In another order each time?
+        index:bool=False, # Add the samples' places in the dataset to the batch
+        **kwargs,
+    ):
+        if not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(_stack(dataset))   # `Learner.predict`
+        self.index = index
+        super().__init__(dataset, bs=bs, shuffle=shuffle, **merge(kwargs, dict(num_workers=0)))
+    def new(self, dataset=None, cls=None, **kwargs):
+        "Another loader like this one, of other images or with other arguments"
+        if dataset is not None and not isinstance(dataset, ArrayDataset):
+            dataset = ArrayDataset(_stack(dataset), vocab=self.dataset.vocab)
+        return super().new(dataset, cls, **merge(dict(index=self.index and dataset is None), kwargs))
+    @property
+    def augments(self) -> bool:
+        "Does an image change from epoch to epoch?"
+        return any(isinstance(t, RandTransform) for t in self.after_batch)
+    def shuffle_fn(self, idxs):
+        "A permutation that follows the loader's own generator"
+        return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
+    def __iter__(self):
+        self.randomize()
+        self.before_iter()
+        ds,n = self.dataset.to(self.device),len(self)
+        places = torch.as_tensor(self.get_idxs(), dtype=torch.long, device=ds.x.device)
+        for i in list(places.split(self.bs))[:n]:
+            yield self.after_batch(ds[i] + ((i,) if self.index else ()))
+        self.after_iter()
+
+# %% ../../nbs/02_data.arrays.ipynb #17c55bc7
+def take_index(
+    learn:Learner, # Learner before or in a batch
+) -> None:
     "Move the samples' places from the batch (`index=True`) to `learn.sample_index`"
-    if not isinstance(dl := learn.dl, TensorDL) or not dl.index: return
-    if len(learn.yb) > (dl.dataset.y is not None): *learn.yb,learn.sample_index = learn.yb     # not twice, and also without targets
+    dl = learn.dl
+    if not isinstance(dl, TensorDL) or not dl.index: return
+    if len(learn.yb) > (dl.dataset.y is not None):     # not twice, and also without targets
+        *learn.yb,learn.sample_index = learn.yb
 
 # %% ../../nbs/02_data.arrays.ipynb #3920e9be
 class SampleIndex(Callback):
@@ -85,27 +113,38 @@ class SampleIndex(Callback):
     order = -11  # before everything that looks at the batch
     def before_batch(self): take_index(self.learn)
 
-# %% ../../nbs/02_data.arrays.ipynb #4fd6135c
+# %% ../../nbs/02_data.arrays.ipynb #b31f4242
 class CropFlip(RandTransform):
     "Shift each image by up to `pad` pixels (zeros come in) and mirror every second one if `flip`; training only"
-    split_idx,order = 0,5  # on the bytes, before `IntToFloatTensor`
-    def __init__(self, pad=4, flip=True): super().__init__(p=1.); store_attr()
+    split_idx = 0
+    order = 5  # on the bytes, before `IntToFloatTensor`
+    def __init__(self,
+        pad:int=4, # Pixels
+        flip:bool=True, # Mirror at random?
+    ):
+        super().__init__(p=1.)
+        store_attr()
     def encodes(self, x:TensorImage):
         b,c,h,w = x.shape
-        dev,x = x.device,F.pad(x.as_subclass(Tensor), (self.pad,)*4)
+        dev = x.device
+        x = F.pad(x.as_subclass(Tensor), (self.pad,)*4)
         dy,dx = torch.randint(2*self.pad+1, (2,b,1), device=dev)
-        rows,cols = dy + torch.arange(h, device=dev),torch.arange(w, device=dev).expand(b,w)
+        rows = dy + torch.arange(h, device=dev)
+        cols = torch.arange(w, device=dev).expand(b,w)
         if self.flip: cols = torch.where(torch.rand(b,1, device=dev)<.5, cols.flip(1), cols)
         x = x[torch.arange(b, device=dev)[:,None,None], :, rows[:,:,None], (cols+dx)[:,None,:]]
         return TensorImage(x.permute(0,3,1,2).contiguous())
 
-# %% ../../nbs/02_data.arrays.ipynb #d240a032
+# %% ../../nbs/02_data.arrays.ipynb #80ecf04a
 @patch
-def views(self:TensorDL, n):
+def views(self:TensorDL,
+    n:int, # How many
+) -> tuple[list[ArrayDataset],Pipeline]:
     "The first `n` of a fixed series of augmented copies of the dataset, and the transforms that are not random"
     steady = Pipeline([t for t in self.after_batch if not isinstance(t, RandTransform)])
     shaky = Pipeline([t for t in self.after_batch if isinstance(t, RandTransform)])
-    dl,ds,views = self.new(shuffle=False, drop_last=False, index=False, after_batch=shaky),self.dataset,[]
+    dl = self.new(shuffle=False, drop_last=False, index=False, after_batch=shaky)
+    ds,views = self.dataset,[]
     for i in range(n):
         with torch.random.fork_rng():
             torch.manual_seed(i)
@@ -113,99 +152,130 @@ def views(self:TensorDL, n):
         views.append(ArrayDataset(x, ds.y, ds.vocab, ds.split_idx))
     return views,steady
 
-# %% ../../nbs/02_data.arrays.ipynb #cdb85f4f
+# %% ../../nbs/02_data.arrays.ipynb #cd1ff70b
 @patch(as_prop=True)
-def test(self:DataLoaders):
-    "The third loader"
+def test(self:DataLoaders) -> DataLoader:
+    "The third loader. Raises `ValueError` if there is none."
     if len(self.loaders)>2: return self.loaders[2]
     raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`, or a third loader, '
                      '`DataLoaders(train, valid, test)`; `dls.test_dl(items, with_labels=True)` makes one from files.')
 
-# %% ../../nbs/02_data.arrays.ipynb #1345a76d
+# %% ../../nbs/02_data.arrays.ipynb #577c2fb9
 class ArrayDataLoaders(DataLoaders):
     "`DataLoaders` with a `test` loader that no training loop touches, `in_shape` and `c`"
     @property
-    def in_shape(self): return tuple(self.train.dataset.x.shape[1:])
+    def in_shape(self) -> tuple[int,int,int]:
+        "Channels, height and width of an image"
+        return tuple(self.train.dataset.x.shape[1:])
     @property
-    def vocab(self): return self.train.dataset.vocab
+    def vocab(self) -> CategoryMap:
+        "Names of the classes"
+        return self.train.dataset.vocab
     @property
-    def c(self): return len(self.vocab)
+    def c(self) -> int:
+        "Number of classes"
+        return len(self.vocab)
 
-# %% ../../nbs/02_data.arrays.ipynb #406e4d12
-def _images(x, y, what):
-    "Check and return images (N, C, H, W) and labels (N,) as tensors"
+# %% ../../nbs/02_data.arrays.ipynb #a1d3048f
+def _as_images(x, y, what):
+    "Images (N, C, H, W) and labels (N,) as tensors. Raises `ValueError` with the name `what` if they are none."
     try: x = torch.as_tensor(x)
     except (TypeError,ValueError) as e:
         raise ValueError(f'{what} images must be one array (N, C, H, W) or (N, H, W), all of one size: {e}') from None
     try: y = torch.as_tensor(y).long()
-    except (TypeError,ValueError) as e: raise ValueError(f'{what} labels must be class numbers (N,), and `vocab` their names: {e}') from None
-    if y.ndim!=1: raise ValueError(f'{what} labels have shape {tuple(y.shape)}, expected one class number per image (N,).')
+    except (TypeError,ValueError) as e:
+        raise ValueError(f'{what} labels must be class numbers (N,), and `vocab` their names: {e}') from None
+    if y.ndim!=1:
+        raise ValueError(f'{what} labels have shape {tuple(y.shape)}, expected one class number per image (N,).')
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4: raise ValueError(f'{what} images have shape {tuple(x.shape)}, expected (N, C, H, W) or (N, H, W).')
     if not len(x): raise ValueError(f'there are no {what} images.')
     if len(x)!=len(y): raise ValueError(f'{len(x)} {what} images but {len(y)} labels: one label per image is needed.')
     return x,y
 
-# %% ../../nbs/02_data.arrays.ipynb #2c674aa3
+# %% ../../nbs/02_data.arrays.ipynb #7c959b65
+def _check_alike(sets, vocab):
+    "Raise `ValueError` if a set of `{name: (images, labels)}` has images of another size, or unknown labels"
+    shape = sets['training'][0].shape[1:]
+    for what,(x,y) in sets.items():
+        if x.shape[1:]!=shape:
+            raise ValueError(f'{what} images are {tuple(x.shape[1:])}, training images {tuple(shape)}: '
+                             'resize one of them.')
+        if y.min()<0 or y.max()>=len(vocab):
+            raise ValueError(f'{what} labels lie between {y.min()} and {y.max()}, '
+                             f'expected 0 to {len(vocab)-1} for {len(vocab)} classes.')
+
+# %% ../../nbs/02_data.arrays.ipynb #d9930216
 def _spread(y, n, rng):
     "Places of `n` samples of each class (an int), or of the fraction `n` of each class, in random order"
-    picks,part = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)],isinstance(n, float)
-    if not part and (least := min(map(len, picks))) < n:
-        raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
-    return rng.permutation(np.concatenate([p[:round(n*len(p)) if part else n] for p in picks]))
+    picks = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)]
+    if isinstance(n, float): return rng.permutation(np.concatenate([p[:round(n*len(p))] for p in picks]))
+    least = min(map(len, picks))
+    if least<n: raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
+    return rng.permutation(np.concatenate([p[:n] for p in picks]))
 
-# %% ../../nbs/02_data.arrays.ipynb #ded91d24
-def from_arrays(x, y, # Training images, uint8 or float, (N, C, H, W) or (N, H, W); labels (N,)
-    test=None, # `(x, y)` of the test set
-    bs=64, # Samples in a batch
-    valid=None, # `(x, y)` of the validation set; cut from the training images if None
-    valid_pct=.1, # Fraction of every class that becomes the validation set
-    n_per_class=None, # Keep only so many training samples of each class
-    pad=0, # Shift training images by up to so many pixels
-    flip=False, # Mirror training images at random
-    index=False, # Batches carry the places of their samples in the training set
-    vocab=None, # Names of the classes
-    stats=None, # `(mean, std)` per channel; computed from the training set by default
-    seed=42, # For the split, not for the shuffling
-    drop_last=False, # Leave out the last, smaller batch in training
-    device=None, # Where batches go; fastai's default device if None
-):
-    "`ArrayDataLoaders` from a user's own images and labels"
-    x,y = _images(x, y, 'training')
-    test,valid = test and _images(*test, 'test'),valid and _images(*valid, 'validation')
+# %% ../../nbs/02_data.arrays.ipynb #977c8c58
+def _cut_valid(y, valid_pct, rng):
+    "Places of the validation set. Raises `ValueError` if it would be empty."
+    cut = _spread(y, float(valid_pct), rng)
+    if len(cut): return cut
+    raise ValueError(f'{valid_pct} of each class is less than half an image: nothing would be left to validate on. '
+                     'Pass valid=(x, y), a larger valid_pct or more images.')
+
+# %% ../../nbs/02_data.arrays.ipynb #649d97f1
+def _mean_std(x, scale):
+    "Mean and standard deviation of each channel of the images `x`, divided by `scale`"
+    return [(f(x.float()/scale, dim=(0,2,3))+1e-7).tolist() for f in (torch.mean, torch.std)]
+
+# %% ../../nbs/02_data.arrays.ipynb #888fb391
+def from_arrays(
+    x:torch.Tensor|np.ndarray, # Training images, uint8 or float, (N, C, H, W) or (N, H, W)
+    y:torch.Tensor|np.ndarray|list, # Their class numbers (N,)
+    test:tuple|None=None, # `(x, y)` of the test set
+    bs:int=64, # Samples in a batch
+    valid:tuple|None=None, # `(x, y)` of the validation set; cut from the training images if None
+    valid_pct:float=.1, # Fraction of every class that becomes the validation set
+    n_per_class:int|None=None, # Keep only so many training samples of each class
+    pad:int=0, # Shift training images by up to so many pixels
+    flip:bool=False, # Mirror training images at random
+    index:bool=False, # Batches carry the places of their samples in the training set
+    vocab:list|None=None, # Names of the classes
+    stats:tuple|None=None, # `(mean, std)` per channel; computed from the training set by default
+    seed:int=42, # For the split, not for the shuffling
+    drop_last:bool=False, # Leave out the last, smaller batch in training
+    device:torch.device|str|None=None, # Where batches go; fastai's default device if None
+) -> ArrayDataLoaders:
+    "Loaders of a user's own images and labels. Raises `ValueError` if these do not fit together."
+    x,y = _as_images(x, y, 'training')
+    if test: test = _as_images(*test, 'test')
+    if valid: valid = _as_images(*valid, 'validation')
     if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
     vocab = CategoryMap(list(range(int(y.max())+1)) if vocab is None else vocab, sort=False)
-    for (xs,ys),what in ((o, what) for o,what in (((x,y),'training'), (test,'test'), (valid,'validation')) if o):
-        if xs.shape[1:]!=x.shape[1:]:
-            raise ValueError(f'{what} images are {tuple(xs.shape[1:])}, training images {tuple(x.shape[1:])}: resize one of them.')
-        if ys.min()<0 or ys.max()>=len(vocab):
-            raise ValueError(f'{what} labels lie between {ys.min()} and {ys.max()}, expected 0 to {len(vocab)-1} for {len(vocab)} classes.')
-    rng,yn = np.random.default_rng(seed),y.numpy()
-    cut = np.arange(0) if valid else _spread(yn, float(valid_pct), rng)
-    if not (valid or len(cut)):
-        raise ValueError(f'{valid_pct} of each class is less than half an image: nothing would be left to validate on. '
-                         'Pass valid=(x, y), a larger valid_pct or more images.')
-    train = np.setdiff1d(np.arange(len(y)), cut)
-    if n_per_class: train = train[_spread(yn[train], n_per_class, rng)]
+    given = dict(training=(x,y), test=test, validation=valid)
+    _check_alike({k: o for k,o in given.items() if o}, vocab)
+    rng,train = np.random.default_rng(seed),np.arange(len(y))
+    if not valid:
+        cut = _cut_valid(y.numpy(), valid_pct, rng)
+        train,valid = np.setdiff1d(train, cut),(x[cut],y[cut])
+    if n_per_class: train = train[_spread(y[train].numpy(), n_per_class, rng)]
     scale = 255. if x.dtype==torch.uint8 else 1.
-    mean,std = stats or [(f(x[train].float()/scale, dim=(0,2,3))+1e-7).tolist() for f in (torch.mean, torch.std)]
-    tfms = [IntToFloatTensor(div=scale), Normalize.from_stats(mean, std, cuda=False)]
+    tfms = [IntToFloatTensor(div=scale), Normalize.from_stats(*(stats or _mean_std(x[train], scale)), cuda=False)]
     aug = [CropFlip(pad, flip)] if pad or flip else []
-    sets = [(x[train],y[train]), valid or (x[cut],y[cut])] + ([test] if test else [])
-    dls = [TensorDL(ArrayDataset(*o, vocab=vocab, split_idx=min(i,1)), bs=bs, shuffle=i==0, index=index and i==0,
-                    drop_last=drop_last and i==0, after_batch=Pipeline((aug if i==0 else []) + tfms))
-           for i,o in enumerate(sets)]
-    return ArrayDataLoaders(*dls, device=device or default_device())
+    train = TensorDL(ArrayDataset(x[train], y[train], vocab, 0), bs, True, index, drop_last=drop_last,
+                     after_batch=Pipeline(aug+tfms))
+    others = [TensorDL(ArrayDataset(*o, vocab), bs, after_batch=Pipeline(tfms)) for o in (valid,test) if o]
+    return ArrayDataLoaders(train, *others, device=device or default_device())
 
-# %% ../../nbs/02_data.arrays.ipynb #1cf7167c
+# %% ../../nbs/02_data.arrays.ipynb #368b73f8
 @patch
 def few(self:ArrayDataLoaders,
-    n_per_class, # Training samples that stay of each class
-    seed=42): # Which ones
-    "The same data with a smaller training set"
+    n_per_class:int, # Training samples that stay of each class
+    seed:int=42, # Which ones
+) -> ArrayDataLoaders:
+    "The same data with a smaller training set. Raises `ValueError` if a class has not so many."
     dl = self.train
-    i = torch.from_numpy(_spread(dl.dataset.y.cpu().numpy(), int(n_per_class), np.random.default_rng(seed)))
-    i,ds = i.to(dl.dataset.x.device),dl.dataset
+    ds = dl.dataset
+    i = torch.from_numpy(_spread(ds.y.cpu().numpy(), int(n_per_class), np.random.default_rng(seed))).to(ds.x.device)
     small = ArrayDataset(ds.x[i], ds.y[i], ds.vocab, ds.split_idx)
     train = dl.new(small, bs=min(dl.bs, len(small)), index=dl.index)
     return type(self)(train, *self.loaders[1:], device=self.device)

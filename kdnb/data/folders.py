@@ -12,43 +12,48 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image,ImageOps,UnidentifiedImageError
 from fastai.vision.all import *
-from .arrays import from_arrays,_spread
+from .arrays import ArrayDataLoaders,from_arrays,_spread
 
-# %% ../../nbs/02a_data.folders.ipynb #aa57ba73
+# %% ../../nbs/02a_data.folders.ipynb #b6a868d7
 _suffixes = {k for k,v in Image.registered_extensions().items() if v in Image.OPEN}
-
 _splits = dict(train='train', valid='valid', val='valid', validation='valid', test='test')
 
-def _shown(path): return not path.name.startswith('.') and path.name!='Thumbs.db'
+def _is_visible(path):
+    "Is `path` no hidden file and no cache of thumbnails?"
+    return not path.name.startswith('.') and path.name!='Thumbs.db'
 
-# %% ../../nbs/02a_data.folders.ipynb #e03ce42a
-def _in_classes(root):
-    "`[(file, class)]` of a folder of class folders, in the order of their names"
-    here = sorted(o for o in root.iterdir() if _shown(o))
-    items,odd = [],[o for o in here if o.is_file()]
-    for folder in (o for o in here if o.is_dir()):
-        files = sorted(o for o in folder.rglob('*') if o.is_file() and _shown(o))
-        images = [o for o in files if o.suffix.lower() in _suffixes]
-        if not images: raise ValueError(f'the class folder {folder} holds no image. Fill it or remove it.')
-        items += [(o, folder.name) for o in images]
-        odd += [o for o in files if o.suffix.lower() not in _suffixes]
-    if not items:
-        raise ValueError(f'{root} holds neither class folders, nor train/ and test/, nor labels.csv with name,label: '
-                         'nothing says what its images show.')
-    _leave_out(odd, root, 'are no images in class folders')
-    return items
+def _is_image(path): return path.suffix.lower() in _suffixes
 
-# %% ../../nbs/02a_data.folders.ipynb #18e532ca
-def _leave_out(files, root, why):
-    if files: warnings.warn(f'left out of {root}, {len(files)} that {why}: {_few(files)}.')
-
+# %% ../../nbs/02a_data.folders.ipynb #062465f6
 def _few(files):
+    "Names of the first three `files`, for a message"
     names = [Path(o).name for o in files]
     return ', '.join(names[:3] + ['…']*(len(names)>3))
 
-# %% ../../nbs/02a_data.folders.ipynb #0d11a9ac
-def _in_csv(f):
-    "`{split: [(file, class)]}` of a table with the columns name, label and perhaps split"
+def _warn_left_out(files, root, why):
+    "Name `files` of `root` that are not used"
+    if files: warnings.warn(f'left out of {root}, {len(files)} that {why}: {_few(files)}.')
+
+# %% ../../nbs/02a_data.folders.ipynb #9fee6cb6
+def _in_classes(root):
+    "`[(file, class)]` of a folder of class folders, in the order of their names. Raises `ValueError` if it is none."
+    here = sorted(o for o in root.iterdir() if _is_visible(o))
+    items,odd = [],[o for o in here if o.is_file()]
+    for folder in (o for o in here if o.is_dir()):
+        files = sorted(o for o in folder.rglob('*') if o.is_file() and _is_visible(o))
+        images = [o for o in files if _is_image(o)]
+        if not images: raise ValueError(f'the class folder {folder} holds no image. Fill it or remove it.')
+        items += [(o, folder.name) for o in images]
+        odd += [o for o in files if not _is_image(o)]
+    if not items:
+        raise ValueError(f'{root} holds neither class folders, nor train/ and test/, nor labels.csv with name,label: '
+                         'nothing says what its images show.')
+    _warn_left_out(odd, root, 'are no images in class folders')
+    return items
+
+# %% ../../nbs/02a_data.folders.ipynb #93e383bb
+def _read_table(f):
+    "The table `f` of names and labels, whose files are there. Raises `ValueError` if it is none."
     try: df = pd.read_csv(f, dtype=str, keep_default_na=False)
     except (ValueError,pd.errors.ParserError) as e: raise ValueError(f'{f} is no readable table: {e}') from None
     if missing := {'name','label'}-set(df):
@@ -59,15 +64,22 @@ def _in_csv(f):
         raise ValueError(f'{len(gone)} of the {len(df)} files in {f} are not there: {_few(gone)}. '
                          f'Names are taken from the folder {f.parent}.')
     if len(blank := df.name[df.label.str.strip()=='']): raise ValueError(f'{f} has no label for {blank.iloc[0]}.')
+    return df
+
+# %% ../../nbs/02a_data.folders.ipynb #8b211e6d
+def _in_csv(f):
+    "`{split: [(file, class)]}` of a table with the columns name, label and perhaps split"
+    df = _read_table(f)
     split = df['split'].replace('', 'train') if 'split' in df else pd.Series('all', df.index)
     if odd := set(split)-_splits.keys() if 'split' in df else None:
         raise ValueError(f'{f} has the split {sorted(odd)[0]!r}, expected train, valid or test.')
-    there,listed = (o for o in f.parent.rglob('*') if o.suffix.lower() in _suffixes),{f.parent/o for o in df.name}
-    _leave_out(sorted({o for o in there if _shown(o)}-listed), f.parent, f'are not in {f.name}')
+    listed = {f.parent/o for o in df.name}
+    there = {o for o in f.parent.rglob('*') if _is_image(o) and _is_visible(o)}
+    _warn_left_out(sorted(there-listed), f.parent, f'are not in {f.name}')
     groups = df.groupby(split.replace(_splits), sort=False)
     return {k: [(f.parent/n, label) for n,label in zip(g.name, g.label)] for k,g in groups}
 
-# %% ../../nbs/02a_data.folders.ipynb #62b47e8c
+# %% ../../nbs/02a_data.folders.ipynb #bd457d84
 def _folder_items(path):
     "`{split: [(file, class)]}` of a user's folder; the split is 'all' where nothing says what is for what"
     csv = path if path.suffix=='.csv' else path/'labels.csv'
@@ -77,23 +89,25 @@ def _folder_items(path):
     if splits: return {k: _in_classes(o) for k,o in splits.items()}
     return dict(all=_in_classes(path))
 
-# %% ../../nbs/02a_data.folders.ipynb #dd4aceb2
+# %% ../../nbs/02a_data.folders.ipynb #c6ef1f1b
 def _look(f, see):
     "`see` of the image in file `f`, or the error if it cannot be read"
     try:
         with Image.open(f) as im: return see(im)
     except (UnidentifiedImageError,OSError,SyntaxError,ValueError,Image.DecompressionBombError) as e: return e
 
-# %% ../../nbs/02a_data.folders.ipynb #d684661d
+# %% ../../nbs/02a_data.folders.ipynb #dc05735b
 def _refuse_corrupt(files, seen):
+    "Raise `ValueError` with the names of `files` for which `_look` gave an error in `seen`"
     bad = [(f, str(e).replace(repr(str(f)), 'the file')) for f,e in zip(files, seen) if isinstance(e, Exception)]
     if not bad: return
     if len(bad)==1: raise ValueError(f'{bad[0][0]} is corrupt or no image: {bad[0][1]}. Replace or remove it.')
     named = '; '.join(f'{f} ({e})' for f,e in bad[:20]) + f' and {len(bad)-20} more'*(len(bad)>20)
     raise ValueError(f'{len(bad)} of {len(files)} files are corrupt or no images: {named}. Replace or remove them.')
 
-# %% ../../nbs/02a_data.folders.ipynb #2a419515
-def _measure(im):
+# %% ../../nbs/02a_data.folders.ipynb #e34e5291
+def _size_and_grey(im):
+    "`((width, height), is it grey?)` of a PIL image, upright. Raises `OSError` if it has more than 8 bit a channel."
     if im.mode[0] in 'IF': raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
     turned = im.getexif().get(0x112, 1)>4    # a camera held upright
     return im.size[::-1 if turned else 1],im.mode in ('1','L','LA','La')
@@ -105,19 +119,26 @@ def _edges(size):
     if len(hw)==2 and all(isinstance(o, (int,np.integer)) and o>0 for o in hw): return tuple(hw)
     raise ValueError(f'size is {size!r}, expected the pixels of an edge, such as 14, or (height, width).')
 
-# %% ../../nbs/02a_data.folders.ipynb #0ddc107b
+# %% ../../nbs/02a_data.folders.ipynb #c050c6b7
+def _common_size(files, sizes, size):
+    "`(height, width)` that all images get. Raises `ValueError` if they differ and no `size` is asked for."
+    if size is not None: return _edges(size)
+    first = dict(reversed([*zip(sizes, files)]))     # a file of each size
+    if len(first)>1:
+        (a,f),*_,(b,g) = sorted(first.items())
+        raise ValueError(f'the images have {len(first)} sizes, from {a[0]}×{a[1]} ({f.name}) to {b[0]}×{b[1]} '
+                         f'({g.name}). Pass the one they are to have, such as size=64.')
+    return sizes[0][::-1]
+
+# %% ../../nbs/02a_data.folders.ipynb #dac8383b
 def _read_images(files, size=None):
     "The images as one array (N, C, H, W) of bytes; `size` is a number or `(height, width)`"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seen = list(pool.map(lambda f: _look(f, _measure), files))
+        seen = list(pool.map(lambda f: _look(f, _size_and_grey), files))
         if any(isinstance(o, Exception) for o in seen):     # what is whole so far may break off further on
-            _refuse_corrupt(files, pool.map(lambda o: _look(o, lambda im: _measure(im) and im.load()), files))
-        sizes,mode = {wh: f for f,(wh,_) in zip(files, seen)},'L' if all(grey for _,grey in seen) else 'RGB'
-        if size is None and len(sizes)>1:
-            (a,f),*_,(b,g) = sorted(sizes.items())
-            raise ValueError(f'the images have {len(sizes)} sizes, from {a[0]}×{a[1]} ({f.name}) to {b[0]}×{b[1]} '
-                             f'({g.name}). Pass the one they are to have, such as size=64.')
-        h,w = next(iter(sizes))[::-1] if size is None else _edges(size)
+            _refuse_corrupt(files, pool.map(lambda o: _look(o, lambda im: _size_and_grey(im) and im.load()), files))
+        h,w = _common_size(files, [wh for wh,_ in seen], size)
+        mode = 'L' if all(grey for _,grey in seen) else 'RGB'
         def pixels(im):
             im = ImageOps.exif_transpose(im).convert(mode)
             return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR))
@@ -129,25 +150,36 @@ def _read_images(files, size=None):
         _refuse_corrupt(files, [bad.get(i) for i in range(len(files))])
     return x.transpose(0,3,1,2)
 
-# %% ../../nbs/02a_data.folders.ipynb #4f53ed51
-@delegates(from_arrays, but=['test','valid','vocab'])
-def folder_dls(path, # Folder of images, or its table of labels
-    size=None, # Pixels of an edge, or `(height, width)`; the images' own if they are all equal
-    bs=64, # Samples in a batch
-    test_pct=.2, # Fraction of every class that becomes the test set, where nothing says what is for what; 0 for none
-    seed=42, # For the splits
-    **kwargs):
-    "`ArrayDataLoaders` of a folder of images: `train`/`valid`/`test`, class folders, or `labels.csv`"
-    items = _folder_items(Path(path))
+# %% ../../nbs/02a_data.folders.ipynb #1373fa01
+def _vocab_of(items, path):
+    "The classes of `{split: [(file, class)]}`. Raises `ValueError` if they are few, or not all trained on."
     if not items.keys() & {'train','all'}: raise ValueError(f'{path} has {", ".join(items)} but no images to train on.')
     vocab = sorted({c for _,c in items.get('train') or items['all']})
     if len(vocab)<2: raise ValueError(f'{path} has images of {vocab[0]!r} only: there is nothing to tell apart.')
     for k,o in items.items():
         if odd := {c for _,c in o}-set(vocab):
             raise ValueError(f'the class {sorted(odd)[0]!r} is in {k} but not in train. Train on all classes.')
+    return vocab
+
+# %% ../../nbs/02a_data.folders.ipynb #a0172bbf
+@delegates(from_arrays, but=['test','valid','vocab'])
+def folder_dls(
+    path:str|Path, # Folder of images, or its table of labels
+    size:int|tuple|None=None, # Pixels of an edge, or `(height, width)`; the images' own if they are all equal
+    bs:int=64, # Samples in a batch
+    test_pct:float=.2, # Fraction of every class that becomes the test set, if there are no splits; 0 for none
+    seed:int=42, # For the splits
+    **kwargs,
+) -> ArrayDataLoaders:
+    """Loaders of a folder of images: `train`/`valid`/`test`, class folders, or `labels.csv`
+
+    Raises `ValueError` with the file's name if something is missing, corrupt or not in its place."""
+    items = _folder_items(Path(path))
+    vocab = _vocab_of(items, path)
     sets,x = {},_read_images([f for o in items.values() for f,_ in o], size)
     for k,o in items.items():
-        sets[k],x = (x[:len(o)],np.array([vocab.index(c) for _,c in o])),x[len(o):]
+        y = np.array([vocab.index(c) for _,c in o])
+        sets[k],x = (x[:len(o)],y),x[len(o):]
     if 'all' in sets:
         x,y = sets['all']
         test = _spread(y, float(test_pct), np.random.default_rng(seed))

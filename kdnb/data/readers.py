@@ -15,19 +15,32 @@ from filelock import FileLock
 from fastai.vision.all import *
 from .arrays import _spread
 
-# %% ../../nbs/02b_data.readers.ipynb #6e87c7ce
-def data_path(path=None): return Path(path or os.environ.get('KDNB_DATA') or Path.home()/'.kdnb'/'data')
+# %% ../../nbs/02b_data.readers.ipynb #1d6f7a01
+def data_path(
+    path:str|Path|None=None, # Folder that holds the data; `KDNB_DATA`, else `~/.kdnb/data` if None
+) -> Path:
+    "The folder of the image sets"
+    return Path(path or os.environ.get('KDNB_DATA') or Path.home()/'.kdnb'/'data')
 
-# %% ../../nbs/02b_data.readers.ipynb #339a2431
-def _check(f, md5):
-    "The bytes of file `f`, whose checksum must be `md5`"
+# %% ../../nbs/02b_data.readers.ipynb #81f12491
+def _checked_bytes(f, md5):
+    "The bytes of file `f`. Raises `ValueError` if their checksum is not `md5`."
     b = Path(f).read_bytes()
-    if (got := hashlib.md5(b).hexdigest()) != md5:
-        raise ValueError(f'{f} is corrupt: its MD5 is {got}, expected {md5}. Delete it and get it again.')
-    return b
+    got = hashlib.md5(b).hexdigest()
+    if got==md5: return b
+    raise ValueError(f'{f} is corrupt: its MD5 is {got}, expected {md5}. Delete it and get it again.')
 
-# %% ../../nbs/02b_data.readers.ipynb #5b2fdc82
+# %% ../../nbs/02b_data.readers.ipynb #6b56b710
+def _missing(name, root, e=None, archive=None):
+    "The error of a set that is not there and could not be fetched because of `e`"
+    why = f' ({e})' if e else ''
+    or_put = f', or put {archive} there' if archive else ''
+    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{why}. '
+                             f'Set KDNB_DATA (or `path=`) to the folder that holds it{or_put}.')
+
+# %% ../../nbs/02b_data.readers.ipynb #21aa3736
 def _digits(path=None):
+    "scikit-learn's digits, at 0 to 255"
     from sklearn.datasets import load_digits
     o = load_digits()
     x,y = (o.images*255/16).round().astype(np.uint8),o.target
@@ -41,27 +54,24 @@ def _idx(b):
     b = gzip.decompress(b)
     return np.frombuffer(b, np.uint8, offset=4+4*b[3]).reshape(*np.frombuffer(b, '>i4', b[3], 4)).copy()
 
-# %% ../../nbs/02b_data.readers.ipynb #2a4b4eaf
-def _missing(name, root, e=None, archive=None):
-    why,or_put = (f' ({e})' if e else ''),(f', or put {archive} there' if archive else '')
-    return FileNotFoundError(f'{name} is not in {root} and could not be fetched{why}. '
-                             f'Set KDNB_DATA (or `path=`) to the folder that holds it{or_put}.')
-
-# %% ../../nbs/02b_data.readers.ipynb #3701f4a5
+# %% ../../nbs/02b_data.readers.ipynb #c12300bc
 def _mnist(path, cls):
+    "The set of torchvision's class `cls`, from its four files"
     root = path/cls.__name__/'raw'
     if any(not (root/f).exists() for f,_ in cls.resources):
         try: cls(path, download=True)
         except Exception as e: raise _missing(cls.__name__, root, e) from None
-    xy = {f: _idx(_check(root/f, md5)) for f,md5 in cls.resources}
-    return [next(v for k,v in xy.items() if k.startswith(o)) for o in
-            ('train-images','train-labels','t10k-images','t10k-labels')]
+    arrays = {f: _idx(_checked_bytes(root/f, md5)) for f,md5 in cls.resources}
+    parts = ('train-images','train-labels','t10k-images','t10k-labels')
+    return [next(v for k,v in arrays.items() if k.startswith(part)) for part in parts]
 
-# %% ../../nbs/02b_data.readers.ipynb #f561d0c6
+# %% ../../nbs/02b_data.readers.ipynb #eab7b157
 def _cifar(path, cls):
+    "The set of torchvision's class `cls`, and the names of its classes"
     try: trn,tst = [cls(path, train=t, download=True) for t in (True,False)]
     except Exception as e: raise _missing(cls.__name__, path, e, cls.filename) from None
-    return [o for d in (trn,tst) for o in (d.data.transpose(0,3,1,2), np.array(d.targets))] + [dict(vocab=trn.classes)]
+    arrays = [o for d in (trn,tst) for o in (d.data.transpose(0,3,1,2), np.array(d.targets))]
+    return arrays + [dict(vocab=trn.classes)]
 
 # %% ../../nbs/02b_data.readers.ipynb #80c1684f
 def _mapped(folder, name, shape):
@@ -86,35 +96,24 @@ def _cached(name, shape, fill):
             (Path(tmp)/'x.npy').replace(folder/f'{name}-{zlib.crc32(x):08x}.npy')
         return _mapped(folder, name, shape)
 
-# %% ../../nbs/02b_data.readers.ipynb #5aeaefc5
-def _cifar10_jpeg(path):
-    files = src,order = path/'cifar10-jpeg.tar.xz',path/'cifar10-labels-original-order.npz'
-    for f in files:
-        if not f.exists(): raise _missing('cifar10_jpeg', f)
-    sums = _md5sums(path)
-    _check(src, sums[src.name])
-    labels = np.load(io.BytesIO(_check(order, sums[order.name])))
-    y,yt = (labels[s].astype(np.int64) for s in ('train','test'))
-    def fill(x):
-        imgs = _decode_jpegs(src)
-        x[:len(y)],x[len(y):] = _original_order(imgs['train'], y),_original_order(imgs['test'], yt)
-    key = hashlib.md5(''.join(sums[f.name] for f in files).encode()).hexdigest()[:8]
-    x = _cached(f'cifar10-jpeg-{key}', (len(y)+len(yt),3,32,32), fill)
-    return x[:len(y)],y,x[len(y):],yt
+# %% ../../nbs/02b_data.readers.ipynb #a7edaee2
+def _md5sums(path):
+    "`{file name: MD5}` from the file MD5SUMS"
+    lines = (path/'MD5SUMS').read_text().splitlines()
+    return {Path(name).name: md5 for md5,name in map(str.split, lines)}
 
-def _md5sums(path): return {Path(k).name: v for v,k in (l.split() for l in (path/'MD5SUMS').read_text().splitlines())}
-
-# %% ../../nbs/02b_data.readers.ipynb #f8ac9159
+# %% ../../nbs/02b_data.readers.ipynb #98cb5365
 def _decode_jpegs(src):
     "`{split: (10, N/10, 3, 32, 32)}` of the archive's `cifar10-jpeg/{split}/{class}/{k}.jpg`, classes in name order"
     imgs = {}
     with tarfile.open(src) as t:
         for m in t:
-            if m.isfile() and m.name.endswith('.jpg'):
-                split,cls,k = m.name.split('/')[-3:]
-                imgs[split,cls,k] = np.asarray(PILImage.create(t.extractfile(m))).transpose(2,0,1)
-    return {s: np.stack([np.stack([imgs[k] for k in sorted(imgs) if k[:2]==(s,c)])
-                         for c in sorted({k[1] for k in imgs})]) for s in {k[0] for k in imgs}}
+            if not m.isfile() or not m.name.endswith('.jpg'): continue
+            split,cls,k = m.name.split('/')[-3:]
+            imgs[split,cls,k] = np.asarray(PILImage.create(t.extractfile(m))).transpose(2,0,1)
+    classes = sorted({cls for _,cls,_ in imgs})
+    def of_class(split, cls): return np.stack([imgs[k] for k in sorted(imgs) if k[:2]==(split,cls)])
+    return {split: np.stack([of_class(split, c) for c in classes]) for split in {k[0] for k in imgs}}
 
 # %% ../../nbs/02b_data.readers.ipynb #cf33eb87
 def _original_order(x, y):
@@ -123,35 +122,61 @@ def _original_order(x, y):
     for c in range(len(x)): out[y==c] = x[c]
     return out
 
+# %% ../../nbs/02b_data.readers.ipynb #55d49b51
+def _cifar10_jpeg(path):
+    "CIFAR-10 (JPEG q75) in the order of CIFAR-10"
+    files = src,order = path/'cifar10-jpeg.tar.xz',path/'cifar10-labels-original-order.npz'
+    for f in files:
+        if not f.exists(): raise _missing('cifar10_jpeg', f)
+    sums = _md5sums(path)
+    _checked_bytes(src, sums[src.name])
+    labels = np.load(io.BytesIO(_checked_bytes(order, sums[order.name])))
+    y,yt = (labels[s].astype(np.int64) for s in ('train','test'))
+    def fill(x):
+        imgs = _decode_jpegs(src)
+        x[:len(y)] = _original_order(imgs['train'], y)
+        x[len(y):] = _original_order(imgs['test'], yt)
+    key = hashlib.md5(''.join(sums[f.name] for f in files).encode()).hexdigest()[:8]
+    x = _cached(f'cifar10-jpeg-{key}', (len(y)+len(yt),3,32,32), fill)
+    return x[:len(y)],y,x[len(y):],yt
+
 # %% ../../nbs/02b_data.readers.ipynb #53bad880
 _tiny_imagenet_zip = dict(url='http://cs231n.stanford.edu/tiny-imagenet-200.zip',
                           md5='90528d7ca1a48142e341f4ef8d21d0de')
 
-# %% ../../nbs/02b_data.readers.ipynb #a41b930e
+# %% ../../nbs/02b_data.readers.ipynb #3fc1e7b9
 def _fetch(path, url, md5):
-    "The file at `url` in the folder `path`, fetched if it is not there"
+    "The file at `url` in the folder `path`, fetched if it is not there, with the checksum `md5`"
     from torchvision.datasets.utils import download_url
     f = path/Path(url).name
     if not f.exists():
         try: download_url(url, path, f.name, md5)
         except Exception as e: raise _missing(f.stem, path, e, f'{f.name} (MD5 {md5})') from None
-    _check(f, md5)
+    _checked_bytes(f, md5)
     return f
 
-# %% ../../nbs/02b_data.readers.ipynb #3b2ea0a7
+# %% ../../nbs/02b_data.readers.ipynb #aaaec576
+def _tiny_imagenet_lists(z):
+    "Of the open archive: training files, `{test file: class}`, `{class: words}` in the order of classes"
+    root = 'tiny-imagenet-200'
+    def table(f): return [l.split('\t') for l in z.read(f'{root}/{f}').decode().splitlines()]
+    train = sorted(o for o in z.namelist() if o.startswith(f'{root}/train/') and o.endswith('.JPEG'))
+    test = {f'{root}/val/images/{f}': c for f,c,*_ in table('val/val_annotations.txt')}
+    words = dict(table('words.txt'))
+    return train,test,{c: words[c] for c in sorted(c for c, in table('wnids.txt'))}
+
+# %% ../../nbs/02b_data.readers.ipynb #8342b222
 def _tiny_imagenet(path):
-    src = _fetch(path, **_tiny_imagenet_zip)
-    with zipfile.ZipFile(src) as z:
-        root = 'tiny-imagenet-200'
-        def table(f): return [l.split('\t') for l in z.read(f'{root}/{f}').decode().splitlines()]
-        train = sorted(o for o in z.namelist() if o.startswith(f'{root}/train/') and o.endswith('.JPEG'))
-        test = {f'{root}/val/images/{f}': c for f,c,*_ in table('val/val_annotations.txt')}
-        classes,words = sorted(c for c, in table('wnids.txt')),dict(table('words.txt'))
+    "Tiny ImageNet, the names of its classes, and ImageNet's mean and standard deviation"
+    with zipfile.ZipFile(_fetch(path, **_tiny_imagenet_zip)) as z:
+        train,test,words = _tiny_imagenet_lists(z)
         def pixels(f): return np.asarray(Image.open(io.BytesIO(z.read(f))).convert('RGB')).transpose(2,0,1)
         def fill(x):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i,o in enumerate(pool.map(pixels, [*train,*test])): x[i] = o
         x = _cached(f'tiny-imagenet-{_tiny_imagenet_zip["md5"][:8]}', (len(train)+len(test),3,64,64), fill)
-    y,yt = (np.array([classes.index(c) for c in o]) for o in ([f.split('/')[2] for f in train], test.values()))
-    vocab = [f'{words[c].split(",")[0]} ({c})' for c in classes]
+    classes = list(words)
+    y = np.array([classes.index(f.split('/')[2]) for f in train])
+    yt = np.array([classes.index(c) for c in test.values()])
+    vocab = [f'{w.split(",")[0]} ({c})' for c,w in words.items()]
     return x[:len(y)],y,x[len(y):],yt,dict(vocab=vocab, stats=imagenet_stats)

@@ -25,7 +25,8 @@ from .teacher import StoredLogits,StoredTeacher
 from .terms import Term,Terms
 from ..features.capture import Capture,hear
 from ..features.logits import as_logits
-from ..training.terms import LossTerm,TermSplitter
+from ..training.terms import LossTerm
+from ..training.optimizer import TermSplitter
 
 # %% ../../nbs/13_distill.callback.ipynb #bdb88957
 @dataclass

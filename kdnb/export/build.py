@@ -41,6 +41,19 @@ def _put(model, key, t):
     m = model.get_submodule(path)
     (m._parameters if name in m._parameters else m._buffers)[name] = t
 
+# %% ../../nbs/40b_export.build.ipynb #b815bcfe
+def _resize(model, key, t):
+    "Give the tensor called `key` the shape of `t`, and its module the sizes that follow from it"
+    path,_,name = key.rpartition('.')
+    m = model.get_submodule(path)
+    new = torch.empty_like(t, device='meta')
+    _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad) if name in m._parameters else new)
+    if not t.ndim: return
+    if not isinstance(m, weighted): set_sizes(m, len(t), len(t))
+    elif name=='weight':
+        sizes = len(t),t.shape[1]*getattr(m, 'groups', 1)
+        set_sizes(m, *(reversed(sizes) if getattr(m, 'transposed', False) else sizes))
+
 # %% ../../nbs/40b_export.build.ipynb #71e85f0a
 def _cut(model, tensors, path):
     "Give `model` the shapes of `tensors`; names of parameters that are one and the same come back, in lists"
@@ -65,19 +78,6 @@ def _cut(model, tensors, path):
                              f'the architecture allows at most {d.dtype} {tuple(d.shape)}.')
         _resize(model, key, t)
     return [ks for ks in twins.values() if len(ks)>1]
-
-# %% ../../nbs/40b_export.build.ipynb #b815bcfe
-def _resize(model, key, t):
-    "Give the tensor called `key` the shape of `t`, and its module the sizes that follow from it"
-    path,_,name = key.rpartition('.')
-    m = model.get_submodule(path)
-    new = torch.empty_like(t, device='meta')
-    _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad) if name in m._parameters else new)
-    if not t.ndim: return
-    if not isinstance(m, weighted): set_sizes(m, len(t), len(t))
-    elif name=='weight':
-        sizes = len(t),t.shape[1]*getattr(m, 'groups', 1)
-        set_sizes(m, *(reversed(sizes) if getattr(m, 'transposed', False) else sizes))
 
 # %% ../../nbs/40b_export.build.ipynb #62385562
 def _check_fit(model, header, path):

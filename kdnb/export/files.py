@@ -16,7 +16,7 @@ from torch import nn
 from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import plain_copy
+from ..channels.layers import attributes_of,index_layer,plain_copy,set_attributes,set_sizes
 from .build import _built,_check_fit,_cut,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
@@ -32,9 +32,6 @@ def tensors_of(
 ) -> dict[str,torch.Tensor]:
     "The state of `model` as safetensors takes it: on the CPU, contiguous, nothing shared"
     return {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
-
-# %% ../../nbs/40c_export.files.ipynb #92992b01
-def _sha256(tensors): return hashlib.sha256(st.save(tensors)).hexdigest()
 
 # %% ../../nbs/40c_export.files.ipynb #9770884f
 def save_model(
@@ -59,7 +56,11 @@ def save_model(
     header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
                   **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
+    if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
     return atomic_write(path, st.save(tensors, metadata=dict(kdnb=json.dumps(header))))
+
+# %% ../../nbs/40c_export.files.ipynb #92992b01
+def _sha256(tensors): return hashlib.sha256(st.save(tensors)).hexdigest()
 
 # %% ../../nbs/40c_export.files.ipynb #40a00008
 def _shapes(header, stored, path):
@@ -124,6 +125,7 @@ def load_model(
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     tensors,packed = _read(path, header, shapes)
     twins = _cut(model, tensors, path)
+    set_attributes(model, header.get('attributes', {}))
     for k,(mask,values) in packed.items(): tensors[k] = _unpacked(shapes[k], mask, values, f'{path}: {k}')
     tensors._metadata = model.state_dict()._metadata     # versions of layers: some refuse a state without
     model.load_state_dict(tensors, assign=True)

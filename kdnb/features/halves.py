@@ -12,7 +12,39 @@ from torchvision.models.feature_extraction import NodePathTracer
 from ..core import get_layer,unwrap
 from .logits import as_logits
 
-# %% ../../nbs/05c_features.halves.ipynb #7673f1a9
+# %% ../../nbs/05c_features.halves.ipynb #65e7b972
+def _needed(node, stop=None):
+    "The nodes from which `node` is computed, given `stop`"
+    found,todo = set(),[node]
+    while todo:
+        n = todo.pop()
+        if n is stop or n in found: continue
+        found.add(n)
+        todo += n.all_input_nodes
+    return found
+
+# %% ../../nbs/05c_features.halves.ipynb #a782a442
+def _part(model, graph, nodes, result, new, env, name):
+    "The module that computes `result` by the `nodes` of `graph`"
+    for n in graph.nodes:
+        if n in nodes: env[n] = new.node_copy(n, env.__getitem__)
+    new.output(env[result])
+    return fx.GraphModule(model, new, name)
+
+# %% ../../nbs/05c_features.halves.ipynb #93b0d453
+def _traced(model, path):
+    "The graph of `model`, and the last node of the layer at `path`. Raises `ValueError` if there is none."
+    tracer = NodePathTracer()
+    try: graph = tracer.trace(model)
+    except Exception as e:
+        raise ValueError(f'{type(model).__name__} cannot be cut at {path!r}: '
+                         f'torch.fx cannot follow it ({e}).') from None
+    names = tracer.node_to_qualname
+    at = [n for n in graph.nodes if names.get(n)==path or names.get(n, '').startswith(path+'.')]
+    if not at: raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot be cut there.')
+    return graph,at[-1]
+
+# %% ../../nbs/05c_features.halves.ipynb #5cc0a06d
 def cut(
     model:nn.Module, # Module that torch.fx can trace
     path:str, # Layer after which to cut
@@ -23,34 +55,14 @@ def cut(
     Raises `ValueError` if the layer does not run, torch.fx cannot follow, or what follows also reads earlier layers."""
     model = unwrap(model)
     get_layer(model, path)
-    tracer = NodePathTracer()
-    try: graph = tracer.trace(model)
-    except Exception as e:
-        raise ValueError(f'{type(model).__name__} cannot be cut at {path!r}: torch.fx cannot follow it ({e}).') from None
-    names = tracer.node_to_qualname
-    at = [n for n in graph.nodes if names.get(n)==path or names.get(n, '').startswith(path+'.')]
-    if not at: raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot be cut there.')
-    result = as_logits(next(n for n in graph.nodes if n.op=='output').args[0], logits, type(model).__name__)
-    needed = _needed(result, at[-1])
-    if any(n.op=='placeholder' for n in needed):
+    graph,at = _traced(model, path)
+    returned = next(n for n in graph.nodes if n.op=='output').args[0]
+    result = as_logits(returned, logits, type(model).__name__)
+    behind = _needed(result, at)
+    if any(n.op=='placeholder' for n in behind):
         raise ValueError(f'{type(model).__name__} cannot be cut at {path!r}: what follows also reads earlier layers. '
                          'Choose a layer that all of the signal passes.')
-    before = _needed(at[-1]) | {n for n in graph.nodes if n.op=='placeholder'}
-    return (_part(model, graph, before, at[-1], fx.Graph(), {}, 'Body'),
-            _part(model, graph, needed, result, g := fx.Graph(), {at[-1]: g.placeholder('x')}, 'Head'))
-
-# %% ../../nbs/05c_features.halves.ipynb #b27e39fd
-def _part(model, graph, nodes, result, new, env, name):
-    "The module that computes `result` by the `nodes` of `graph`"
-    for n in graph.nodes:
-        if n in nodes: env[n] = new.node_copy(n, env.__getitem__)
-    new.output(env[result])
-    return fx.GraphModule(model, new, name)
-
-# %% ../../nbs/05c_features.halves.ipynb #db0e52b0
-def _needed(node, stop=None):
-    "The nodes from which `node` is computed, given `stop`"
-    found,todo = set(),[node]
-    while todo:
-        if (n := todo.pop()) is not stop and n not in found: found.add(n); todo += n.all_input_nodes
-    return found
+    before = _needed(at) | {n for n in graph.nodes if n.op=='placeholder'}
+    new = fx.Graph()
+    return (_part(model, graph, before, at, fx.Graph(), {}, 'Body'),
+            _part(model, graph, behind, result, new, {at: new.placeholder('x')}, 'Head'))

@@ -28,7 +28,8 @@ def _usual_logits(out):
     for k in ('logits','out'):
         if fields and k in fields: return _usual_logits(fields[k])
     if isinstance(out, (tuple,list)):     # a loss before them is a single number
-        return next((_usual_logits(o) for o in out if o is not None and not (isinstance(o, torch.Tensor) and o.ndim==0)), None)
+        rest = [o for o in out if o is not None and not (isinstance(o, torch.Tensor) and o.ndim==0)]
+        return _usual_logits(rest[0]) if rest else None
     tensors = [o for o in (fields or {}).values() if isinstance(o, (torch.Tensor,fx.Node))]
     return _usual_logits(tensors[0]) if len(tensors)==1 else None
 
@@ -39,20 +40,26 @@ def _entry(out, key):
     try: return getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
     except (AttributeError,KeyError,IndexError,TypeError): return None
 
-# %% ../../nbs/05_features.logits.ipynb #bbe3a8b8
+# %% ../../nbs/05_features.logits.ipynb #5c374f2f
 def as_logits(
     out:object, # What a network returned
     logits:str|int|Callable|None=None, # Key, index, attribute or function that gives them; the usual ones if None
     who:str='the network', # For the message
 ) -> torch.Tensor:
     "The logits, a plain tensor. Raises `ValueError` if it is not known what of `out` they are."
-    found = out if logits is None else logits(out) if callable(logits) else _entry(out, logits)
+    if logits is None: found = out
+    else: found = logits(out) if callable(logits) else _entry(out, logits)
     if (z := _usual_logits(found)) is not None: return z
-    names = _fields(out)
-    has = f'a {type(out).__name__}' + (f' with {", ".join(map(repr, names))}' if names else f' of {len(out)}' if isinstance(out, (tuple,list)) else '')
-    how = 'is not found in it' if logits is not None else 'is not known'
-    raise ValueError(f'{who} returns {has}, and what of it are the logits {how}. '
+    how = 'is not known' if logits is None else 'is not found in it'
+    raise ValueError(f'{who} returns {_contents(out)}, and what of it are the logits {how}. '
                      "Name them: logits='key', an index, or a function of what it returns that gives a tensor.")
+
+# %% ../../nbs/05_features.logits.ipynb #ce2f567d
+def _contents(out):
+    "What `out` is and holds, for a message"
+    names = _fields(out)
+    if names: return f'a {type(out).__name__} with {", ".join(map(repr, names))}'
+    return f'a {type(out).__name__}' + (f' of {len(out)}' if isinstance(out, (tuple,list)) else '')
 
 # %% ../../nbs/05_features.logits.ipynb #7491407b
 def find_logits(

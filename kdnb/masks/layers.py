@@ -24,7 +24,8 @@ class Masked:
     _masked_names = frozenset()     # of those tensors
     def own_masks(self) -> dict[str,torch.Tensor]:
         "`{name in this layer: mask}`"
-        return {n: mask for k,mask in self._buffers.items() if (n := k.removesuffix('_mask'))!=k and n in self._masked_names}
+        found = {k.removesuffix('_mask'): mask for k,mask in self._buffers.items() if k.endswith('_mask')}
+        return {n: mask for n,mask in found.items() if n in self._masked_names}
 
     def __deepcopy__(self, memo):
         new = memo[id(self)] = self.__new__(type(self))
@@ -37,7 +38,7 @@ class Masked:
 
 # %% ../../nbs/07_masks.layers.ipynb #fb86bcaa
 def _leaf(v):
-    "`v` without the history of tensors that were computed for the last batch, such as the weights that an LSTM lines up"
+    "`v` without the history of tensors computed for the last batch, such as the weights an LSTM lines up"
     if type(v) is list: return [_leaf(o) for o in v]
     return v.detach() if isinstance(v, torch.Tensor) and not v.is_leaf else v
 
@@ -57,10 +58,14 @@ def _masked(name):
         else: self.__dict__[name] = v
     return property(get, put, lambda self: self.__dict__.pop(name))
 
-def _plain_class(m): return type(m).__bases__[1] if isinstance(m, Masked) else type(m)
+# %% ../../nbs/07_masks.layers.ipynb #67917d3e
+def _plain_class(m):
+    "The class that layer `m` has without masks"
+    return type(m).__bases__[1] if isinstance(m, Masked) else type(m)
 
 # %% ../../nbs/07_masks.layers.ipynb #61330995
 def _computed(m, name):
+    "The tensor `name` of layer `m` as a parametrization or hook has computed it"
     o = getattr(_plain_class(m), name, None)
     if isinstance(o, property): return o.fget(m)
     if name in m.__dict__: return m.__dict__[name]
@@ -69,8 +74,15 @@ def _computed(m, name):
 # %% ../../nbs/07_masks.layers.ipynb #d82160a1
 @cache
 def _masked_class(cls, names):
-    return type(cls.__name__, (Masked,cls), {'__module__': cls.__module__, '__doc__': cls.__doc__, '_masked_names': names,
-                                             **{n: _masked(n) for n in names}})
+    "The class of a layer of class `cls` whose tensors `names` are masked"
+    own = {'__module__': cls.__module__, '__doc__': cls.__doc__, '_masked_names': names}
+    return type(cls.__name__, (Masked,cls), own | {n: _masked(n) for n in names})
+
+# %% ../../nbs/07_masks.layers.ipynb #c7fbf9c5
+def _put_on(m, name):
+    "Give layer `m` the class that masks `name` as well"
+    names = m._masked_names if isinstance(m, Masked) else frozenset()
+    if name not in names: m.__class__ = _masked_class(_plain_class(m), names | {name})
 
 # %% ../../nbs/07_masks.layers.ipynb #b3bc1612
 def _hook(m, name):
@@ -91,6 +103,44 @@ def acting(
     if not is_parametrized(m, name): return getattr(m, name, None)
     with evaluating(m): return getattr(m, name)
 
+# %% ../../nbs/07_masks.layers.ipynb #d17be80d
+class _Adopted(BasePruningMethod):
+    "Stands where the hook of `torch.nn.utils.prune` stood, for `prune.remove`"
+    PRUNING_TYPE,adopted = 'unstructured',True
+    def compute_mask(self, t, default_mask): return default_mask
+    def __call__(self, module, inputs): pass
+    def remove(self, module):
+        mask = module._buffers.pop(f'{self._tensor_name}_mask')
+        module._parameters[self._tensor_name].data.mul_(mask)
+
+# %% ../../nbs/07_masks.layers.ipynb #7999777d
+def _adopt(m):
+    "Turn what `torch.nn.utils.prune` has done to layer `m` into masks of this notebook"
+    for k,h in m._forward_pre_hooks.items():
+        if not isinstance(h, BasePruningMethod) or isinstance(h, _Adopted): continue
+        n = h._tensor_name
+        m._forward_pre_hooks[k] = _Adopted()
+        m._forward_pre_hooks[k]._tensor_name = n
+        m.__dict__.pop(n, None)
+        m._parameters = {n if o==f'{n}_orig' else o: p for o,p in m._parameters.items()}
+        m._buffers[f'{n}_mask'] = m._buffers[f'{n}_mask'].to(m._parameters[n])
+        _put_on(m, n)
+
+# %% ../../nbs/07_masks.layers.ipynb #8d97ea9b
+def _settle(m, name):
+    "Make the tensor `name` of `m` a plain parameter in place of what computes it"
+    h = _hook(m, name)
+    if h is not None: return (remove_weight_norm if isinstance(h, WeightNorm) else remove_spectral_norm)(m, name)
+    if not is_parametrized(m): return
+    values = {n: nn.Parameter(acting(m, n).detach().clone(), any(p.requires_grad for p in ps.parameters()))
+              for n,ps in m.parametrizations.items()}
+    del m._modules['parametrizations']
+    m.__class__ = type(m).__bases__[0]
+    m._parameters = values | m._parameters
+    for k,h in [*m._load_state_dict_pre_hooks.items()]:     # `weight_norm` reads old files, and cannot be pickled
+        name = getattr(getattr(h, 'hook', h), '__qualname__', '')
+        if 'weight_norm.<locals>' in name: del m._load_state_dict_pre_hooks[k]
+
 # %% ../../nbs/07_masks.layers.ipynb #f1ada7d6
 @patch
 def fold_masks(self:Masked) -> None:
@@ -108,52 +158,12 @@ def fold_masks(self:Masked) -> None:
         self._parameters[n].data.copy_(value)
     if isinstance(self, nn.RNNBase): self._init_flat_weights()
 
-# %% ../../nbs/07_masks.layers.ipynb #8d97ea9b
-def _settle(m, name):
-    "Make the tensor `name` of `m` a plain parameter in place of what computes it"
-    h = _hook(m, name)
-    if h is not None: return (remove_weight_norm if isinstance(h, WeightNorm) else remove_spectral_norm)(m, name)
-    if not is_parametrized(m): return
-    values = {n: nn.Parameter(acting(m, n).detach().clone(), any(p.requires_grad for p in ps.parameters()))
-              for n,ps in m.parametrizations.items()}
-    del m._modules['parametrizations']
-    m.__class__ = type(m).__bases__[0]
-    m._parameters = values | m._parameters
-    for k,h in [*m._load_state_dict_pre_hooks.items()]:     # `weight_norm` reads old files, and cannot be pickled
-        if 'weight_norm.<locals>' in getattr(getattr(h, 'hook', h), '__qualname__', ''): del m._load_state_dict_pre_hooks[k]
-
-# %% ../../nbs/07_masks.layers.ipynb #d17be80d
-class _Adopted(BasePruningMethod):
-    "Stands where the hook of `torch.nn.utils.prune` stood, for `prune.remove`"
-    PRUNING_TYPE,adopted = 'unstructured',True
-    def compute_mask(self, t, default_mask): return default_mask
-    def __call__(self, module, inputs): pass
-    def remove(self, module): module._parameters[self._tensor_name].data.mul_(module._buffers.pop(f'{self._tensor_name}_mask'))
-
-# %% ../../nbs/07_masks.layers.ipynb #7999777d
-def _adopt(m):
-    "Turn what `torch.nn.utils.prune` has done to layer `m` into masks of this notebook"
-    for k,h in m._forward_pre_hooks.items():
-        if not isinstance(h, BasePruningMethod) or isinstance(h, _Adopted): continue
-        n,m._forward_pre_hooks[k] = h._tensor_name,_Adopted()
-        m._forward_pre_hooks[k]._tensor_name = n
-        m.__dict__.pop(n, None)
-        m._parameters = {n if o==f'{n}_orig' else o: p for o,p in m._parameters.items()}
-        m._buffers[f'{n}_mask'] = m._buffers[f'{n}_mask'].to(m._parameters[n])
-        _put_on(m, n)
-
-# %% ../../nbs/07_masks.layers.ipynb #c7fbf9c5
-def _put_on(m, name):
-    "Give layer `m` the class that masks `name` as well"
-    names = m._masked_names if isinstance(m, Masked) else frozenset()
-    if name not in names: m.__class__ = _masked_class(_plain_class(m), names | {name})
-
 # %% ../../nbs/07_masks.layers.ipynb #da60fbfd
 @patch
 def give_masks(
-    self:Masked, # A layer like this one, perhaps smaller; `{name in the layer: mask}`
+    self:Masked,
     new:nn.Module, # A layer like this one, perhaps smaller
-    masks:dict, # `{name in the layer: mask}`
+    masks:dict, # `{name in the layer: mask}`, of its shapes
 ) -> None:
     "Put `masks` on `new`"
     for n,mask in masks.items():

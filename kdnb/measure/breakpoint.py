@@ -42,10 +42,11 @@ def plot_breakpoint(
     curves:pd.DataFrame|dict, # `DataFrame` as in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
     ax:plt.Axes|None=None, # Axes to draw on
 ) -> plt.Axes:
-    "Accuracy against what is left, range of repeats and breakpoint (Malihi and Heidemann 2023, Figures 2 and 3); returns the axes"
+    "Accuracy against what is left, range of repeats and breakpoint (Malihi and Heidemann 2023, Figures 2 and 3)"
     ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
     for name,curve in (curves if isinstance(curves, dict) else {'': curves}).items():
-        (size,levels),at = _levels(curve),find_breakpoint(curve)
+        size,levels = _levels(curve)
+        at = find_breakpoint(curve)
         x = levels[size]
         line, = ax.plot(x, 100*levels['accuracy'], '.-', lw=1,
                         label=f'{name}{", " if name else ""}breakpoint at {100*at.sparsity:.0f} % sparsity')

@@ -7,6 +7,8 @@ __all__ = ['n_params', 'n_bytes', 'n_weights', 'Milliseconds', 'median_ms', 'lat
 
 # %% ../../nbs/04_measure.counts.ipynb #f297bdba
 import time
+from collections.abc import Callable
+from functools import partial
 import pandas as pd, torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,11 +39,11 @@ def n_weights(
     ws = {m._parameters.get('weight', m): m.weight for m in model.modules() if isinstance(m, weighted)}
     return sum(int(w.count_nonzero()) if nonzero else w.numel() for w in ws.values())
 
-# %% ../../nbs/04_measure.counts.ipynb #2c2eded3
+# %% ../../nbs/04_measure.counts.ipynb #a8670a76
 class Milliseconds(float):
     "A median, and its `spread`: half the distance of the quartiles"
-    def __new__(
-        cls, times:torch.Tensor, # Of all rounds (n,)
+    def __new__(cls,
+        times:torch.Tensor, # Of all rounds (n,), in milliseconds
     ):
         low,high = times.quantile(torch.tensor([.25,.75], dtype=times.dtype)).tolist()
         self = super().__new__(cls, times.median())
@@ -49,19 +51,23 @@ class Milliseconds(float):
         return self
     def __reduce__(self): return float,(float(self),)
 
-# %% ../../nbs/04_measure.counts.ipynb #98a89a62
+# %% ../../nbs/04_measure.counts.ipynb #db71238b
+def _clock():
+    "Seconds: of this thread's processor, or on a GPU of the wall when all work is done"
+    if not torch.cuda.is_available(): return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+# %% ../../nbs/04_measure.counts.ipynb #107bffe6
 def median_ms(
-    fs:list, # Functions without arguments
+    fs:list[Callable], # Functions without arguments
     rounds:int=11, # How often each is called
 ) -> list[Milliseconds]:
     "Median `Milliseconds` of each of `fs`: one thread, in turn, processor time (on a GPU: time until it is done)"
-    cuda = torch.cuda.is_available()
-    def clock():
-        if cuda: torch.cuda.synchronize()
-        return (time.perf_counter if cuda else time.thread_time)()
     def once(f):
-        start = clock(); f()
-        return (clock()-start)*1e3
+        start = _clock()
+        f()
+        return (_clock()-start)*1e3
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,64 +88,69 @@ def latency(
         with evaluating(m), torch.no_grad(): return m(*xb)
     return median_ms([lambda m=m: run(m) for m in models], rounds)
 
-# %% ../../nbs/04_measure.counts.ipynb #0fa0be6b
-@torch.no_grad()
-def _calls(model, xb):
-    "`{path: (module, inputs of each of its calls)}` in the order of running; what stands inside a layer is part of it"
-    calls,hooks,inside = {},[],set()
-    for path,m in model.named_modules():
-        if m in inside or not isinstance(m, weighted) and list(m.children()): continue
-        inside.update(m.modules())      # such as gates, or a parametrization
-        def note(m, args, kwargs, path=path): calls.setdefault(path, (m, []))[1].append((args, kwargs))
-        hooks.append(m.register_forward_pre_hook(note, with_kwargs=True))
-    try: model(*xb)
-    finally:
-        for h in hooks: h.remove()
-    return calls
-
-# %% ../../nbs/04_measure.counts.ipynb #cf3b10de
+# %% ../../nbs/04_measure.counts.ipynb #86ddc6de
 # Operations of shapes that torch's counter passes over: matrix times vector, and a layer of an LSTM on the CPU
 _uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
               torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
 
+# %% ../../nbs/04_measure.counts.ipynb #709107f2
 def macs(
     model:nn.Module, # Any module
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, or a batch of inputs; one sample is taken
 ) -> dict[str,int]:
     "Multiply-accumulates for one input, by path of layer; `''` is the total"
     xb = first_samples(inputs(data, model), 1)
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)      # attention that is fused hides from the counter
     try:
-        with evaluating(model), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_uncounted) as c: model(*xb)
+        with evaluating(model), torch.no_grad(), counter: model(*xb)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
-    return ({k.partition('.')[2]: sum(v.values())//2 for k,v in c.get_flop_counts().items() if k!='Global'}
-            | {'': c.get_total_flops()//2})
+    by_path = {k.partition('.')[2]: sum(v.values())//2 for k,v in counter.get_flop_counts().items() if k!='Global'}
+    return by_path | {'': counter.get_total_flops()//2}
 
-# %% ../../nbs/04_measure.counts.ipynb #105f7514
+# %% ../../nbs/04_measure.counts.ipynb #0f2d2e42
+@torch.no_grad()
+def _calls(model, xb):
+    "`{path: (module, inputs of each of its calls)}` in the order of running"
+    calls,hooks,inside = {},[],set()
+    def note(m, args, kwargs, path): calls.setdefault(path, (m, []))[1].append((args, kwargs))
+    for path,m in model.named_modules():
+        if m in inside or not isinstance(m, weighted) and list(m.children()): continue
+        inside.update(m.modules())
+        hooks.append(m.register_forward_pre_hook(partial(note, path=path), with_kwargs=True))
+    try: model(*xb)
+    finally:
+        for h in hooks: h.remove()
+    return calls
+
+# %% ../../nbs/04_measure.counts.ipynb #bc4a212a
+def _counts(m, mac):
+    "Columns of `cost` for the module `m`, which takes `mac` multiply-accumulates"
+    acting = {}      # parameters as they act, under a mask; what is shared once
+    for o in m.modules(): acting.update({p: getattr(o, n) for n,p in o._parameters.items() if p is not None})
+    nonzero = sum(int(p.count_nonzero()) for p in acting.values())
+    return dict(weights=n_weights(m), params=n_params(m), nonzero=nonzero, macs=mac, bytes=n_bytes(m))
+
+# %% ../../nbs/04_measure.counts.ipynb #3832ba0b
+def _row(path, m, mac, shape=''):
+    "A row of `cost`"
+    return dict(layer=path, kind=type(m).__name__, shape='×'.join(map(str, shape))) | _counts(m, mac)
+
+# %% ../../nbs/04_measure.counts.ipynb #4d35da1f
 def cost(
     model:nn.Module, # Any module
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders` or a batch of inputs; the latency is for this batch
     latency:bool=True, # Measure milliseconds
     rounds:int=11, # How often
 ) -> pd.DataFrame:
-    "`DataFrame` of shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and a total"
+    "Shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and a total"
     xb,mac = inputs(data, model),macs(model, data)
     with evaluating(model):
-        calls = _calls(model, xb)
-        layers = [(p,m,xs) for p,(m,xs) in calls.items() if n_bytes(m) or mac.get(p)]
-        with torch.no_grad():
-            ms = median_ms([lambda: model(*xb)] + [lambda m=m,xs=xs: [m(*a, **k) for a,k in xs] for _,m,xs in layers],
-                           rounds) if latency else []
-    rows = [dict(layer=p, kind=type(m).__name__,
-                 shape='×'.join(map(str, m.weight.shape)) if getattr(m, 'weight', None) is not None else '')
-            | _counts(m, mac.get(p, 0)) for p,m,_ in layers]
-    df = pd.DataFrame(rows + [dict(layer='total', kind=type(model).__name__, shape='')
-                              | _counts(model, mac[''])]).set_index('layer')
-    return df.assign(ms=ms[1:]+ms[:1]) if latency else df
-
-# %% ../../nbs/04_measure.counts.ipynb #4f711ffc
-def _counts(m, mac):
-    acting = {p: getattr(o, n) for o in m.modules() for n,p in o._parameters.items() if p is not None}    # under its mask
-    return dict(weights=n_weights(m), params=n_params(m), nonzero=sum(int(p.count_nonzero()) for p in acting.values()),
-                macs=mac, bytes=n_bytes(m))
+        layers = [(path,m,xs) for path,(m,xs) in _calls(model, xb).items() if n_bytes(m) or mac.get(path)]
+        def run(m, xs): return [m(*args, **kwargs) for args,kwargs in xs]
+        fs = [partial(run, m, xs) for _,m,xs in layers] + [lambda: model(*xb)]
+        with torch.no_grad(): ms = median_ms(fs, rounds) if latency else []
+    rows = [_row(path, m, mac.get(path, 0), getattr(getattr(m, 'weight', None), 'shape', '')) for path,m,_ in layers]
+    df = pd.DataFrame(rows + [_row('total', model, mac[''])]).set_index('layer')
+    return df.assign(ms=ms) if latency else df

@@ -45,9 +45,9 @@ def split_batch(
         raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}, expected one class number for each sample.')
     return tuple(b[:n]),y.flatten().long()
 
-# %% ../../nbs/04a_measure.outputs.ipynb #4c2b28ce
-def _logits(model, xb, y):
-    "What `model` says of `xb`, (B, C), on the CPU"
+# %% ../../nbs/04a_measure.outputs.ipynb #0988074d
+def _logits_for(model, xb, y):
+    "Logits of `model` for `xb`, (B, C), on the CPU. Raises `ValueError` if they are none for the labels `y`."
     z = model(*inputs(xb, model))
     if not isinstance(z, torch.Tensor) or z.shape[:-1]!=y.shape:
         raise ValueError(f'{type(model).__name__} gives {getattr(z, "shape", type(z).__name__)} for {len(y)} labels, '
@@ -57,22 +57,23 @@ def _logits(model, xb, y):
                          'outputs, one for each class from 0. Pass the network or the labels that fit.')
     return z.as_subclass(torch.Tensor).cpu()
 
-# %% ../../nbs/04a_measure.outputs.ipynb #ae6bc007
+# %% ../../nbs/04a_measure.outputs.ipynb #eca0d19e
 @torch.no_grad()
 def predictions(
     models:nn.Module|Iterable, # Module that gives logits (B, C), or several of them
     dl:Iterable, # `DataLoader`, or any iterable of `(*inputs, labels)`
-    f:Callable|None=None, # `f(*logits, labels)` of a batch says what is kept of it, a tensor or several; all if None
-) -> tuple:
-    """Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), as a tuple of tensors on the CPU
+    f:Callable|None=None, # `f(*logits, labels)` of a batch gives what is kept of it, a tensor or several; all if None
+) -> tuple[torch.Tensor,...]:
+    """Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), on the CPU
 
     Raises `ValueError` if there is no batch, or outputs are no logits (B, C) of as many classes as labels."""
-    models,kept = [models] if isinstance(models, nn.Module) else list(models),[]
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    kept = []
     with ExitStack() as modes:
         for m in models: modes.enter_context(evaluating(m))
         for b in in_order(dl):
             xb,y = split_batch(b, getattr(dl, 'n_inp', None))
-            o = *(_logits(m, xb, y) for m in models),y
+            o = *(_logits_for(m, xb, y) for m in models),y
             kept.append(tuplify(f(*o)) if f else o)
     if not kept: raise ValueError('dl gives no batch: there is nothing to measure. Pass a loader that holds samples.')
     return tuple(torch.cat(o) for o in zip(*kept))
@@ -103,7 +104,7 @@ def uncertainty(
     model:nn.Module, # Module that gives logits
     dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
 ) -> float:
-    "Variance of the true class's probability within a class, mean over classes: 0 to 1/4 (Wang et al. 2022, equation 5)"
+    "Variance of the true class's probability in a class, mean over classes: 0 to 1/4 (Wang et al. 2022, eq. 5)"
     return _class_variance(*predictions(model, dl, lambda z,y: (_log_p(z, y).exp(), y))).item()
 
 # %% ../../nbs/04a_measure.outputs.ipynb #470fe20a
@@ -126,6 +127,11 @@ def smoothness(
     ratio, = predictions((teacher, regularized), dl, lambda z_t,z_r,y: _log_p(z_t, y) - _log_p(z_r, y))
     return ratio.mean().item()
 
+# %% ../../nbs/04a_measure.outputs.ipynb #e1713a63
+def _by_name(models):
+    "`{name: module}` of one module, or of a dict of them"
+    return models if isinstance(models, dict) else {type(models).__name__: models}
+
 # %% ../../nbs/04a_measure.outputs.ipynb #7f67c192
 def embed_predictions(
     models:nn.Module|dict, # Module that gives logits, or `{name: module}` for a panel each
@@ -138,7 +144,7 @@ def embed_predictions(
 
     Raises `ValueError` if fewer than 4 samples are there."""
     from sklearn.manifold import TSNE
-    models = models if isinstance(models, dict) else {type(models).__name__: models}
+    models = _by_name(models)
     *probs,y = predictions(models.values(), dl, lambda *o: (*(z.double().softmax(1) for z in o[:-1]), o[-1]))
     here = torch.arange(len(y)) if classes is None else torch.isin(y, torch.tensor(classes)).nonzero()[:,0]
     if len(here)<4: raise ValueError(f'{len(here)} samples of the classes {classes} are there, t-SNE needs at least 4.')
@@ -158,8 +164,9 @@ def plot_predictions(
     figsize:tuple|None=None, # In inches; 3.5 × 3.5 a panel if None
 ) -> np.ndarray:
     "`embed_predictions` as a picture, with the uncertainty on all of `dl`; returns the axes"
-    models = models if isinstance(models, dict) else {type(models).__name__: models}
-    df,names = embed_predictions(models, dl, n, classes, seed),getattr(dl, 'vocab', None)
+    models = _by_name(models)
+    df = embed_predictions(models, dl, n, classes, seed)
+    names = getattr(dl, 'vocab', None)
     c = df.label.max()+1 if names is None else len(names)
     cmap = plt.get_cmap('tab10' if c<=10 else 'nipy_spectral', c)
     figsize = figsize or (3.5*len(models),3.5)

@@ -9,23 +9,27 @@ __all__ = ['lenet300', 'lenet5', 'lenet5_caffe', 'mlp']
 import math
 from collections import OrderedDict
 from torch import nn
-from .registry import architecture,in_shape
+from .registry import architecture
 
-# %% ../../nbs/03a_models.lenets.ipynb #2137a12e
+# %% ../../nbs/03a_models.lenets.ipynb #723a818d
 def _linears(layers, n, hidden, c):
     "`layers`, then linear layers fc1, fc2, … from `n` features over `hidden` to `c` classes, ReLU between"
-    for i,h in enumerate(hidden, 1): layers,n = layers + [(f'fc{i}', nn.Linear(n, h)), (f'act{i}', nn.ReLU())],h
+    for i,h in enumerate(hidden, 1):
+        layers = layers + [(f'fc{i}', nn.Linear(n, h)), (f'act{i}', nn.ReLU())]
+        n = h
     return nn.Sequential(OrderedDict(layers + [(f'fc{len(hidden)+1}', nn.Linear(n, c))]))
 
-# %% ../../nbs/03a_models.lenets.ipynb #2b414c8e
+# %% ../../nbs/03a_models.lenets.ipynb #b6bd3ae6
 @architecture
-def lenet300(c=10, # Number of classes
-    in_shape=(1,28,28), # Channels, height, width
-    hidden=(300,100)): # Widths of the hidden layers
+def lenet300(
+    c:int=10, # Number of classes
+    in_shape:tuple=(1,28,28), # Channels, height, width
+    hidden:tuple=(300,100), # Widths of the hidden layers
+) -> nn.Sequential:
     "LeNet-300-100: two hidden layers on the flattened image"
     return _linears([('flat', nn.Flatten())], math.prod(in_shape), hidden, c)
 
-# %% ../../nbs/03a_models.lenets.ipynb #fd5fb4c0
+# %% ../../nbs/03a_models.lenets.ipynb #b7652963
 def _convs(in_shape, widths, pads):
     "Conv 5×5, ReLU, max-pool 2 for each of `widths`, and the number of features that come out"
     c,h,w = in_shape
@@ -37,25 +41,31 @@ def _convs(in_shape, widths, pads):
         c,h,w = n,(h+2*p-4)//2,(w+2*p-4)//2
     return layers + [('flat', nn.Flatten())],c*h*w
 
-# %% ../../nbs/03a_models.lenets.ipynb #5dd3d887
+# %% ../../nbs/03a_models.lenets.ipynb #a6eca0b4
 @architecture
-def lenet5(c=10, # Number of classes
-    in_shape=(1,28,28)): # Channels, height, width
-    "LeNet-5: 6 and 16 channels, then 120-84-`c`"
+def lenet5(
+    c:int=10, # Number of classes
+    in_shape:tuple=(1,28,28), # Channels, height, width
+) -> nn.Sequential:
+    "LeNet-5: 6 and 16 channels, then 120-84-`c`. Raises `ValueError` for images under 4 × 4."
     return _linears(*_convs(in_shape, (6,16), (2,0)), (120,84), c)
 
-# %% ../../nbs/03a_models.lenets.ipynb #c9547953
+# %% ../../nbs/03a_models.lenets.ipynb #5060d452
 @architecture
-def lenet5_caffe(c=10, # Number of classes
-    in_shape=(1,28,28)): # Channels, height, width
-    "LeNet-5 as Caffe ships it (20-50-800-500)"
+def lenet5_caffe(
+    c:int=10, # Number of classes
+    in_shape:tuple=(1,28,28), # Channels, height, width
+) -> nn.Sequential:
+    "LeNet-5 as Caffe ships it (20-50-800-500). Raises `ValueError` for images under 4 × 4."
     return _linears(*_convs(in_shape, (20,50), (0,0)), (500,), c)
 
-# %% ../../nbs/03a_models.lenets.ipynb #20165eb0
+# %% ../../nbs/03a_models.lenets.ipynb #666a607a
 @architecture
-def mlp(c=10, # Number of classes
-    in_shape=(3,32,32), # Channels, height, width
-    hidden=1024): # Units of each hidden layer
+def mlp(
+    c:int=10, # Number of classes
+    in_shape:tuple=(3,32,32), # Channels, height, width
+    hidden:int=1024, # Units of each hidden layer
+) -> nn.Sequential:
     "MLP-`hidden` with three bottleneck layers (Ahn et al. 2019)"
     def bottleneck(): return nn.Sequential(nn.Linear(hidden, hidden//4), nn.Linear(hidden//4, hidden))
     layers = [('flat', nn.Flatten())]

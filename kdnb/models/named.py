@@ -8,17 +8,25 @@ __all__ = ['create']
 # %% ../../nbs/03e_models.named.ipynb #61cdbcf4
 import re
 from difflib import get_close_matches
+from torch import nn
+from fastai.data.core import DataLoaders
 from .registry import architectures,in_shape,n_classes,_remembering
 from .resnets import cifar_resnet
 
-# %% ../../nbs/03e_models.named.ipynb #690c26b2
-def create(name, # One of `architectures`, or any `wrn_depth_width`
-    dls=None, # Take input shape and number of classes from these
-    **kwargs):
-    "Build the network called `name`"
-    build = architectures.get(name)
-    if build is None and (m := re.fullmatch(r'wrn_(\d{2,3})_(\d{1,2})', str(name))):
-        build = _remembering(cifar_resnet, name, dict(kind='preact', depth=int(m[1]), width=int(m[2])))
+# %% ../../nbs/03e_models.named.ipynb #1982cd14
+def _wide_resnet(name):
+    "What builds the wide ResNet called `name`, or None"
+    m = re.fullmatch(r'wrn_(\d{2,3})_(\d{1,2})', name)
+    return _remembering(cifar_resnet, name, dict(kind='preact', depth=int(m[1]), width=int(m[2]))) if m else None
+
+# %% ../../nbs/03e_models.named.ipynb #2e52fb19
+def create(
+    name:str, # One of `architectures`, or any `wrn_depth_width`
+    dls:DataLoaders|None=None, # Take input shape and number of classes from these
+    **kwargs,
+) -> nn.Module:
+    "Build the network called `name`, with its arguments. Raises `ValueError` if there is none."
+    build = architectures.get(name) or _wide_resnet(str(name))
     if build is None:
         near = get_close_matches(str(name), architectures, 4)
         raise ValueError(f'no network is called {name!r}. {"Near it" if near else "There"} are '

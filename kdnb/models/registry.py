@@ -7,9 +7,12 @@ __all__ = ['architectures', 'architecture', 'in_shape', 'n_classes']
 
 # %% ../../nbs/03_models.registry.ipynb #da74634b
 import inspect
+from collections.abc import Callable
 from functools import partial,wraps
+from torch import nn
+from fastai.data.core import DataLoaders
 
-# %% ../../nbs/03_models.registry.ipynb #4c0bfc46
+# %% ../../nbs/03_models.registry.ipynb #06b92971
 architectures = {}
 
 def _remembering(f, name, fixed):
@@ -19,27 +22,37 @@ def _remembering(f, name, fixed):
     sig = inspect.Signature([p for k,p in ps.items() if k not in fixed])
     @wraps(f)
     def _f(*args, **kwargs):
-        call = sig.bind(*args, **kwargs); call.apply_defaults()
+        call = sig.bind(*args, **kwargs)
+        call.apply_defaults()
         model = build(*args, **kwargs)
         model.arch = dict(name=name, kwargs=dict(call.arguments))
         return model
     _f.__signature__ = sig
     return _f
 
-# %% ../../nbs/03_models.registry.ipynb #c0b5c8ca
-def architecture(f, # Builds a network from `c`, `in_shape` and arguments of its own, all of them plain data
-    name=None, # Name in the register; that of `f` if None
-    **fixed): # Arguments that make this one network of a family
+# %% ../../nbs/03_models.registry.ipynb #9d19d3cb
+def architecture(
+    f:Callable[...,nn.Module], # Builds a network from `c`, `in_shape` and arguments of its own, all of them plain data
+    name:str|None=None, # Name in the register; that of `f` if None
+    **fixed, # Arguments that make this one network of a family
+) -> Callable[...,nn.Module]:
     "Enter `f` in `architectures`, and note name and arguments in the `arch` of each network it builds"
     name = name or f.__name__
     architectures[name] = _remembering(f, name, fixed)
     return architectures[name]
 
-# %% ../../nbs/03_models.registry.ipynb #06bea0c1
-def in_shape(dls): return tuple(getattr(dls, 'in_shape', None) or dls.one_batch()[0].shape[1:])
+# %% ../../nbs/03_models.registry.ipynb #7ed69961
+def in_shape(
+    dls:DataLoaders, # Any `DataLoaders`
+) -> tuple[int,...]:
+    "Shape of an input, such as channels, height, width"
+    return tuple(getattr(dls, 'in_shape', None) or dls.one_batch()[0].shape[1:])
 
-# %% ../../nbs/03_models.registry.ipynb #0776ebb0
-def n_classes(dls):
+# %% ../../nbs/03_models.registry.ipynb #66badb3a
+def n_classes(
+    dls:DataLoaders, # Any `DataLoaders`
+) -> int:
+    "Number of classes. Raises `ValueError` if the data do not say it."
     if (c := getattr(dls, 'c', None)) is None:
         raise ValueError('these DataLoaders do not say how many classes they hold. Set `dls.c`.')
     return int(c)

@@ -8,10 +8,63 @@ __all__ = ['PadShortcut', 'cifar_resnet']
 # %% ../../nbs/03b_models.resnets.ipynb #0bdc4d29
 from collections import OrderedDict
 from torch import fx,nn
-from .registry import architecture,in_shape
+from .registry import architecture
 
-# %% ../../nbs/03b_models.resnets.ipynb #cd1e8fd1
-def _conv(ni, n, k=3, stride=1): return nn.Conv2d(ni, n, k, stride, k//2, bias=False)
+# %% ../../nbs/03b_models.resnets.ipynb #9d5d6739
+def _conv(ni, n, k=3, stride=1):
+    "A `k` × `k` convolution without bias from `ni` to `n` channels, padded so that only `stride` makes maps smaller"
+    return nn.Conv2d(ni, n, k, stride, k//2, bias=False)
+
+# %% ../../nbs/03b_models.resnets.ipynb #e8156345
+def PadShortcut(
+    ni:int, # Channels that come in
+    n:int, # Channels that go out
+    stride:int, # Which pixels stay
+) -> nn.Sequential:
+    "Option A of He et al. 2016: every `stride`-th pixel, and zeros behind the `ni` channels there are to make `n`"
+    return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0,0,0,0,0,n-ni)))
+
+# %% ../../nbs/03b_models.resnets.ipynb #35649bb8
+class _Basic(nn.Module):
+    "Two 3 × 3 convolutions with batch normalisation beside a shortcut (He et al. 2016)"
+    def __init__(self, ni, n, stride, option):
+        super().__init__()
+        self.conv1,self.bn1,self.act1 = _conv(ni, n, 3, stride),nn.BatchNorm2d(n),nn.ReLU()
+        self.conv2,self.bn2,self.act2 = _conv(n, n),nn.BatchNorm2d(n),nn.ReLU()
+        if stride==1 and ni==n: self.shortcut = nn.Identity()
+        elif option=='A': self.shortcut = PadShortcut(ni, n, stride)
+        else: self.shortcut = nn.Sequential(_conv(ni, n, 1, stride), nn.BatchNorm2d(n))
+    def forward(self, x):
+        y = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+# %% ../../nbs/03b_models.resnets.ipynb #254afb49
+def _as_graph(block):
+    "`block` as a module of torch alone: a pickle of it opens where this package is not installed"
+    class Whole(fx.Tracer):     # local: a pickle does not ask for it
+        def is_leaf_module(self, m, path): return True
+    graph = Whole().trace(block)
+    for node in graph.nodes: node.meta.clear()
+    plain = fx.GraphModule(block, graph)     # a name of its own would be lost in a copy
+    plain._modules = block._modules     # in their order
+    return plain
+
+# %% ../../nbs/03b_models.resnets.ipynb #044fcd7f
+class _PreAct(nn.Module):
+    "Batch normalisation, ReLU and convolution, two or (a bottleneck) three times, beside a shortcut (He et al. 2016b)"
+    def __init__(self, ni, n, stride, bottleneck):
+        super().__init__()
+        if bottleneck: plan = [(ni,n//4,1,1),(n//4,n//4,3,stride),(n//4,n,1,1)]
+        else: plan = [(ni,n,3,stride),(n,n,3,1)]
+        for i,(a,b,k,s) in enumerate(plan, 1):
+            for name,o in zip(('bn','act','conv'), (nn.BatchNorm2d(a), nn.ReLU(), _conv(a, b, k, s))):
+                self.add_module(f'{name}{i}', o)
+        self.shortcut = _conv(ni, n, 1, stride) if ni!=n or stride>1 else None
+    def forward(self, x):
+        y = self.act1(self.bn1(x))
+        if self.shortcut is not None: x = self.shortcut(y)
+        y = self.conv2(self.act2(self.bn2(self.conv1(y))))
+        return x + (self.conv3(self.act3(self.bn3(y))) if hasattr(self, 'conv3') else y)
 
 # %% ../../nbs/03b_models.resnets.ipynb #4c76be53
 def _he_init(model):
@@ -25,79 +78,44 @@ def _classifier(layers, n, c):
     layers = layers + [('avgpool', nn.AdaptiveAvgPool2d(1)), ('flat', nn.Flatten()), ('fc', nn.Linear(n, c))]
     return _he_init(nn.Sequential(OrderedDict(layers)))
 
-# %% ../../nbs/03b_models.resnets.ipynb #1a242c17
-def PadShortcut(ni, n, stride):
-    "Option A of He et al. 2016: every `stride`-th pixel, and zeros behind the `ni` channels there are to make `n`"
-    return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0,0,0,0,0,n-ni)))
-
-# %% ../../nbs/03b_models.resnets.ipynb #5b1c6a70
-def _plain(block):
-    "`block` as a module of torch alone: a pickle of it opens where this package is not installed"
-    class Whole(fx.Tracer):     # local: a pickle does not ask for it
-        def is_leaf_module(self, m, path): return True
-    graph = Whole().trace(block)
-    for node in graph.nodes: node.meta.clear()
-    plain = fx.GraphModule(block, graph)     # a name of its own would be lost in a copy
-    plain._modules = block._modules     # in their order
-    return plain
-
-# %% ../../nbs/03b_models.resnets.ipynb #eae14a6a
-class _Basic(nn.Module):
-    "Two 3 × 3 convolutions with batch normalisation beside a shortcut (He et al. 2016)"
-    def __init__(self, ni, n, stride, option):
-        super().__init__()
-        self.conv1,self.bn1,self.act1 = _conv(ni, n, 3, stride),nn.BatchNorm2d(n),nn.ReLU()
-        self.conv2,self.bn2,self.act2 = _conv(n, n),nn.BatchNorm2d(n),nn.ReLU()
-        self.shortcut = (nn.Identity() if stride==1 and ni==n else PadShortcut(ni, n, stride) if option=='A' else
-                         nn.Sequential(_conv(ni, n, 1, stride), nn.BatchNorm2d(n)))
-    def forward(self, x):
-        y = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-# %% ../../nbs/03b_models.resnets.ipynb #dec335f9
-class _PreAct(nn.Module):
-    "Batch normalisation, ReLU and convolution, two or (a bottleneck) three times, beside a shortcut (He et al. 2016b)"
-    def __init__(self, ni, n, stride, bottleneck):
-        super().__init__()
-        plan = [(ni,n//4,1,1),(n//4,n//4,3,stride),(n//4,n,1,1)] if bottleneck else [(ni,n,3,stride),(n,n,3,1)]
-        for i,(a,b,k,s) in enumerate(plan, 1):
-            for name,o in zip(('bn','act','conv'), (nn.BatchNorm2d(a), nn.ReLU(), _conv(a, b, k, s))):
-                self.add_module(f'{name}{i}', o)
-        self.shortcut = _conv(ni, n, 1, stride) if ni!=n or stride>1 else None
-    def forward(self, x):
-        y = self.act1(self.bn1(x))
-        if self.shortcut is not None: x = self.shortcut(y)
-        y = self.conv2(self.act2(self.bn2(self.conv1(y))))
-        return x + (self.conv3(self.act3(self.bn3(y))) if hasattr(self, 'conv3') else y)
-
-# %% ../../nbs/03b_models.resnets.ipynb #04a7f20d
+# %% ../../nbs/03b_models.resnets.ipynb #b13a3979
 _kinds = dict(basic=(6,2), preact=(6,4), bottleneck=(9,2))
 
-@architecture
-def cifar_resnet(c=10, # Number of classes
-    in_shape=(3,32,32), # Channels, height, width
-    depth=20, # Layers with weights: 6n+2 ('basic'), 6n+4 ('preact') or 9n+2 ('bottleneck')
-    kind='basic', # Blocks: 'basic', 'preact' as in wide ResNets, or 'bottleneck', pre-activated too
-    width=1, # Factor of the stages' channels
-    stem=16, # Channels of the first convolution
-    option='B'): # Shortcut of a 'basic' block whose channels grow: 'A' zero channels, 'B' 1 × 1 convolution
-    "ResNet for small images (He et al. 2016, section 4.2)"
+def _n_blocks(kind, depth):
+    "Blocks in each stage of a network of `depth` layers. Raises `ValueError` if there are none such."
     if kind not in _kinds: raise ValueError(f'kind is {kind!r}. There are {", ".join(_kinds)}.')
-    if option not in ('A','B'): raise ValueError(f"option is {option!r}. Pass 'A' (zeros) or 'B' (convolution).")
-    (k,rest),bottleneck = _kinds[kind],kind=='bottleneck'
+    k,rest = _kinds[kind]
     n,left = divmod(depth-rest, k)
     if left or not 0<n<=200: raise ValueError(f'depth is {depth}, it must be {k}n + {rest} with n from 1 to 200.')
-    def block(*args): return _plain(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
+    return n
+
+# %% ../../nbs/03b_models.resnets.ipynb #11e9026b
+@architecture
+def cifar_resnet(
+    c:int=10, # Number of classes
+    in_shape:tuple=(3,32,32), # Channels, height, width
+    depth:int=20, # Layers with weights: 6n+2 ('basic'), 6n+4 ('preact') or 9n+2 ('bottleneck')
+    kind:str='basic', # Blocks: 'basic', 'preact' as in wide ResNets, or 'bottleneck', pre-activated too
+    width:float=1, # Factor of the stages' channels
+    stem:int=16, # Channels of the first convolution
+    option:str='B', # Shortcut of a 'basic' block whose channels grow: 'A' zero channels, 'B' 1 × 1 convolution
+) -> nn.Sequential:
+    "ResNet for small images (He et al. 2016, section 4.2). Raises `ValueError` for an unknown kind, depth or option."
+    n = _n_blocks(kind, depth)
+    if option not in ('A','B'): raise ValueError(f"option is {option!r}. Pass 'A' (zeros) or 'B' (convolution).")
+    bottleneck = kind=='bottleneck'
+    def block(*args): return _as_graph(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
     layers,ni = [('conv1', _conv(in_shape[0], stem))],stem
     def norm(): return [('bn1', nn.BatchNorm2d(ni)), ('act1', nn.ReLU())]
     if kind=='basic': layers += norm()
-    for i,w in enumerate((16,32,64)):
+    for i,w in enumerate((16,32,64), 1):
         w *= width*(4 if bottleneck else 1)
-        blocks = block(ni, w, 2 if i else 1),*(block(w, w, 1) for _ in range(n-1))
-        layers,ni = layers + [(f'layer{i+1}', nn.Sequential(*blocks))],w
+        blocks = block(ni, w, 1 if i==1 else 2),*(block(w, w, 1) for _ in range(n-1))
+        layers,ni = layers + [(f'layer{i}', nn.Sequential(*blocks))],w
     if kind!='basic': layers += norm()
     return _classifier(layers, ni, c)
 
+# %% ../../nbs/03b_models.resnets.ipynb #be24ca14
 for d in (8,14,20,32,44,56,110): architecture(cifar_resnet, f'resnet{d}', depth=d)
 
 for d in (8,32): architecture(cifar_resnet, f'resnet{d}x4', depth=d, width=4, stem=32)

@@ -8,25 +8,13 @@ __all__ = ['torchvision_net']
 # %% ../../nbs/03d_models.torchvision.ipynb #f638a875
 from torch import nn
 from torchvision import models as tv
-from .registry import architecture,in_shape
+from .registry import architecture
 from .resnets import _conv,_he_init
 
-# %% ../../nbs/03d_models.torchvision.ipynb #2cb574cb
+# %% ../../nbs/03d_models.torchvision.ipynb #79deb942
 _tv_nets = [*(f'resnet{d}' for d in (18,34,50,101,152)), *(f'densenet{d}' for d in (121,161,169,201)),
             *(f'efficientnet_b{i}' for i in range(6)), 'resnext50_32x4d', 'shufflenet_v2_x1_0',
             'mobilenet_v2', 'mobilenet_v3_small']
-
-def _wider(net, width):
-    "torchvision's ResNet `net` with `width` times the channels everywhere"
-    def by(n): return round(n*width)
-    for path,m in list(net.named_modules()):
-        if isinstance(m, nn.Conv2d):
-            ni = 3 if path=='conv1' else by(m.in_channels)
-            net.set_submodule(path, nn.Conv2d(ni, by(m.out_channels), m.kernel_size, m.stride, m.padding,
-                                              groups=m.groups, bias=False))
-        elif isinstance(m, nn.BatchNorm2d): net.set_submodule(path, nn.BatchNorm2d(by(m.num_features)))
-    net.fc = nn.Linear(by(net.fc.in_features), net.fc.out_features)
-    return _he_init(net)
 
 # %% ../../nbs/03d_models.torchvision.ipynb #e43d63e3
 def _set_stem(net, ni, small):
@@ -39,24 +27,43 @@ def _set_stem(net, ni, small):
         net.set_submodule(path, nn.Identity())
     return net
 
-# %% ../../nbs/03d_models.torchvision.ipynb #7a8fc216
+# %% ../../nbs/03d_models.torchvision.ipynb #81b8c875
+def _wider(net, width):
+    "torchvision's ResNet `net` with `width` times the channels everywhere"
+    def by(n): return round(n*width)
+    for path,m in list(net.named_modules()):
+        if isinstance(m, nn.Conv2d):
+            ni = 3 if path=='conv1' else by(m.in_channels)
+            net.set_submodule(path, nn.Conv2d(ni, by(m.out_channels), m.kernel_size, m.stride, m.padding,
+                                              groups=m.groups, bias=False))
+        elif isinstance(m, nn.BatchNorm2d): net.set_submodule(path, nn.BatchNorm2d(by(m.num_features)))
+    net.fc = nn.Linear(by(net.fc.in_features), net.fc.out_features)
+    return _he_init(net)
+
+# %% ../../nbs/03d_models.torchvision.ipynb #b8b00ffd
 @architecture
-def torchvision_net(c=10, # Number of classes
-    in_shape=(3,32,32), # Channels, height, width
-    base='resnet18', # Name in `torchvision.models`
-    stem=None, # 'small', 'imagenet', or None: small for images of up to 32 pixels
-    width=1): # Factor of the channels (ResNets, ResNeXt and MobileNets)
-    "One of torchvision's networks, untrained, for images of any size"
+def torchvision_net(
+    c:int=10, # Number of classes
+    in_shape:tuple=(3,32,32), # Channels, height, width
+    base:str='resnet18', # Name in `torchvision.models`
+    stem:str|None=None, # 'small', 'imagenet', or None: small for images of up to 32 pixels
+    width:float=1, # Factor of the channels (ResNets, ResNeXt and MobileNets)
+) -> nn.Module:
+    """One of torchvision's networks, untrained, for images of any size
+
+    Raises `ValueError` for a base or stem there is not, images that are too small, or a width where there is none."""
     if base not in _tv_nets: raise ValueError(f'base is {base!r}. There are {", ".join(_tv_nets)}.')
     if stem not in (None,'small','imagenet'): raise ValueError(f"stem is {stem!r}. Pass 'small', 'imagenet' or None.")
-    (_,h,w),small = in_shape,stem=='small' if stem else max(in_shape[1:])<=32
+    ni,h,w = in_shape
+    small = stem=='small' if stem else max(h, w)<=32
     if base.startswith('densenet') and min(h, w) < (least := 8 if small else 29):
         raise ValueError(f'images are {h} × {w}, {base} with this stem needs at least {least} × {least}.')
     mobile,res = base.startswith('mobilenet'),base.startswith('res')
     if width!=1 and not (mobile or res): raise ValueError(f'{base} has no width factor. ResNets and MobileNets have.')
     net = getattr(tv, base)(weights=None, num_classes=c, **(dict(width_mult=width) if mobile else {}))
-    return _set_stem(_wider(net, width) if res and width!=1 else net, in_shape[0], small)
+    return _set_stem(_wider(net, width) if res and width!=1 else net, ni, small)
 
+# %% ../../nbs/03d_models.torchvision.ipynb #c29a007b
 for base in _tv_nets: architecture(torchvision_net, base, base=base)
 
 for name,base in dict(resnext50='resnext50_32x4d', shufflenet_v2='shufflenet_v2_x1_0').items():

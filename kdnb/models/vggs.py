@@ -8,30 +8,37 @@ __all__ = ['vgg']
 # %% ../../nbs/03c_models.vggs.ipynb #e803961c
 from itertools import accumulate
 from torch import nn
-from .registry import architecture,in_shape
+from .registry import architecture
 from .resnets import _classifier,_conv
 
-# %% ../../nbs/03c_models.vggs.ipynb #a2ae0f90
+# %% ../../nbs/03c_models.vggs.ipynb #7d0999f9
 _vgg_stages = {8:(1,1,1,1,1), 9:(1,1,2,2,2), 11:(1,1,2,2,2), 13:(2,2,2,2,2), 16:(2,2,3,3,3), 19:(2,2,4,4,4)}
 
+# %% ../../nbs/03c_models.vggs.ipynb #4d3d7111
 @architecture
-def vgg(c=10, # Number of classes
-    in_shape=(3,32,32), # Channels, height, width
-    depth=19, # One of 8, 9, 11, 13, 16, 19
-    width=1, # Factor of the channels
-    widths=None): # Channels of each convolution, instead of `width`
-    "VGG with batch normalisation and a single linear layer (Simonyan and Zisserman 2015)"
+def vgg(
+    c:int=10, # Number of classes
+    in_shape:tuple=(3,32,32), # Channels, height, width
+    depth:int=19, # One of 8, 9, 11, 13, 16, 19
+    width:float=1, # Factor of the channels
+    widths:list|None=None, # Channels of each convolution, instead of `width`
+) -> nn.Sequential:
+    """VGG with batch normalisation and a single linear layer (Simonyan and Zisserman 2015)
+
+    Raises `ValueError` for a depth there is not, or `widths` of another length."""
     if depth not in _vgg_stages: raise ValueError(f'depth is {depth}. VGGs have {", ".join(map(str, _vgg_stages))}.')
-    stages,ni,side = _vgg_stages[depth],in_shape[0],min(in_shape[1:])
+    stages = _vgg_stages[depth]
+    ends = list(accumulate(stages))
     if widths is None: widths = [round(width*w) for w,n in zip((64,128,256,512,512), stages) for _ in range(n)]
-    layers,ends = [],list(accumulate(stages))
     if len(widths)!=ends[-1]: raise ValueError(f'widths are {len(widths)}, VGG-{depth} has {ends[-1]} convolutions.')
+    layers,ni,side = [],in_shape[0],min(in_shape[1:])
     for i,n in enumerate(widths):
         layers += [(f'conv{i}', _conv(ni, n)), (f'bn{i}', nn.BatchNorm2d(n)), (f'act{i}', nn.ReLU())]
         if i+1 in ends and side>1: layers,side = layers + [(f'pool{ends.index(i+1)}', nn.MaxPool2d(2))],side//2
         ni = n
     return _classifier(layers, ni, c)
 
+# %% ../../nbs/03c_models.vggs.ipynb #f9a15913
 for d in _vgg_stages: architecture(vgg, f'vgg{d}', depth=d)
 
 for d in (8,11): architecture(vgg, f'vgg{d}_16', depth=d, width=.25)

@@ -19,12 +19,13 @@ def _capture(model, xb):
     "`{path: (what it reads, what it makes)}` of modules that hold others, run once, and keep the shape"
     seen = {}
     def hook(path):
-        def note(m, args, out):
-            ok = len(args)==1 and all(isinstance(o, torch.Tensor) for o in (args[0],out)) and args[0].shape==out.shape
-            seen[path] = None if path in seen or not ok else (args[0].clone(),out.clone())
+        def note(m, args, kwargs, out):
+            single = len(args)==1 and not kwargs and all(isinstance(o, torch.Tensor) for o in (args[0],out))
+            ok = path not in seen and single and args[0].shape==out.shape
+            seen[path] = (args[0].clone(),out.clone()) if ok else None
         return note
     inner = {p: m for p,m in model.named_modules() if p and len([*m.children()]) and len([*m.parameters()])}
-    handles = [m.register_forward_hook(hook(p)) for p,m in inner.items()]
+    handles = [m.register_forward_hook(hook(p), with_kwargs=True) for p,m in inner.items()]
     try:
         with torch.no_grad(), evaluating(model): model(*xb)
     finally:
@@ -71,7 +72,8 @@ def block_changes(
 def _network_and_data(model, data):
     "The network of a `Learner` or itself, and data to run it on"
     if isinstance(model, Learner): model,data = model.model,data or model.dls
-    if data is None: raise ValueError('blocks are found by running the network. Pass `data`: DataLoaders or a batch.')
+    if data is None:
+        raise ValueError('blocks are found by running the network. Pass `data`: DataLoaders or a batch.')
     return unwrap(model),data
 
 # %% ../../nbs/33b_prune.blocks.ipynb #2f47eaa4
@@ -98,9 +100,10 @@ def remove_blocks(
     xb = inputs(data, model)
     n,small = blocks if isinstance(blocks, int) else None,plain_copy(model)
     paths = [] if n is not None else list(blocks)
-    for p in paths: get_layer(model, p)      # says which names are near
+    for p in paths: get_layer(model, p)      # raises, with the nearest names
     there = block_changes(model, data).index
-    if n is not None and not 0<=n<=len(there): raise ValueError(f'{n} blocks were to go, and {len(there)} can: {", ".join(there)}.')
+    if n is not None and not 0<=n<=len(there):
+        raise ValueError(f'{n} blocks were to go, and {len(there)} can: {", ".join(there)}.')
     if odd := [p for p in paths if p not in there]:
         raise ValueError(f'{odd[0]!r} is not the identity without its weights. Blocks that can go: {", ".join(there)}.')
     for i in range(n or len(paths)):

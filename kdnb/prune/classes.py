@@ -46,7 +46,8 @@ def _without_classes(model, at, xb):
     want = _logits(exact, xd)[:,at.to(xb[0].device)]
     ran = layer_shapes(exact, xd).index
     layers = dict(exact.named_modules())
-    ends = [p for p in reversed(ran) if isinstance(layers[p], weighted) and n_channels(layers[p])[0]==_logits(exact, xd).shape[1]]
+    n = _logits(exact, xd).shape[1]
+    ends = [p for p in reversed(ran) if isinstance(layers[p], weighted) and n_channels(layers[p])[0]==n]
     for path in dict.fromkeys(ends):
         small = [plain_copy(o) for o in (exact, model)]
         for o in small:
@@ -71,7 +72,8 @@ def _data_of(dls, at):
         new = torch.full((len(vocab),), -1, dtype=y.dtype, device=y.device)
         new[at.to(y.device)] = torch.arange(len(at), dtype=y.dtype, device=y.device)
         stay = new[y]>=0
-        small = ArrayDataset(ds.x[stay.to(ds.x.device)], new[y][stay], type(vocab)([vocab[i] for i in at.tolist()], sort=False), ds.split_idx)
+        names = type(vocab)([vocab[i] for i in at.tolist()], sort=False)
+        small = ArrayDataset(ds.x[stay.to(ds.x.device)], new[y][stay], names, ds.split_idx)
         if not len(small): raise ValueError('one of the sets has no sample of these classes.')
         return dl.new(small, bs=min(dl.bs, len(small)), index=dl.index)
     return type(dls)(*map(kept, dls.loaders), device=dls.device)
@@ -97,7 +99,8 @@ def keep_classes(
     Raises `ValueError` for classes that are not there, and where other outputs cannot go without a trace."""
     learn = model if isinstance(model, Learner) else None
     if learn is not None: model,data = learn.model,data or learn.dls
-    if data is None: raise ValueError('the last layer is found by running the network. Pass `data`: DataLoaders or a batch.')
+    if data is None:
+        raise ValueError('the last layer is found by running the network. Pass `data`: DataLoaders or a batch.')
     model = unwrap(model)
     xb = inputs(data, model)
     n = _logits(model, xb).shape[1]

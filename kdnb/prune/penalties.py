@@ -7,63 +7,90 @@ __all__ = ['penalties', 'bn_scales', 'l1', 'lasso', 'slimming', 'polarization', 
 
 # %% ../../nbs/31b_prune.penalties.ipynb #d576db5d
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 import numpy as np, torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import unwrap
 from ..masks.model import prunable
 from .scoring import _outputs_first
-from ..training.terms import brought_by,LossTerm
+from ..training.params import brought_by
+from ..training.terms import LossTerm
 
 # %% ../../nbs/31b_prune.penalties.ipynb #30f4c116
-def bn_scales(model):
-    "Scales γ of all BatchNorms of `model`"
+def bn_scales(
+    model:nn.Module, # Any network
+) -> list[nn.Parameter]:
+    "Scales γ of all its BatchNorms. Raises `ValueError` if there is none."
     ws = [m.weight for m in model.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
     if not ws: raise ValueError(f'{type(model).__name__} has no BatchNorm with a scale to penalise.')
     return ws
 
 # %% ../../nbs/31b_prune.penalties.ipynb #9247c6a3
-def l1(model): return sum(w.abs().sum() for w in prunable(model).values())
+def l1(
+    model:nn.Module, # Network
+) -> torch.Tensor:
+    "Σ|w| over the weights of linear and convolution layers, a scalar"
+    return sum(w.abs().sum() for w in prunable(model).values())
 
 # %% ../../nbs/31b_prune.penalties.ipynb #c8fc38be
-def lasso(model):
-    rows = (_outputs_first(unwrap(model).get_submodule(k.rpartition('.')[0]), w) for k,w in prunable(model).items())
+def lasso(
+    model:nn.Module, # Network
+) -> torch.Tensor:
+    "Σ√n·‖row‖₂ over the filters, or rows, of n weights each (Yuan and Lin 2006), a scalar"
+    layers = {k: unwrap(model).get_submodule(k.rpartition('.')[0]) for k in prunable(model)}
+    rows = [_outputs_first(layers[k], w) for k,w in prunable(model).items()]
     return sum(w.shape[1]**.5 * w.norm(dim=1).sum() for w in rows)
 
 # %% ../../nbs/31b_prune.penalties.ipynb #6dda9dcc
-def slimming(model): return sum(w.abs().sum() for w in bn_scales(model))
+def slimming(
+    model:nn.Module, # Network with BatchNorms
+) -> torch.Tensor:
+    "Σ|γ| over the scales of BatchNorms (Liu et al. 2017), a scalar"
+    return sum(w.abs().sum() for w in bn_scales(model))
 
 # %% ../../nbs/31b_prune.penalties.ipynb #dcbe1209
-def polarization(model, t=1.2): # Weight of the L1 norm
+def polarization(
+    model:nn.Module, # Network with BatchNorms
+    t:float=1.2, # Weight of the L1 norm
+) -> torch.Tensor:
+    "t·Σ|γ| − Σ|γ − mean| over the scales of BatchNorms (Zhuang et al. 2020), a scalar"
     scales = torch.cat([w.flatten() for w in bn_scales(model)])
     return t*scales.abs().sum() - (scales-scales.mean()).abs().sum()
 
 # %% ../../nbs/31b_prune.penalties.ipynb #5957c26d
 penalties = dict(l1=l1, group_lasso=lasso, slimming=slimming, polarization=polarization)
 
+# %% ../../nbs/31b_prune.penalties.ipynb #b85c491e
 @contextmanager
 def _without_brought(learn):
-    "The network; while it lasts, without the layers that loss terms have brought to it, such as the heads of a distillation"
+    "The network; inside, without the layers that loss terms have brought to it"
     model,ids = unwrap(learn.model),{id(p) for ps in brought_by(learn).values() for p in ps}
     modules = model._modules
-    def own(m): return m is None or not (ps := [*m.parameters()]) or any(id(p) not in ids for p in ps)
+    def own(m):
+        ps = [] if m is None else [*m.parameters()]
+        return not ps or any(id(p) not in ids for p in ps)
     if ids: model.__dict__['_modules'] = {k: m for k,m in modules.items() if own(m)}
     try: yield model
     finally: model.__dict__['_modules'] = modules
 
 # %% ../../nbs/31b_prune.penalties.ipynb #418ed993
 class Penalty(LossTerm):
-    "Add a penalty on the network's weights to the training loss"
+    "Add a penalty on the network's weights to the training loss. Raises `ValueError` for one that is not known."
     def __init__(self,
-        penalty='l1', # One of `penalties`, or a function of the network
-        weight=1e-4, # Number or schedule
-        **kwargs): # Arguments of the penalty
+        penalty:str|Callable='l1', # One of `penalties`, or a function of the network
+        weight:float|Callable=1e-4, # Number or schedule
+        **kwargs, # Arguments of the penalty
+    ):
         if not callable(penalty) and penalty not in penalties:
-            raise ValueError(f'penalty is {penalty!r}, expected one of {", ".join(penalties)}, or a function of the network.')
+            raise ValueError(f'penalty is {penalty!r}, expected one of {", ".join(penalties)}, '
+                             'or a function of the network.')
         f = penalty if callable(penalty) else penalties[penalty]
         super().__init__(self._of, weight, name=getattr(f, '__name__', 'penalty'))
-        self.penalty,self.clamps = partial(f, **kwargs),f is polarization and weight!=0
+        self.penalty = partial(f, **kwargs)
+        self.clamps = f is polarization and weight!=0      # scales stay in [0, 1]
 
     @staticmethod
     def _of(self):
@@ -76,10 +103,13 @@ class Penalty(LossTerm):
                 if isinstance(m, _BatchNorm) and m.affine: m._parameters['weight'].data.clamp_(0, 1)
 
 # %% ../../nbs/31b_prune.penalties.ipynb #2c4104af
-def below_valley(worth, # Scores of all units, at least 0, such as those of `bn_scale`
-    bins=20): # Bins of the histogram, from 0 to the largest score
-    "Fraction of scores below the first minimum of their histogram (polarization); 0 with a warning if there is none"
-    v = torch.cat([o.flatten() for o in worth.values()] if isinstance(worth, dict) else [worth]).double().clamp(min=0)
+def below_valley(
+    worth:dict|torch.Tensor, # Scores of all units, at least 0, such as those of `bn_scale`
+    bins:int=20, # Bins of the histogram, from 0 to the largest score
+) -> float:
+    "Fraction of scores below the first minimum of their histogram; 0 with a warning if there is none"
+    v = torch.cat([o.flatten() for o in worth.values()] if isinstance(worth, dict) else [worth])
+    v = v.double().clamp(min=0)
     count,edge = np.histogram(v.cpu().numpy(), bins=bins, range=(0, v.max().item() or 1))
     falls,rises = np.flatnonzero(np.diff(count)<0),np.flatnonzero(np.diff(count)>0)
     after = rises[rises>falls[0]] if len(falls) else []

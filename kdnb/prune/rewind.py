@@ -108,7 +108,7 @@ def _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr):
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5a283390
 def _train_again(learn, train, rewind, start, cbs):
-    "A round's training, from where `rewind` says"
+    "A round's training, from where `rewind` leads"
     if rewind!='weights': return train(reset_opt=rewind=='lr')
     with learn.added_cbs(cbs): start.restore(learn)      # with the parameters that they bring
     train(reset_opt=False, start_epoch=start.at)

@@ -157,12 +157,18 @@ def _check_fractions(given, what):
     for k,v in given.items(): check_sparsity(v, f'{what}[{k!r}]')
 
 # %% ../../nbs/31a_prune.select.ipynb #cf05e743
+def _rank(key, paths, names):
+    "How closely `key`, which covers `paths`, holds one of the weights `names`; None if it does not"
+    if not any(_among(o, paths) for o in names): return None
+    if not isinstance(key, str) or paths!=[key]: return .5      # a type or a pattern: after a path, before the root
+    return key.count('.')+1 if key else 0
+
+# %% ../../nbs/31a_prune.select.ipynb #0ac7bfef
 def _key_of(unit, names, given, covers, what):
     "The key of `given` that holds one of the weights `names` of `unit` most closely; None if none does"
-    def holds(path): return any(_among(o, [path]) for o in names)
-    found = [(p.count('.')+bool(p), key) for key,ps in covers.items() for p in ps if holds(p)]
-    depth = max((d for d,_ in found), default=0)
-    keys = [k for k in given if (depth,k) in found]
+    ranks = {k: _rank(k, ps, names) for k,ps in covers.items()}
+    best = max((r for r in ranks.values() if r is not None), default=None)
+    keys = [k for k,r in ranks.items() if r is not None and r==best]
     if len({given[k] for k in keys})<2: return keys[0] if keys else None
     pairs = ' and '.join(f'{k!r}: {given[k]!r}' for k in keys)
     raise ValueError(f'{what} has {pairs}, and {unit} is in each of them: what is made together goes '
@@ -286,5 +292,5 @@ def _cut(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round
         keep = _choose(s, worth, sparsity, share, scope, cap, round_to)
         if round_to is None or not rate or share>1-1e-6: break
         if any((~m & ~worth[k].isneginf()).any() for k,m in keep.items()): break
-        share = 1-(1-share)*(1-rate)      # rounding left this round nothing to prune: it takes the next one's share, too
+        share = 1-(1-share)*(1-rate)      # rounding left nothing to prune: the next round's share is added
     return mask_model(s.model, keep if s.by=='weight' else channel_masks(s.model, keep, s.groups))

@@ -8,9 +8,11 @@ __all__ = ['design_student', 'student_table']
 # %% ../../nbs/33_prune.student.ipynb #f83aa77d
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 import pandas as pd, torch
+from torch import nn
 from ..channels.groups import _removable,_remove
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
@@ -43,7 +45,7 @@ def _equations(model, groups):
     for path,m in model.named_modules():
         if not isinstance(m, weighted) or path not in made or not made[path].readers: continue
         n_in,groups_of = (m.in_features,1) if hasattr(m, 'in_features') else (m.in_channels,m.groups)
-        depthwise = groups_of>1 and groups_of==m.in_channels==m.out_channels
+        depthwise = groups_of>1 and groups_of==m.in_channels
         ins = {} if depthwise else {g.name: share for g,share in read.get(path, [])}
         rest = 1 if depthwise else n_in - sum(share*g.n for g,share in read.get(path, []))
         share = sum(len(p.at) for p in made[path].makers if p.path==path)/made[path].n
@@ -107,7 +109,7 @@ def _behind(g, n):
 
 # %% ../../nbs/33_prune.student.ipynb #5e0b9d13
 def _narrowed(model, widths):
-    "A copy of `model` with the first channels of each group, as many as `widths` says"
+    "A copy of `model` with the first channels of each group, as many as `widths` has"
     model = plain_copy(model)
     with torch.no_grad(): _remove(model, [(g,_removable(g, _behind(g, n))) for g,n in widths.items() if n<g.n])
     return model
@@ -121,16 +123,22 @@ def _uniform(model, widths):
     return at(steps[max(i-1, 0)])
 
 # %% ../../nbs/33_prune.student.ipynb #ba03d940
-def design_student(pruned, # Pruned network: masked, or with zeros
-    data, # `DataLoaders` or a batch of inputs
-    rounding='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
-    init=None, # Function that sets the student's weights in place; every layer's own `reset_parameters` if None
-    uniform=False): # All widths are one fraction of those there are, with as many parameters as the designed student or a few less
-    "An untrained network as deep as `pruned`, whose layers have about as many weights as are left there (Park and No 2022, app. A)"
+def design_student(
+    pruned:nn.Module, # Pruned network: masked, or with zeros
+    data:object, # `DataLoaders` or a batch of inputs
+    rounding:str='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
+    init:Callable|None=None, # Sets the student's weights in place; every layer's own `reset_parameters` if None
+    uniform:bool=False, # All widths are one fraction of those there are, with about as many parameters as designed
+) -> nn.Module:
+    """An untrained network as deep as `pruned`, with about as many weights in each layer as are left there
+
+    (Park and No 2022, app. A.) A uniform one has no more parameters than the designed one. Raises `ValueError`
+    if `rounding` is not known."""
     model = plain_copy(pruned)
     if rounding not in ('floor','eq9'): raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
-    student = _narrowed(model, _uniform(model, widths) if uniform and widths else widths).requires_grad_()
+    if uniform and widths: widths = _uniform(model, widths)
+    student = _narrowed(model, widths).requires_grad_()
     if init: init(student)
     else:
         for m in student.modules():
@@ -138,8 +146,10 @@ def design_student(pruned, # Pruned network: masked, or with zeros
     return student.train()
 
 # %% ../../nbs/33_prune.student.ipynb #f4c567a6
-def student_table(pruned, # Pruned network
-    student): # What `design_student` made of it
+def student_table(
+    pruned:nn.Module, # Pruned network
+    student:nn.Module, # What `design_student` made of it
+) -> pd.DataFrame:
     "Weights of each layer, dense, left and in the student, with fractions of the dense (Park and No 2022, Table 10)"
     df,own = layer_sparsity(pruned),layer_sparsity(student)
     return pd.DataFrame(dict(dense=df.weights, nonzero=df.nonzero, ratio=df.nonzero/df.weights,

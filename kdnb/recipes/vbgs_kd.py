@@ -100,7 +100,7 @@ def vbgs_kd(
         dense = run.fit('student', run.learner(net), n_student, s['lr'], cbs=taught(net))
         sparsify = partial(run.fit, n_epoch=n_sparse, lr=s['lr'], fit='fit_flat_cos', of=dense, pct_start=s['pct_start'])
         sparse = sparsify('sparse', run.learner(net := noisy(dense), wd=0.), cbs=[taught(net), kl := prior()],
-                          result=partial(to_deterministic, T=T_log_alpha))
+                          result=partial(to_deterministic, limit=T_log_alpha))
         small = shrink(sparse, dls).eval()
         run.enter('small', small, of=dense, widths=layer_widths(small))
         if singles:

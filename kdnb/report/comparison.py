@@ -5,21 +5,45 @@
 # %% auto #0
 __all__ = ['compare']
 
-# %% ../../nbs/60d_report.comparison.ipynb #fd8ae2aa
+# %% ../../nbs/60d_report.comparison.ipynb #b359888e
 import pandas as pd
+from pathlib import Path
+from ..drawing import _in_style,picture
 from ..recipes.record import Record
 from .figures import plot_sizes
 from .numbers import stage_rows
 from .page import _facts,_lead,_note
-from ..show import html_table,_in_style,Page,picture,_plain,_render,_templates
+from ..show import Page,_plain,_render,_templates,html_table
 
-# %% ../../nbs/60d_report.comparison.ipynb #fdad1c2d
+# %% ../../nbs/60d_report.comparison.ipynb #cb7fe8e1
+def _names(records):
+    "A short name for each record that no other has"
+    for n in (1,2,99):      # parts of the path
+        names = [str(Path(*r.path.parts[-n:])) for r in records]
+        if len(set(names))==len(names): return names
+    raise ValueError(f'{names[0]} is given more than once. Pass different runs.')
+
+# %% ../../nbs/60d_report.comparison.ipynb #b3fb743d
+def _differ(records):
+    "Settings, versions and so on that are not the same in all `records`: rows of text"
+    facts = [_facts(r) | r.versions | r.machine for r in records]
+    names = _names(records)
+    rows = []
+    for k in dict.fromkeys(k for o in facts for k in o):
+        texts = [_plain(o.get(k, '–')) for o in facts]
+        if len(set(texts))>1: rows.append({'': k} | dict(zip(names, texts)))
+    return rows
+
+# %% ../../nbs/60d_report.comparison.ipynb #592c5ccd
 _templates['compare'] = '''
 <h1>{{ names|join(' and ') }}</h1>
-{% for name,lead,note in runs %}<p><b>{{ name }}</b>: {{ lead|units }}</p>{% endfor %}
+{% for name,lead,note in runs %}
+<p><b>{{ name }}</b>: {{ lead|units }}</p>
+{% endfor %}
 <h2>Accuracy against size</h2>
 {{ sizes }}
-<p class=say>Each dot is a stage, the mean of its seeds; the largest and the smallest network are named.</p>
+<p class=say>Each dot is a stage, the mean of its seeds; the largest and the smallest network are
+named.</p>
 <h2>Stages</h2>
 {{ stages }}
 {% for name,lead,note in runs %}
@@ -27,37 +51,40 @@ _templates['compare'] = '''
 {% endfor %}
 <p class=note>{% include 'meaning' %}</p>
 <h2>What differs</h2>
-{% if differ %}{{ differ }}{% else %}<p class=say>Nothing: settings, versions and machines are the same.</p>{% endif %}'''
+{% if differ %}
+{{ differ }}
+{% else %}
+<p class=say>Nothing: settings, versions and machines are the same.</p>
+{% endif %}'''
 
-# %% ../../nbs/60d_report.comparison.ipynb #b3fb743d
-def _differ(records):
-    "Settings, versions and so on that are not the same in all `records`: rows of text"
-    facts = [_facts(r) | r.versions | r.machine for r in records]
-    keys = dict.fromkeys(k for o in facts for k in o)
-    return [{'': k} | {n: _plain(o.get(k, '–')) for n,o in zip(_names(records), facts)}
-            for k in keys if len({_plain(o.get(k, '–')) for o in facts})>1]
+# %% ../../nbs/60d_report.comparison.ipynb #518bc252
+_columns = ['test accuracy, %','weights','MACs','size','latency']
 
-# %% ../../nbs/60d_report.comparison.ipynb #cb7fe8e1
-def _names(records):
-    "A short name for each record that no other has"
-    for f in (lambda r: r.path.name, lambda r: '/'.join(r.path.parts[-2:]), lambda r: str(r.path)):
-        if len(set(names := [f(r) for r in records]))==len(names): return names
-    raise ValueError(f'{names[0]} is given more than once. Pass different runs.')
+def _stages_of(names, records):
+    "A row for each stage, and for each number a column for each run"
+    rows = [{'run': n} | o for n,r in zip(names, records) for o in stage_rows(r.stages)]
+    df = pd.DataFrame(rows)
+    table = df.pivot(index='stage', columns='run')[[c for c in _columns if c in df]]
+    table = table.reindex(index=df.stage.unique(), columns=names, level=1)
+    return table.rename_axis(index=None, columns=[None,None])
 
 # %% ../../nbs/60d_report.comparison.ipynb #a902dd6e
 def compare(
     *records, # `Record`s, or folders of runs
 ) -> Page:
-    "Several runs side by side, as a `Page`. Raises `ValueError` if a run is given twice, or has no stage yet."
+    """Several runs side by side, as a `Page`
+
+    Raises `ValueError` if a run is given twice, or has no stage yet."""
     records = [r if hasattr(r, 'stages') else Record(r) for r in records]
     if empty := [r.path for r in records if not r.stages]:
         raise ValueError(f'{empty[0]} has no stage yet: there is nothing to compare.')
     names = _names(records)
-    rows = pd.DataFrame([{'run': n} | o for n,r in zip(names, records) for o in stage_rows(r.stages)])
-    wanted = [c for c in ('test accuracy, %','weights','MACs','size','latency') if c in rows]
-    table = rows.pivot(index='stage', columns='run')[wanted].reindex(index=rows.stage.unique(), columns=names, level=1)
-    with _in_style(): sizes = picture(plot_sizes({n: r.stages for n,r in zip(names, records)}), 'accuracy against size')
     differ = _differ(records)
-    return Page(' | '.join(names), _render(
-        'compare', names=names, runs=[(n, _lead(r), _note(r)) for n,r in zip(names, records)], sizes=sizes,
-        stages=html_table(table.rename_axis(index=None, columns=[None,None])), differ=differ and html_table(differ)))
+    with _in_style():
+        ax = plot_sizes({n: r.stages for n,r in zip(names, records)})
+        sizes = picture(ax, 'accuracy against size')
+    runs = [(n, _lead(r), _note(r)) for n,r in zip(names, records)]
+    stages = html_table(_stages_of(names, records))
+    body = _render('compare', names=names, runs=runs, sizes=sizes, stages=stages,
+                   differ=differ and html_table(differ))
+    return Page(' | '.join(names), body)

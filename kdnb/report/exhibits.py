@@ -5,49 +5,91 @@
 # %% auto #0
 __all__ = ['exhibit_html']
 
-# %% ../../nbs/60b_report.exhibits.ipynb #28f956b4
+# %% ../../nbs/60b_report.exhibits.ipynb #923f8561
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
+from ..drawing import _axes,_colour,_key,_panels,_png
+from ..drawing import label_points,picture,plot_log_alpha_map,weight_image
 from ..measure.breakpoint import plot_breakpoint
-from .figures import plot_log_alpha_map,weight_image
-from ..show import _axes,_colour,html_table,_key,label_points,_panels,picture,_png,_render,_templates
+from ..show import _render,_templates,html_table
 
-# %% ../../nbs/60b_report.exhibits.ipynb #d7af69cf
+# %% ../../nbs/60b_report.exhibits.ipynb #fc0355b5
 _templates |= dict(
-matrix='''
-<div class=matrix>{{ image }}<small><b>{{ name }}</b>{% for o in alive %}<br>{{ o }}{% endfor %}</small></div>''',
+    exhibit='''
+<section>
+<h2>{{ title }}</h2>
+{{ drawn }}
+<p class=say>{{ text|units }}
+</section>''',
+    matrix='''
+<div class=matrix>
+{{ image }}
+<small><b>{{ name }}</b>{% for o in alive %}<br>{{ o }}{% endfor %}</small>
+</div>''',
+    maps='''
+<div class=wide><table class=maps>
+<tr>{% for o in names %}<th>{{ o }}{% endfor %}
 
-maps='''
-<div class=wide><table class=maps><tr>{% for o in names %}<th>{{ o }}{% endfor %}
-{% for row in rows %}<tr>{% for o in row %}<td>{{ o }}{% endfor %}{% endfor %}
+{% for row in rows %}
+<tr>{% for o in row %}<td>{{ o }}{% endfor %}
+
+{% endfor %}
 </table></div>
-{% if ranges %}<p class=note>From dark to bright: {{ ranges|join('; ') }}.{% endif %}''',
+{% if ranges %}
+<p class=note>From dark to bright: {{ ranges|join('; ') }}.
+{% endif %}''')
 
-exhibit='''<section><h2>{{ title }}</h2>{{ drawn }}<p class=say>{{ text|units }}</section>''')
+# %% ../../nbs/60b_report.exhibits.ipynb #a30dd572
+_drawn = {}
+
+def _draws(f):
+    "Register `f`, which makes HTML of an exhibit, for the kind in its name"
+    _drawn[f.__name__.removeprefix('_draw_')] = f
+    return f
+
+# %% ../../nbs/60b_report.exhibits.ipynb #3f3ca583
+def exhibit_html(
+    o:object, # `Exhibit` of a record
+) -> Markup:
+    """Heading, picture or table, and the sentence that says what is seen
+
+    Raises `ValueError` if its kind is not known."""
+    if o.kind not in _drawn:
+        raise ValueError(f'exhibit {o.name!r} is of kind {o.kind!r}. '
+                         f'There are {", ".join(_drawn)}.')
+    return _render('exhibit', title=o.title, drawn=_drawn[o.kind](o), text=o.text)
 
 # %% ../../nbs/60b_report.exhibits.ipynb #cb4ad019
-def _scatter(ax, df):
-    "Points of `df` (x, y, label): labels that repeat are colours, others are written beside their points"
-    labels = df['label'] if 'label' in df else pd.Series('', df.index)
-    names,big = list(dict.fromkeys(labels)),len(df)>600
-    colour = len(names)<len(df) and len(names)<=20
-    for i,name in enumerate(names if colour else ['']):
-        o = df[labels==name] if colour else df
-        ax.plot(o.x, o.y, 'o', ms=3 if big else 5, mew=0, alpha=.75, c=_colour(i, len(names)*colour), rasterized=big)
-    if not colour and len(df)<=30:
-        return [],labels
-    return [o for o in names if colour and len(names)>1],[]
-
+@_draws
 def _draw_table(o): return html_table(o.data)
 
+# %% ../../nbs/60b_report.exhibits.ipynb #995a3a21
+@_draws
 def _draw_curve(o): return picture(plot_breakpoint(o.data, _axes()), o.title)
 
+# %% ../../nbs/60b_report.exhibits.ipynb #cbf94843
 def _name_axes(ax, o):
-    ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y')); ax.grid(alpha=.3)
+    ax.set(xlabel=o.labels.get('x', 'x'), ylabel=o.labels.get('y', 'y'))
+    ax.grid(alpha=.3)
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
+# %% ../../nbs/60b_report.exhibits.ipynb #18b1180e
+def _scatter(ax, df):
+    "Points of `df` (x, y, label); returns names of colours, and labels to write beside points"
+    labels = df['label'] if 'label' in df else pd.Series('', df.index)
+    names = list(dict.fromkeys(labels))
+    in_colour = len(names)<len(df) and len(names)<=20
+    big = len(df)>600
+    for i,name in enumerate(names if in_colour else ['']):
+        o = df[labels==name] if in_colour else df
+        ax.plot(o.x, o.y, 'o', ms=3 if big else 5, mew=0, alpha=.75, rasterized=big,
+                c=_colour(i, len(names)*in_colour))
+    if in_colour: return names if len(names)>1 else [],[]
+    return [],labels if len(df)<=30 else []
+
 # %% ../../nbs/60b_report.exhibits.ipynb #044ce32f
+@_draws
 def _draw_scatter(o):
     ax = _axes()
     names,written = _scatter(ax, o.data)
@@ -57,6 +99,7 @@ def _draw_scatter(o):
     return picture(ax, o.title) + (_key(names) if names else '')
 
 # %% ../../nbs/60b_report.exhibits.ipynb #24cc276d
+@_draws
 def _draw_lines(o):
     ax = _axes()
     for i,(name,df) in enumerate(o.data.items()):
@@ -67,64 +110,67 @@ def _draw_lines(o):
     return picture(ax, o.title) + (_key(o.data) if len(o.data)>1 else '')
 
 # %% ../../nbs/60b_report.exhibits.ipynb #92c24605
+@_draws
 def _draw_embedding(o):
     labels = sorted(set(o.data.label), key=lambda v: (str(type(v)), v))
-    def one(name, df):
+    dots = dict(ms=3.2, mew=0, alpha=.75)
+    panels = []
+    for name,df in o.data.groupby('panel', sort=False):
         ax = _axes(3.4, 3.1)
         for i,k in enumerate(labels):
             at = df[df.label==k]
-            ax.plot(at.x, at.y, 'o', ms=3.2, mew=0, alpha=.75, c=_colour(i, len(labels)), rasterized=len(df)>600)
+            ax.plot(at.x, at.y, 'o', c=_colour(i, len(labels)), rasterized=len(df)>600, **dots)
         ax.set(title=name, xticks=[], yticks=[], xlabel='t-SNE 1', ylabel='t-SNE 2')
-        return picture(ax, f'{o.title}: {name}')
-    return _panels([one(n, df) for n,df in o.data.groupby('panel', sort=False)]) + _key(labels)
+        panels.append(picture(ax, f'{o.title}: {name}'))
+    return _panels(panels) + _key(labels)
 
 # %% ../../nbs/60b_report.exhibits.ipynb #86063bcc
+@_draws
 def _draw_log_alpha(o):
-    groups,T = o.data['groups'],o.data['threshold']
+    groups = o.data['groups']
+    T = o.data['threshold']
     if len(groups)>12:
         groups = {'all layers': np.hstack(list(groups.values()))}
         T = np.mean(list(T.values()) if isinstance(T, dict) else T)
-    def one(name, la):
+    maps = []
+    for name,la in groups.items():
         t = T[name] if isinstance(T, dict) else T
         ax = plot_log_alpha_map(la, t)
         ax.set_title(f'{name}: {int((np.asarray(la)[-1]<t).sum())} of {np.shape(la)[1]} kept')
-        return picture(ax, f'{o.title}: {name}')
-    return _panels([one(*p) for p in groups.items()])
+        maps.append(picture(ax, f'{o.title}: {name}'))
+    return _panels(maps)
 
 # %% ../../nbs/60b_report.exhibits.ipynb #1d2ff40f
+@_draws
 def _draw_weights(o):
-    def one(name, w):
+    matrices = []
+    for name,w in o.data.items():
         w = np.asarray(w)
-        names = 'outputs ↓','inputs →'
-        alive = [f'{(w!=0).any(1-i).sum():,} of {w.shape[i]:,} {names[i]}' for i in (0,1)]
+        alive = [f'{(w!=0).any(1-i).sum():,} of {w.shape[i]:,} {side}'
+                 for i,side in enumerate(('outputs ↓','inputs →'))]
         image = _png(weight_image(w), f'weights of {name}', **{'image-rendering': 'pixelated'})
-        return _render('matrix', image=image, name=name, alive=alive)
-    return _panels([one(*p) for p in o.data.items()])
+        matrices.append(_render('matrix', image=image, name=name, alive=alive))
+    return _panels(matrices)
 
-def _as_bytes(x, low, high): return np.clip(255*(x-low)/max(high-low, 1e-12), 0, 255).round().astype(np.uint8)
+# %% ../../nbs/60b_report.exhibits.ipynb #c9eb0a82
+def _as_bytes(x, low, high):
+    return np.clip(255*(x-low)/max(high-low, 1e-12), 0, 255).round().astype(np.uint8)
+
+def _pixels(x, i):
+    "Image or map `i` of the array `x`: bytes (H, W) or (H, W, 3)"
+    if x.ndim==3:
+        colours = plt.get_cmap('inferno')(_as_bytes(x[i], np.nanmin(x), np.nanmax(x)))
+        return (255*colours[...,:3]).astype(np.uint8)
+    img = x[i] if x.dtype==np.uint8 else _as_bytes(x[i], x[i].min(), x[i].max())
+    return img[0] if len(img)==1 else img.transpose(1,2,0)
 
 # %% ../../nbs/60b_report.exhibits.ipynb #9f4a18d6
+@_draws
 def _draw_maps(o):
-    def cell(name, i, x):
-        x = np.asarray(x)
-        if x.ndim==4:
-            img = x[i] if x.dtype==np.uint8 else _as_bytes(x[i], x[i].min(), x[i].max())
-            img = img[0] if len(img)==1 else img.transpose(1,2,0)
-        else: img = (255*plt.get_cmap('inferno')(_as_bytes(x[i], np.nanmin(x), np.nanmax(x)))[...,:3]).astype(np.uint8)
-        return _png(img, f'{name}, image {i+1}')
-    rows = [[cell(n, i, x) for n,x in o.data.items()] for i in range(len(next(iter(o.data.values()))))]
-    ranges = [f'{n}: {np.nanmin(x):.3g} to {np.nanmax(x):.3g}' for n,x in o.data.items() if np.ndim(x)==3]
-    return _render('maps', names=o.data, rows=rows, ranges=ranges)
-
-# %% ../../nbs/60b_report.exhibits.ipynb #3f3ca583
-_draw = dict(table=_draw_table, curve=_draw_curve, scatter=_draw_scatter, lines=_draw_lines, log_alpha=_draw_log_alpha,
-             weights=_draw_weights, embedding=_draw_embedding, maps=_draw_maps)
-
-def exhibit_html(
-    o:object, # `Exhibit` of a record
-) -> Markup:
-    """Heading, picture or table, and the sentence that says what is seen
-
-    Raises `ValueError` if its kind is not known."""
-    if o.kind not in _draw: raise ValueError(f'exhibit {o.name!r} is of kind {o.kind!r}. There are {", ".join(_draw)}.')
-    return _render('exhibit', title=o.title, drawn=_draw[o.kind](o), text=o.text)
+    columns = {n: np.asarray(x) for n,x in o.data.items()}
+    rows = []
+    for i in range(len(next(iter(columns.values())))):
+        rows.append([_png(_pixels(x, i), f'{n}, image {i+1}') for n,x in columns.items()])
+    maps = {n: x for n,x in columns.items() if x.ndim==3}
+    ranges = [f'{n}: {np.nanmin(x):.3g} to {np.nanmax(x):.3g}' for n,x in maps.items()]
+    return _render('maps', names=columns, rows=rows, ranges=ranges)

@@ -11,9 +11,6 @@ import numpy as np
 from ..show import human,percent
 
 # %% ../../nbs/60_report.numbers.ipynb #9a5fdd12
-_usual = ('name','seed','test_accuracy','valid_accuracy','weights','weights_kept','params','macs','bytes','epochs',
-          'seconds','latency_ms','latency_spread_ms')
-
 def by_name(
     stages:list, # Rows of `Record.stages`
 ) -> dict[str,list]:
@@ -25,10 +22,14 @@ def by_name(
 # %% ../../nbs/60_report.numbers.ipynb #973ad4c9
 def _numbers(rows, key):
     "The values of `key` that are numbers"
-    vs = [o.get(key) for o in rows]
-    return [float(v) for v in vs if isinstance(v, (int,float)) and not isinstance(v, bool)]
+    values = [o.get(key) for o in rows]
+    return [float(v) for v in values if isinstance(v, (int,float)) and not isinstance(v, bool)]
 
-def _mean(rows, key): return float(np.mean(v)) if (v := _numbers(rows, key)) else math.nan
+# %% ../../nbs/60_report.numbers.ipynb #501d9321
+def _mean(rows, key):
+    "Mean of `key` over `rows`, nan if no row has it"
+    values = _numbers(rows, key)
+    return float(np.mean(values)) if values else math.nan
 
 def _or_dash(f, v): return '–' if math.isnan(v) else f(v)
 
@@ -39,28 +40,46 @@ def spread(
     f_std:str|None=None, # Format of the deviation; `f` if None
     scale:float=1., # What they are multiplied by
 ) -> str:
-    "Mean ± standard deviation as text"
+    "Mean ± standard deviation (of a sample: n-1) as text; a dash if there are no values"
     v = scale*np.array(values, dtype=float)
     if not len(v): return '–'
-    return f.format(v.mean()) + (f' ± {(f_std or f).format(v.std(ddof=1))}' if len(v)>1 else '')
+    mean = f.format(v.mean())
+    if len(v)==1: return mean
+    return f'{mean} ± {(f_std or f).format(v.std(ddof=1))}'
+
+# %% ../../nbs/60_report.numbers.ipynb #abf83dae
+_usual = ('name','seed','test_accuracy','valid_accuracy','weights','weights_kept','params','macs',
+          'bytes','epochs','seconds','latency_ms','latency_spread_ms')
+
+_columns = {'weights': ('weights', human), 'weights kept': ('weights_kept', percent),
+            'MACs': ('macs', human), 'size': ('bytes', lambda v: human(v, 'B')),
+            'latency': ('latency_ms', '{:.2f} ms'.format), 'epochs': ('epochs', human)}
+
+# %% ../../nbs/60_report.numbers.ipynb #2c06727f
+def _cell(rows, key, f):
+    "The mean of `key` as text; a latency with half the distance of its quartiles"
+    spreads = _numbers(rows, 'latency_spread_ms')
+    if key=='latency_ms' and spreads: return f'{_mean(rows, key):.2f} ± {np.mean(spreads):.2f} ms'
+    return _or_dash(f, _mean(rows, key))
 
 # %% ../../nbs/60_report.numbers.ipynb #737ff409
 def stage_rows(
     stages:list, # Rows of `Record.stages`
 ) -> list[dict]:
     "A dict of text for each stage: the mean of its seeds, and their spread"
-    cols = {'weights': ('weights', human), 'weights kept': ('weights_kept', percent), 'MACs': ('macs', human),
-            'size': ('bytes', lambda v: human(v, 'B')), 'latency': ('latency_ms', '{:.2f} ms'.format), 'epochs': ('epochs', human)}
-    def shown(rows, key, f):
-        if key=='latency_ms' and (s := _numbers(rows, 'latency_spread_ms')): return f'{_mean(rows, key):.2f} ± {np.mean(s):.2f} ms'
-        return _or_dash(f, _mean(rows, key))
-    more = {k: None for o in stages for k in o if k not in _usual and _numbers([o], k)}
-    n_seeds = {len(o) for o in by_name(stages).values()}
-    return [{'stage': name} | ({'seeds': str(len(rows))} if len(n_seeds)>1 else {})
-            | {'test accuracy, %': spread(_numbers(rows, 'test_accuracy'), scale=100)}
-            | {k: shown(rows, key, f) for k,(key,f) in cols.items() if _numbers(stages, key)}
-            | {k.replace('_',' '): spread(_numbers(rows, k), '{:.4g}', '{:.2g}') for k in more}
-            for name,rows in by_name(stages).items()]
+    names = by_name(stages)
+    n_seeds = {len(o) for o in names.values()}
+    more = dict.fromkeys(k for o in stages for k in o if k not in _usual and _numbers([o], k))
+    table = []
+    for name,rows in names.items():
+        row = {'stage': name}
+        if len(n_seeds)>1: row['seeds'] = str(len(rows))
+        row['test accuracy, %'] = spread(_numbers(rows, 'test_accuracy'), scale=100)
+        for title,(key,f) in _columns.items():
+            if _numbers(stages, key): row[title] = _cell(rows, key, f)
+        for k in more: row[k.replace('_',' ')] = spread(_numbers(rows, k), '{:.4g}', '{:.2g}')
+        table.append(row)
+    return table
 
 # %% ../../nbs/60_report.numbers.ipynb #1b052f0d
 def _times(a, b, more, less, same):
@@ -68,25 +87,41 @@ def _times(a, b, more, less, same):
     r = a/b if b else math.nan
     if not r>0 or math.isinf(r): return ''
     if abs(r-1)<.05: return same
-    r,word = (r,less) if r>1 else (1/r,more)
+    word = less if r>1 else more
+    r = max(r, 1/r)
     return f'{r:.{0 if r>=9.95 else 1}f} times {word}'
 
 # %% ../../nbs/60_report.numbers.ipynb #b941468d
 def _time(of, rows, more, less, same):
-    "`_times` of the latencies; none is called faster where they differ by less than they spread"
-    a,b,spreads = _mean(of, 'latency_ms'),_mean(rows, 'latency_ms'),_mean(of, 'latency_spread_ms')+_mean(rows, 'latency_spread_ms')
+    "`_times` of the latencies of `of` and `rows`, or `same` within their spread"
+    a = _mean(of, 'latency_ms')
+    b = _mean(rows, 'latency_ms')
+    spreads = _mean(of, 'latency_spread_ms')+_mean(rows, 'latency_spread_ms')
     return f'{same} within the spread' if abs(a-b)<=spreads else _times(a, b, more, less, same)
 
 # %% ../../nbs/60_report.numbers.ipynb #508ef687
 def first_and_last(
-    stages:list, # Rows of `Record.stages`
+    stages:list, # Rows of `Record.stages`, at least one
 ) -> tuple:
-    "`(name, rows)` of the network that a run began with and of its result; of the most and of the fewest weights, if it does not say"
+    "`(name, rows)` of the network that a run began with, and of its result"
     names = by_name(stages)
-    role = {o.get('role'): n for n,(o,*_) in names.items()}
-    first = role.get('before') or max(names, key=lambda n: _mean(names[n], 'weights'))
-    last = role.get('after') or min(reversed(names), key=lambda n: _mean(names[n], 'weights'))
+    role = {rows[0].get('role'): n for n,rows in names.items()}
+    def size(n): return _mean(names[n], 'weights')
+    first = role.get('before') or max(names, key=size)
+    last = role.get('after') or min(reversed(names), key=size)
     return (first,names[first]),(last,names[last])
+
+# %% ../../nbs/60_report.numbers.ipynb #3ec9ed49
+def _and(words): return words[0] if len(words)<2 else f'{", ".join(words[:-1])} and {words[-1]}'
+
+_costs = {'macs': ('more multiplications','fewer multiplications','as many multiplications'),
+          'bytes': ('more memory','less memory','as much memory')}
+
+def _savings(of, rows):
+    "What `rows` need less, or more, than `of`, in words"
+    said = [_times(_mean(of, k), _mean(rows, k), *words) for k,words in _costs.items()]
+    said.append(_time(of, rows, 'more time', 'less time', 'as much time'))
+    return [o for o in said if o]
 
 # %% ../../nbs/60_report.numbers.ipynb #e0622cee
 def verdict(
@@ -95,63 +130,74 @@ def verdict(
     "What the run did, in a sentence or two"
     if not stages: return 'No stage is done yet.'
     (a,of),(b,rows) = first_and_last(stages)
-    was,now = (_mean(o, 'test_accuracy') for o in (of,rows))
+    was = _mean(of, 'test_accuracy')
+    now = _mean(rows, 'test_accuracy')
     means = f', means of {len(rows)} seeds' if len(rows)>1 else ''
     if a==b:
-        return f'The network “{b}” has {human(_mean(rows, "weights"))} weights; test accuracy {percent(now, 2)}{means}.'
-    diff = round(100*(now-was), 2)
-    how = f'loses {-diff:.2f} points of' if diff<0 else f'gains {diff:.2f} points of' if diff>0 else 'keeps the'
-    costs = [('macs','more multiplications','fewer multiplications','as many multiplications'),
-             ('bytes','more memory','less memory','as much memory')]
-    less = [_times(_mean(of, k), _mean(rows, k), *words) for k,*words in costs] + [_time(of, rows, 'more time', 'less time', 'as much time')]
-    less = [o for o in less if o]
-    return (f'The network “{b}” has {percent(_mean(rows, "weights")/_mean(of, "weights"))} of the weights of “{a}” '
-            f'and {how} test accuracy ({percent(was, 2)} → {percent(now, 2)}{means}).'
-            + (f' It needs {_and(less)}.' if less else ''))
-
-# %% ../../nbs/60_report.numbers.ipynb #3ec9ed49
-def _and(words): return words[0] if len(words)<2 else f'{", ".join(words[:-1])} and {words[-1]}'
+        return (f'The network “{b}” has {human(_mean(rows, "weights"))} weights; '
+                f'test accuracy {percent(now, 2)}{means}.')
+    points = round(100*(now-was), 2)
+    how = 'keeps the'
+    if points: how = f'{"loses" if points<0 else "gains"} {abs(points):.2f} points of'
+    kept = percent(_mean(rows, 'weights')/_mean(of, 'weights'))
+    less = _savings(of, rows)
+    needs = f' It needs {_and(less)}.' if less else ''
+    return (f'The network “{b}” has {kept} of the weights of “{a}” and {how} test accuracy '
+            f'({percent(was, 2)} → {percent(now, 2)}{means}).{needs}')
 
 # %% ../../nbs/60_report.numbers.ipynb #2d351480
 def _tiles(stages):
-    "`(label, before, after, change)` of the numbers that are known of the first network and the last"
+    "`(label, before, after, change)` of the numbers known of the first network and the last"
     (_,of),(_,rows) = first_and_last(stages)
-    def one(key, label, f, *words):
-        a,b = _mean(of, key),_mean(rows, key)
-        change = ((_time(of, rows, *words) if key=='latency_ms' else _times(a, b, *words)) if words else
-                  f'{100*(b-a):+.2f} points'.replace('-', '−'))
-        return [] if math.isnan(a+b) else [(label, f(a), f(b), change)]
-    return (one('test_accuracy', 'test accuracy', lambda v: f'{100*v:.2f} %') + one('weights', 'weights', human, 'more', 'fewer', 'as many')
-            + one('bytes', 'size', lambda v: human(v, 'B'), 'larger', 'smaller', 'as large')
-            + one('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms', 'slower', 'faster', 'as fast'))
+    tiles = []
+    def tile(key, label, f, change):
+        a = _mean(of, key)
+        b = _mean(rows, key)
+        if not math.isnan(a+b): tiles.append((label, f(a), f(b), change(a, b)))
+    def points(a, b): return f'{100*(b-a):+.2f} points'.replace('-', '−')
+    tile('test_accuracy', 'test accuracy', lambda v: f'{100*v:.2f} %', points)
+    tile('weights', 'weights', human, lambda a,b: _times(a, b, 'more', 'fewer', 'as many'))
+    tile('bytes', 'size', lambda v: human(v, 'B'),
+         lambda a,b: _times(a, b, 'larger', 'smaller', 'as large'))
+    tile('latency_ms', 'time for a batch', lambda v: f'{v:.3g} ms',
+         lambda a,b: _time(of, rows, 'slower', 'faster', 'as fast'))
+    return tiles
 
 # %% ../../nbs/60_report.numbers.ipynb #d349b56e
-_sums = 'weights','params','macs','bytes'
+_sums = ('weights','params','macs','bytes')
 
 def _by_path(rows, known=()):
-    "Layers by path; what stands where a layer of `known` stood (fc1.0, fc1.1 for fc1) is that layer"
+    "Layers by path; what stands where a layer of `known` stood (fc1.0 for fc1) is that layer"
     found = {}
-    for o in rows: found.setdefault(next((k for k in known if o['path'].startswith(f'{k}.')), o['path']), []).append(o)
-    return {p: max(o, key=lambda l: l['params']) | {k: sum(l[k] for l in o) for k in _sums} for p,o in found.items()}
+    for o in rows:
+        path = next((k for k in known if o['path'].startswith(f'{k}.')), o['path'])
+        found.setdefault(path, []).append(o)
+    res = {}
+    for path,parts in found.items():
+        largest = max(parts, key=lambda o: o['params'])
+        res[path] = largest | {k: sum(o[k] for o in parts) for k in _sums}
+    return res
 
 # %% ../../nbs/60_report.numbers.ipynb #a369ee50
 def layer_rows(
-    layers:dict, # `Record.layers`: `{'before': rows, 'after': rows}`
+    layers:dict, # `Record.layers`: `{'before': rows, 'after': rows}`, either may be missing
 ) -> list[dict]:
     "A dict of text for each layer, before → after"
     before = _by_path(layers.get('before') or [])
     after = _by_path(layers.get('after') or [], before)
     both = [o for o in (before,after) if o]
-    def show(key, path, f=human):
+    def show(path, key, f=human):
         texts = [str(f(o[path][key])) if path in o else '–' for o in both]
         return ' → '.join(texts) if any(texts) else ''
-    def _bytes(v): return human(v, 'B')
     def kept(path):
-        a,b = (o.get(path, {}).get('weights') for o in (before,after))
-        return percent(b/a) if a and b is not None else '–'
-    def row(p):
-        return ({'layer': p, 'kind': (before.get(p) or after[p])['kind'], 'shape': show('shape', p, str)}
-                | {'weights': show('weights', p)}
-                | ({'kept': kept(p)} if len(both)>1 else {})
-                | {'parameters': show('params', p), 'MACs': show('macs', p), 'size': show('bytes', p, _bytes)})
-    return [row(p) for p in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total')]
+        was,now = (o.get(path, {}).get('weights') for o in (before,after))
+        return percent(now/was) if was and now is not None else '–'
+    table = []
+    for path in sorted(dict.fromkeys([*before,*after]), key=lambda p: p=='total'):
+        kind = (before.get(path) or after[path])['kind']
+        row = {'layer': path, 'kind': kind, 'shape': show(path, 'shape', str),
+               'weights': show(path, 'weights')}
+        if len(both)>1: row['kept'] = kept(path)
+        table.append(row | {'parameters': show(path, 'params'), 'MACs': show(path, 'macs'),
+                            'size': show(path, 'bytes', lambda v: human(v, 'B'))})
+    return table

@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['Grid']
 
-# %% ../../nbs/61_sweep.grid.ipynb #37b1c377
+# %% ../../nbs/61_sweep.grid.ipynb #0e071381
 import hashlib,itertools,json,re,sys
+from collections.abc import Callable
 from pathlib import Path
+from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from ..core import check_choice
 from ..data.sets import image_dls
 from ..recipes.registry import bring,find_recipe,settable
 
-# %% ../../nbs/61_sweep.grid.ipynb #84fd642e
-_grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str, imports=list,
-                  device=str, priority=int, best_epoch=bool, note=str, folder=str)
+# %% ../../nbs/61_sweep.grid.ipynb #0e34f7fa
+_grid_keys = dict(recipe=str, data=str, settings=dict, grid=dict, loaders=dict, stage=str, name=str,
+                  imports=list, device=str, priority=int, best_epoch=bool, note=str, folder=str)
 
 _kinds = {str: 'text', dict: 'table', list: 'list', int: 'whole number', bool: 'truth value'}
 
+# %% ../../nbs/61_sweep.grid.ipynb #84fd642e
 def _toml(path):
     "The tables of the TOML file `path`"
     if sys.version_info<(3,11): import tomli as toml
@@ -25,7 +29,9 @@ def _toml(path):
     try: return toml.loads(Path(path).read_text(encoding='utf-8'))
     except toml.TOMLDecodeError as e: raise ValueError(f'{path} is not TOML: {e}.') from None
 
+# %% ../../nbs/61_sweep.grid.ipynb #5c641399
 def _known(keys, known, what):
+    "Raise `ValueError` if one of `keys` is not in `known`"
     if odd := [k for k in keys if k not in known]:
         raise ValueError(f'{what} has no {odd[0]!r}. There are {", ".join(known)}.')
 
@@ -34,57 +40,64 @@ def _plain(k, v):
     "`v` as it comes back from a file: numbers, text, truth values and lists"
     try: return json.loads(json.dumps(v))
     except TypeError:
-        raise ValueError(f'{k} holds {v!r}, but a grid is plain data: numbers, texts and lists of them. '
-                         'Networks go by their names.') from None
+        raise ValueError(f'{k} holds {v!r}, but a grid is plain data: numbers, texts and lists '
+                         'of them. Networks go by their names.') from None
+
+# %% ../../nbs/61_sweep.grid.ipynb #5a12a48c
+def _read(grid):
+    "The checked keys of a grid, with what is not given empty"
+    if not isinstance(grid, dict): grid = dict(folder=str(Path(grid).parent)) | _toml(grid)
+    d = _plain('The grid', grid)
+    _known(d, _grid_keys, 'A grid')
+    if missing := {'recipe','data','grid'}-d.keys():
+        raise ValueError(f'The grid lacks {", ".join(sorted(missing))}.')
+    for k,kind in _grid_keys.items():
+        if not isinstance(d.setdefault(k, kind()), kind):
+            raise ValueError(f'{k} is {d[k]!r} in the grid, expected a {_kinds[kind]}.')
+    return d
+
+# %% ../../nbs/61_sweep.grid.ipynb #f57057b7
+def _check_lists(lists, settings):
+    "Raise `ValueError` if a list of `[grid]` is none, or also stands in `[settings]`"
+    for k,v in lists.items():
+        if not (isinstance(v, list) and v):
+            raise ValueError(f'[grid] {k} is {v!r}, expected a list of values to try.')
+        if k in settings:
+            raise ValueError(f'{k} stands in [settings] and in [grid]. Leave one of them.')
 
 # %% ../../nbs/61_sweep.grid.ipynb #9482666c
 class Grid:
-    "What a sweep runs: every combination of the lists in `[grid]`, with the same recipe, data and `[settings]`"
-    def __init__(self, grid): # Dict, or path of a TOML file
-        d = _plain('The grid', grid if isinstance(grid, dict) else dict(folder=str(Path(grid).parent)) | _toml(grid))
-        _known(d, _grid_keys, 'A grid')
-        if missing := {'recipe','data','grid'}-d.keys():
-            raise ValueError(f'The grid says no {", ".join(sorted(missing))}.')
-        for k,kind in _grid_keys.items():
-            if not isinstance(d.setdefault(k, kind()), kind):
-                raise ValueError(f'{k} is {d[k]!r} in the grid, expected a {_kinds[kind]}.')
-        self.plain,self.recipe,self.data,self.name,self.stage = d,d['recipe'],d['data'],d['name'] or 'sweep',d['stage']
-        self.settings,self.lists,self.loaders = d['settings'],d['grid'],d['loaders']
-        self.device,self.priority,self.best_epoch,self.note = d['device'],d['priority'],d['best_epoch'],d['note']
-        check_choice('device', self.device, ('','cpu','cuda'))
+    "What a sweep runs: every combination of the lists in `[grid]`, with the same `[settings]`"
+    def __init__(self,
+        grid:dict|str|Path, # Dict, or path of a TOML file
+    ):
+        self.plain = d = _read(grid)
+        self.lists = d['grid']
+        self.recipe,self.data,self.stage = (d[k] for k in ('recipe','data','stage'))
+        self.settings,self.loaders,self.note = (d[k] for k in ('settings','loaders','note'))
+        self.device,self.priority = (d[k] for k in ('device','priority'))
+        self.best_epoch = d['best_epoch']
+        self.name = d['name'] or 'sweep'
         self.folder = Path(d['folder'])
+        check_choice('device', self.device, ('','cpu','cuda'))
         for o in d['imports']: bring(self._here(o))
         may = settable(self.function)
         for o in (self.settings,self.lists): _known(o, may or o, self.recipe)
-        for k,v in self.lists.items():
-            if not (isinstance(v, list) and v):
-                raise ValueError(f'[grid] {k} is {v!r}, expected a list of values to try.')
-            if k in self.settings: raise ValueError(f'{k} stands in [settings] and in [grid]. Leave one of them.')
-
-    @property
-    def function(self):
-        "The recipe; besides the recipes' names `module:function` is understood"
-        return find_recipe(self._here(self.recipe))
+        _check_lists(self.lists, self.settings)
 
     def _here(self, name):
         "`name`, found in the grid's own folder if it is that of a Python file there"
         file = self.folder/(name.rpartition(':')[0] or name)
         return str(self.folder/name) if file.suffix=='.py' and file.is_file() else name
 
-    def dls(self): return image_dls(self.data, **self.loaders)
+    @property
+    def function(self) -> Callable:
+        "The recipe: by its name, or as `module:function`"
+        return find_recipe(self._here(self.recipe))
 
-    def combinations(self):
-        "`{checksum: (name, arguments)}` of every combination, in the order of the lists; all of the first seed before the second"
-        lists = {k: [[o] if k=='seeds' and isinstance(o, int) else o for o in v] for k,v in self.lists.items()}
-        slow = sorted(lists, key=lambda k: k!='seeds')
-        every = (dict(zip(slow, o)) for o in itertools.product(*(lists[k] for k in slow)))
-        return dict(self._named({k: o[k] for k in lists}) for o in every)
-
-    def _named(self, values):
-        args = self.settings|values
-        what = json.dumps(_same([self.recipe, self.data, self.loaders, args]), sort_keys=True)
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
-        return key, (f'{",".join(f"{k}={_short(v)}" for k,v in values.items())[:80]}-{key[:8]}', args)
+    def dls(self) -> DataLoaders:
+        "The data of all trials"
+        return image_dls(self.data, **self.loaders)
 
 # %% ../../nbs/61_sweep.grid.ipynb #3e5542e9
 def _same(o):
@@ -93,6 +106,33 @@ def _same(o):
     if isinstance(o, list): return [_same(v) for v in o]
     return int(o) if isinstance(o, float) and o.is_integer() else o
 
+# %% ../../nbs/61_sweep.grid.ipynb #bd12329c
 def _short(v):
     "`v` as part of a file name"
     return '-'.join(map(_short, v)) if isinstance(v, list) else re.sub(r'[^\w.+-]+', '_', str(v))
+
+# %% ../../nbs/61_sweep.grid.ipynb #830c1aa1
+@patch
+def _named(self:Grid, values):
+    "`(checksum, (name, arguments))` of one combination"
+    args = self.settings|values
+    parts = [self.recipe, self.data, self.loaders, args]
+    if self.best_epoch: parts.append(dict(best_epoch=True))
+    text = json.dumps(_same(parts), sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    words = ','.join(f'{k}={_short(v)}' for k,v in values.items())
+    return key,(f'{words[:80]}-{key[:8]}', args)
+
+# %% ../../nbs/61_sweep.grid.ipynb #03e0f3b8
+@patch
+def combinations(self:Grid) -> dict:
+    "`{checksum: (name, arguments)}` in the order of the lists, the first seed's first"
+    lists = dict(self.lists)
+    if 'seeds' in lists: lists['seeds'] = [[o] if isinstance(o, int) else o for o in lists['seeds']]
+    slow = sorted(lists, key=lambda k: k!='seeds')
+    res = {}
+    for values in itertools.product(*(lists[k] for k in slow)):
+        at = dict(zip(slow, values))
+        key,trial = self._named({k: at[k] for k in lists})
+        res[key] = trial
+    return res

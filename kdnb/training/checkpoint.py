@@ -5,86 +5,125 @@
 # %% auto #0
 __all__ = ['Checkpoint']
 
-# %% ../../nbs/06g_training.checkpoint.ipynb #ad7c3bd5
+# %% ../../nbs/06g_training.checkpoint.ipynb #e4c9f27b
 import math,time,warnings
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from fastai.callback.core import CancelEpochException
 from ..files import load_state,save_state
-from .callbacks import is_training,QuickCallback
+from .callbacks import Attached,is_training,QuickCallback,replace_method,restore_method
 from .fingerprint import tensors_in
 from .state import marks_of,set_training_state,training_state
 
-# %% ../../nbs/06g_training.checkpoint.ipynb #c6c25eee
-def _is_finite(t): return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()    # a sum is fast
-
-# %% ../../nbs/06g_training.checkpoint.ipynb #1dcfb2e4
-class Checkpoint(QuickCallback):
+# %% ../../nbs/06g_training.checkpoint.ipynb #4e414961
+class Checkpoint(Attached, QuickCallback):
     "Keep the state of a training in a folder, and go on from it if it is there"
-    order,run_valid = 99,False   # behind everything that may change weights or remember something
-    share = .01  # of the time may go into writing: epochs that are too short pass without a file; None writes after every one
-    _learn,_next,_on,_start,_said = None,0.,False,None,False     # `_on`: a training is under way
+    order = 99         # behind everything that may change weights or remember something
+    run_valid = False
+    share = .01        # of the time may go into writing: short epochs pass without a file; None writes after every one
+    _next = 0.         # no file before this time, in seconds
+    _on = False        # a training is under way
+    _start = None      # what callbacks were when it began
+    _warned = False
     def __init__(self,
-        path, # Folder for the checkpoints of this training
-        name=None, # What the training is called in messages; the folder's name if None
-        keep=2, # Number of epochs that stay on disk
-        write=True): # Write files? With several processes one does, and all read
-        self._path,self._name,self._keep,self._write,self._fits = Path(path),name or Path(path).name,keep,write,0
-
+        path:str|Path, # Folder for the checkpoints of this training
+        name:str|None=None, # What the training is called in messages; the folder's name if None
+        keep:int=2, # Number of epochs that stay on disk
+        write:bool=True, # Write files? With several processes one does, and all read
+    ):
+        self._path = Path(path)
+        self._name = name or Path(path).name
+        self._keep = keep
+        self._write = write
+        self._fits = 0     # `fine_tune` is two fits, each with a folder
+    def attach(self) -> None:
+        "Let the learner's loop over epochs be this callback's"
+        replace_method(self.learn, '_do_fit', self._loop)
+    def detach(self) -> None:
+        "Let the learner have its own loop again"
+        restore_method(self.learn, '_do_fit')
     def _files(self): return sorted(self._here.glob('epoch-*.safetensors'))
 
-    def _newest(self):
-        "The state in the newest whole file, or None"
-        files = self._files()
-        while files:
-            try: return load_state(files.pop())
-            except (ValueError,OSError) as e:
-                how = 'goes on from the checkpoint before it' if files else 'begins anew'
-                warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
+# %% ../../nbs/06g_training.checkpoint.ipynb #b4a179a3
+@patch
+def _loop(self:Checkpoint):
+    "As `Learner._do_fit`, from the epoch after that of the newest state"
+    learn = self.learn
+    if not is_training(learn): return type(learn)._do_fit(learn)
+    self._here = self._path/f'fit{self._fits}'
+    self._start = marks_of(learn.cbs)
+    self._fits += 1
+    first = self._take_up()
+    self._on = True
+    try:
+        for learn.epoch in range(first, learn.n_epoch):
+            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+    finally: self._on,self._start = False,None
 
-    def _loop(self):
-        if not is_training(learn := self.learn): return type(learn)._do_fit(learn)
-        self._here,first = self._path/f'fit{self._fits}',0     # `fine_tune` is two fits
-        self._start = marks_of(learn.cbs)
-        self._fits += 1
-        if (state := self._newest()) is not None:
-            if state['n_epoch']!=learn.n_epoch:
-                raise ValueError(f'{self._here} holds a training of {state["n_epoch"]} epochs, this one has {learn.n_epoch}: '
-                                 'the schedules differ. Delete the folder, or choose another one.')
-            try: set_training_state(learn, state)
-            except (ValueError,KeyError,AssertionError) as e:
-                raise ValueError(f'{self._here} holds another training: {e} Delete the folder, or choose another one.') from None
-            first = state['epoch']
-        self._on = True
-        try:
-            for learn.epoch in range(first, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-        finally: self._on,self._start = False,None
+# %% ../../nbs/06g_training.checkpoint.ipynb #76849dba
+@patch
+def _take_up(self:Checkpoint):
+    "Set the newest state, if any; returns the epoch that comes next. Raises `ValueError` if it is of another training."
+    state = self._newest()
+    if state is None: return 0
+    do = 'Delete the folder, or choose another one.'
+    if state['n_epoch']!=self.learn.n_epoch:
+        raise ValueError(f'{self._here} holds a training of {state["n_epoch"]} epochs, '
+                         f'this one has {self.learn.n_epoch}: the schedules differ. {do}')
+    try: set_training_state(self.learn, state)
+    except (ValueError,KeyError,AssertionError) as e:
+        raise ValueError(f'{self._here} holds another training: {e} {do}') from None
+    return state['epoch']
 
-    def _set_learn(self, learn):
-        "Given to a learner, before its fit begins: the loop over epochs is ours until we are taken away"
-        if learn is None and self._learn is not None: self._learn.__dict__.pop('_do_fit', None)
-        self.__dict__['_learn'] = learn
-        if learn is not None: learn._do_fit = self._loop
-    learn = property(lambda self: self._learn, _set_learn)
+# %% ../../nbs/06g_training.checkpoint.ipynb #7a2dc400
+@patch
+def _newest(self:Checkpoint):
+    "The state in the newest whole file, or None"
+    files = self._files()
+    while files:
+        try: return load_state(files.pop())
+        except (ValueError,OSError) as e:
+            how = 'goes on from the checkpoint before it' if files else 'begins anew'
+            warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
 
-    def after_loss(self):
-        if not self._on or not len(self.learn.yb): return
-        loss = self.learn.loss
-        with torch._C.DisableTorchFunctionSubclass(): total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
-        if math.isfinite(total): return
-        kept = f'What went before is in {self._here}. ' if self._files() else ''
-        raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
-                                 f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')
+# %% ../../nbs/06g_training.checkpoint.ipynb #94d9ccaa
+def _is_finite(t):
+    "Are all numbers of the tensor `t` finite? Their sum is asked first, which is fast"
+    return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()
 
-    def after_epoch(self):
-        if not self._on or not self._write or (self.share and time.perf_counter()<self._next): return
-        if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
-        start,lost = time.perf_counter(),{}
-        save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn, self._start, lost))
-        if lost and not self._said:
-            warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: it has changed and is no plain data, '
-                          'or too large. A callback that has state_dict() and load_state_dict() says itself what is kept.', stacklevel=2)
-            self._said = True
-        for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
-        end = time.perf_counter()
-        self._next = end + (end-start)/(self.share or 1)
+# %% ../../nbs/06g_training.checkpoint.ipynb #01c6dee4
+@patch
+def after_epoch(self:Checkpoint) -> None:
+    "Write the state, unless the last file is too recent"
+    if not self._on or not self._write or (self.share and time.perf_counter()<self._next): return
+    if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
+    start,lost = time.perf_counter(),{}
+    save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn, self._start, lost))
+    if lost: self._warn(lost)
+    for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
+    end = time.perf_counter()
+    self._next = end + (end-start)/(self.share or 1)
+
+# %% ../../nbs/06g_training.checkpoint.ipynb #c4d6cb11
+@patch
+def _warn(self:Checkpoint, lost):
+    "Name once what the files do not hold"
+    if self._warned: return
+    self._warned = True
+    warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: it has changed and is no plain '
+                  'data, or too large. A callback that has state_dict() and load_state_dict() says itself what is kept.',
+                  stacklevel=3)
+
+# %% ../../nbs/06g_training.checkpoint.ipynb #94292e04
+@patch
+def after_loss(self:Checkpoint) -> None:
+    "Raises `FloatingPointError` if the loss is not finite."
+    if not self._on or not len(self.learn.yb): return
+    loss = self.learn.loss
+    with torch._C.DisableTorchFunctionSubclass():
+        total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
+    if math.isfinite(total): return
+    kept = f'What went before is in {self._here}. ' if self._files() else ''
+    raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
+                             f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')

@@ -33,7 +33,7 @@ def wait_for_all() -> None:
 # %% ../../nbs/06h_training.processes.ipynb #a2d52d58
 @contextmanager
 def alone() -> Iterator[None]:
-    "While it lasts, this process counts as the only one: fastai's metrics wait for no other"
+    "Set WORLD_SIZE to 1 until exit: fastai's metrics wait for no other process"
     was = os.environ.get('WORLD_SIZE')
     if was: os.environ['WORLD_SIZE'] = '1'
     try: yield
@@ -42,7 +42,7 @@ def alone() -> Iterator[None]:
 
 # %% ../../nbs/06h_training.processes.ipynb #d5253dc2
 class part_of:
-    """While it lasts, `dl` gives this process its part of every batch
+    """A context manager: `dl` gives this process its part of every batch
 
     Raises `ValueError` if a batch cannot be shared by `n`."""
     def __init__(self,
@@ -51,11 +51,14 @@ class part_of:
         n:int, # Number of processes
     ):
         if dl.bs%n: raise ValueError(f'a batch of {dl.bs} cannot be shared by {n} processes. Choose a multiple of {n}.')
-        self.dl,self.rank,self.n,self.was = dl,rank,n,dict(bs=dl.bs, n=dl.n)
+        self.dl,self.rank,self.n = dl,rank,n
+        self.was = dict(bs=dl.bs, n=dl.n)
 
     def __enter__(self):
         idxs = self.part(list(range(self.was['n'])))
-        self.dl.bs,self.dl.n,self.dl.get_idxs = self.was['bs']//self.n,len(idxs),self.get_idxs
+        self.dl.bs = self.was['bs']//self.n
+        self.dl.n = len(idxs)
+        self.dl.get_idxs = self.get_idxs
         return self.dl
 
     def __exit__(self, *args):
@@ -90,7 +93,8 @@ class Processes(TidyCallback):
         rank,n = join_processes()
         if n==1 or not is_training(self.learn): return
         on_gpu = next(self.model.parameters()).is_cuda
-        self.learn.model = DistributedDataParallel(self.model, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+        ids = [torch.cuda.current_device()] if on_gpu else None
+        self.learn.model = DistributedDataParallel(self.model, device_ids=ids)
         self._part = part_of(self.dls.train, rank, n)
         self._part.__enter__()
 

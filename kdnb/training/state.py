@@ -8,7 +8,7 @@ __all__ = ['set_tensors', 'marks_of', 'callback_memory', 'set_callback_memory', 
 # %% ../../nbs/06f_training.state.ipynb #97740e76
 import io,math,random,weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable,Iterator
 from functools import lru_cache,partial
 from pathlib import Path
 from types import BuiltinFunctionType,CodeType,FunctionType,MethodType
@@ -17,17 +17,22 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastcore.foundation import L
 from fastai.callback.core import Callback
-from fastai.learner import Metric
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner,Metric
 from fastai.torch_core import to_device
 from ..core import unwrap
-from ..files import _pack
+from ..files import to_plain
 from .fingerprint import fingerprint,_is_own,tensors_in
 
-# %% ../../nbs/06f_training.state.ipynb #838c554f
-def set_tensors(model, state):
-    "Write `state`, from `tensors_in`, into `model`"
+# %% ../../nbs/06f_training.state.ipynb #32fc855e
+def set_tensors(
+    model:nn.Module, # Network to write into
+    state:dict[str,torch.Tensor], # From `tensors_in` a network of the same kind
+) -> None:
+    "Write `state` into `model`. Raises `ValueError` if names or shapes differ."
     here = tensors_in(model)
-    for k in sorted(here.keys()^state.keys()): raise ValueError(f'{k} is not in the {"file" if k in here else "network"}.')
+    for k in sorted(here.keys()^state.keys()):
+        raise ValueError(f'{k} is not in the {"file" if k in here else "network"}.')
     with torch.no_grad():
         for k,v in state.items():
             if here[k].shape!=v.shape:
@@ -40,39 +45,43 @@ def _names(code):
     inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
     return {*code.co_names}.union((c for c in code.co_consts if isinstance(c, str) and c.isidentifier()), *inner)
 
-# %% ../../nbs/06f_training.state.ipynb #18029b8e
+# %% ../../nbs/06f_training.state.ipynb #6ad60e7a
 @lru_cache
 def _library_names(cls):
     "The names that the bases of `cls` in torch, fastai and this package use"
     res = set()
-    for name,f in ((n, f) for c in cls.__mro__ if not _is_own(c) for n,f in vars(c).items()):
+    theirs = [vars(c).items() for c in cls.__mro__ if not _is_own(c)]
+    for name,f in (o for items in theirs for o in items):
         fs = (f.fget,f.fset) if isinstance(f, property) else (getattr(f, '__func__', f),)
         res.update({name}, *(_names(o.__code__) for o in fs if hasattr(o, '__code__')))
     return res
 
-# %% ../../nbs/06f_training.state.ipynb #0c058605
+# %% ../../nbs/06f_training.state.ipynb #5f83df8f
 def _attributes(o):
-    "What `o` may remember by name: not the learner, and in private only what is of a user's making"
+    "What `o` may remember, by name: not the learner, and in private only what is of a user's making"
     if not isinstance(o, Callback): return {k: v for k,v in vars(o).items() if k[0]!='_'}
-    return {k: v for k,v in vars(o).items() if k!='learn' and (k[0]!='_' or k not in _library_names(type(o)) and not k.endswith('__'))}
+    theirs = _library_names(type(o))
+    def is_kept(k): return k[0]!='_' or k not in theirs and not k.endswith('__')
+    return {k: v for k,v in vars(o).items() if k!='learn' and is_kept(k)}
 
-# %% ../../nbs/06f_training.state.ipynb #d05c6e04
-_fixed = FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,torch.dtype,torch.device
-
-_values = type(None),bool,int,float,complex,str,bytes,Path,np.generic,np.ndarray,pd.DataFrame
+# %% ../../nbs/06f_training.state.ipynb #3d866458
+_constant = (FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,torch.dtype,torch.device)
+_values = (type(None),bool,int,float,complex,str,bytes,Path,np.generic,np.ndarray,pd.DataFrame)
 
 def _mark(o, held, depth=5):
     "Something that changes when `o` does; `held` keeps alive what is known by its address"
     try: return _mark_of(o, held, depth)
     except Exception: return object()
 
-# %% ../../nbs/06f_training.state.ipynb #22e07606
+# %% ../../nbs/06f_training.state.ipynb #c53e97fb
 def _mark_of(o, held, depth):
+    "As `_mark`; raises whatever the attributes of a strange object raise"
     if isinstance(o, _values): return fingerprint(o)
-    if (state := _drawn(o)) is not None: return fingerprint(state)
+    if (state := _rng_state(o)) is not None: return fingerprint(state)
     held.append(o)
-    if isinstance(o, _fixed) or not depth: return id(o)
-    if isinstance(o, torch.Tensor): return id(o),tuple(o.shape),repr(o.detach().as_subclass(torch.Tensor).sum(dtype=torch.double).item())
+    if isinstance(o, _constant) or not depth: return id(o)
+    if isinstance(o, torch.Tensor):
+        return id(o),tuple(o.shape),repr(o.detach().as_subclass(torch.Tensor).sum(dtype=torch.double).item())
     deeper = partial(_mark, held=held, depth=depth-1)
     if isinstance(o, nn.Module): return id(o),[deeper(t) for t in (*o.parameters(), *o.buffers())]
     if isinstance(o, (io.IOBase,Iterator)) or hasattr(o, '__len__') and len(o)>10_000: return object()
@@ -80,77 +89,110 @@ def _mark_of(o, held, depth):
     if isinstance(o, (list,tuple,L,set,frozenset,deque)): return [deeper(v) for v in o]
     return {k: deeper(v) for k,v in vars(o).items() if k!='learn'} if hasattr(o, '__dict__') else object()
 
-# %% ../../nbs/06f_training.state.ipynb #ba5f59a0
-def marks_of(cbs):
-    "What `callback_memory` compares with later, taken when a fit begins: `{callback: ({attribute: mark}, ...)}`"
+# %% ../../nbs/06f_training.state.ipynb #73740b92
+def marks_of(
+    cbs:Iterable[Callback], # Callbacks of a learner, when a fit begins
+) -> tuple[dict,list]:
+    "What `callback_memory` compares with later: `{id of callback: {attribute: mark}}`, and what it must not outlive"
     res,held = {},[]
     for c in cbs:
-        if not _keeps_state(c): res[id(c)] = {k: _mark(v, held) for k,v in _attributes(c).items() if k not in _library_names(type(c))}
+        if _has_state_dict(c): continue
+        theirs = _library_names(type(c))
+        res[id(c)] = {k: _mark(v, held) for k,v in _attributes(c).items() if k not in theirs}
     return res,held
 
-# %% ../../nbs/06f_training.state.ipynb #d05c6e06
-def _drawn(o):
+# %% ../../nbs/06f_training.state.ipynb #ed22b1ca
+def _has_state_dict(o):
+    "Has `o` a state of its own to keep? Asked of its class, since callbacks look attributes up in the model"
+    return hasattr(type(o), 'load_state_dict')
+
+# %% ../../nbs/06f_training.state.ipynb #4db849b5
+def _rng_state(o):
     "The state of a generator of random numbers, or None"
     if isinstance(o, random.Random): return o.getstate()
     if isinstance(o, np.random.Generator): return o.bit_generator.state
     if isinstance(o, (np.random.RandomState,torch.Generator)): return o.get_state()
 
-# %% ../../nbs/06f_training.state.ipynb #dc5a037c
-def _revived(old, new):
+# %% ../../nbs/06f_training.state.ipynb #a4272ac5
+def _is_plain(o):
+    "Can `save_state` write `o`?"
+    try: to_plain(o, {})
+    except (TypeError,RecursionError): return False
+    return True
+
+# %% ../../nbs/06f_training.state.ipynb #9515009e
+def _as_plain(v):
+    "What is stored for the attribute `v`: its own state, that of a generator, or itself"
+    if isinstance(v, Metric) or _has_state_dict(v) and not isinstance(v, nn.Module): return _memory(v)[0]
+    state = _rng_state(v)
+    return v if state is None else state
+
+# %% ../../nbs/06f_training.state.ipynb #f0bb698f
+def _tensors_of(o):
+    "The tensors in the plain data `o`"
+    tensors = {}
+    to_plain(o, tensors)
+    return list(tensors.values())
+
+# %% ../../nbs/06f_training.state.ipynb #bf682b63
+def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its attributes; largest private one in bytes
+    "What `o` remembers by name, as plain data, and the type of what has changed since `start` and cannot be kept"
+    if _has_state_dict(o): return o.state_dict(),{}
+    is_cb = isinstance(o, Callback)
+    theirs = _library_names(type(o)) if is_cb else None
+    network = tensors_in(o.learn.model).values() if is_cb and o.learn else ()
+    networks_own = {t.untyped_storage().data_ptr() for t in network}
+    kept,lost,held = {},{},[]
+    for k,v in _attributes(o).items():
+        changed = not start or k not in start or start[k]!=_mark(v, held)
+        private,users = k[0]=='_',is_cb and k not in theirs
+        if private and not changed: continue
+        what,data = type(v).__name__,_as_plain(v)
+        if not isinstance(v, nn.Module) and _is_plain(data):
+            ts = _tensors_of(data)
+            if users and any(t.untyped_storage().data_ptr() in networks_own for t in ts if t.numel()): continue
+            n = sum(t.nbytes for t in ts)
+            if not private or n<=limit:
+                kept[k] = data
+                continue
+            what = f'{n/1e6:.0f} MB'
+        if changed and users and start is not None: lost[k] = what
+    there = [k for k,v in kept.items() if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(v))]
+    return kept | ({'$cuda': there} if there else {}),lost
+
+# %% ../../nbs/06f_training.state.ipynb #68921d0a
+def _set_memory(o, state):
+    "Give `o` back what `_memory` found"
+    if _has_state_dict(o): return o.load_state_dict(state)
+    there = state.get('$cuda', ()) if torch.cuda.is_available() else ()      # what a file holds comes back on the CPU
+    for k,v in state.items():
+        if k=='$cuda': continue
+        vars(o)[k] = _set_value(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
+
+# %% ../../nbs/06f_training.state.ipynb #b1a83909
+def _set_value(old, new):
     "`new`, or `old` with the values of `new`, where others may hold it"
     if isinstance(old, random.Random): old.setstate(new)
     elif isinstance(old, np.random.Generator): old.bit_generator.state = new
     elif isinstance(old, (np.random.RandomState,torch.Generator)): old.set_state(new)
     elif isinstance(old, nn.Parameter) and isinstance(new, torch.Tensor) and old.shape==new.shape: old.data.copy_(new)
-    elif isinstance(old, Metric) or _keeps_state(old): _remember(old, new)
-    elif isinstance(old, dict) and type(old)!=type(new): old.clear(); old.update(new)
-    elif isinstance(old, (list,tuple)) and type(old) is type(new) and len(old)==len(new): return type(old)(map(_revived, old, new))
+    elif isinstance(old, Metric) or _has_state_dict(old): _set_memory(old, new)
+    elif isinstance(old, dict) and type(old)!=type(new):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, (list,tuple)) and type(old) is type(new) and len(old)==len(new):
+        return type(old)(map(_set_value, old, new))
     elif isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor): return new.to(old.device)
     else: return new
     return old
 
-# %% ../../nbs/06f_training.state.ipynb #d05c6e07
-def _is_plain(o):
-    try: _pack(o, {}); return True
-    except (TypeError,RecursionError): return False
-
-def _keeps_state(o): return hasattr(type(o), 'load_state_dict')     # of the class: callbacks hand questions on to the model
-
-# %% ../../nbs/06f_training.state.ipynb #02963c3f
-def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its attributes; largest private one in bytes
-    "`{name: plain data}` of what `o` remembers, and `{name: what it is}` of what has changed since `start` and cannot be kept"
-    if _keeps_state(o): return o.state_dict(),{}
-    kept,lost,held = {},{},[]
-    theirs,learn = (_library_names(type(o)),o.learn) if isinstance(o, Callback) else ((),None)
-    own = {t.untyped_storage().data_ptr() for t in tensors_in(learn.model).values()} if learn else set()
-    for k,v in _attributes(o).items():
-        moved,private,users = not start or k not in start or start[k]!=_mark(v, held),k[0]=='_',theirs and k not in theirs
-        if private and not moved: continue
-        data = _memory(v)[0] if isinstance(v, Metric) or _keeps_state(v) and not isinstance(v, nn.Module) else v if (s := _drawn(v)) is None else s
-        if isinstance(v, nn.Module) or not _is_plain(data): what = type(v).__name__
-        else:
-            _pack(data, tensors := {})
-            if users and any(t.untyped_storage().data_ptr() in own for t in tensors.values() if t.numel()): continue     # the network's own
-            n = sum(t.nbytes for t in tensors.values())
-            if not private or n<=limit: kept[k] = data; continue
-            what = f'{n/1e6:.0f} MB'
-        if moved and users and start is not None: lost[k] = what
-    there = [k for k,v in kept.items() if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(v))]
-    return kept | ({'$cuda': there} if there else {}),lost
-
-# %% ../../nbs/06f_training.state.ipynb #2df8be7d
-def _remember(o, state):
-    "Give `o` back what `_memory` found"
-    if _keeps_state(o): return o.load_state_dict(state)
-    there = state.get('$cuda', ()) if torch.cuda.is_available() else ()      # what a file holds comes back on the CPU
-    for k,v in state.items():
-        if k!='$cuda': vars(o)[k] = _revived(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
-
-# %% ../../nbs/06f_training.state.ipynb #044d4dcc
-def callback_memory(cbs, # Callbacks
-    start=None, # `marks_of` them when the fit began: private attributes that have not changed are left out
-    limit=2**26, # Largest private attribute, in bytes
-    lost=None): # Dict that is filled with what cannot be kept
+# %% ../../nbs/06f_training.state.ipynb #b63792c0
+def callback_memory(
+    cbs:Iterable[Callback], # Callbacks
+    start:tuple|None=None, # `marks_of` them when the fit began: private attributes that have not changed are left out
+    limit:float=2**26, # Largest private attribute, in bytes
+    lost:dict|None=None, # Filled with what cannot be kept: `{name of attribute and callback: callback}`
+) -> list[tuple[str,dict]]:
     "`[(class, {name: plain data})]` of what callbacks remember"
     res = []
     for c in cbs:
@@ -159,48 +201,63 @@ def callback_memory(cbs, # Callbacks
         if lost is not None: lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
     return res
 
-# %% ../../nbs/06f_training.state.ipynb #e8d59c09
-def set_callback_memory(cbs, states):
-    "Callbacks are known by their class; one that was not there begins anew"
+# %% ../../nbs/06f_training.state.ipynb #f81d80dd
+def set_callback_memory(
+    cbs:Iterable[Callback], # Callbacks
+    states:Iterable[tuple[str,dict]], # From `callback_memory`
+) -> None:
+    "Give callbacks back what they remembered; they are known by their class, and one that was not there begins anew"
     states = list(states)
     for c in cbs:
         i = next((i for i,(name,_) in enumerate(states) if name==type(c).__name__), None)
-        if i is not None: _remember(c, states.pop(i)[1])
+        if i is not None: _set_memory(c, states.pop(i)[1])
 
-# %% ../../nbs/06f_training.state.ipynb #d05c6e08
-def _generators(dls):
+# %% ../../nbs/06f_training.state.ipynb #381b14d7
+def _rng_states(dls):
+    "The states of all generators that a training draws from, as plain data"
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     name,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(), cuda=cuda,
                 loaders=[dl.rng.getstate() for dl in dls.loaders if hasattr(dl, 'rng')])
 
-# %% ../../nbs/06f_training.state.ipynb #36d71769
-def _set_generators(dls, state):
+# %% ../../nbs/06f_training.state.ipynb #205cb047
+def _set_rng_states(dls, state):
+    "Go back to what `_rng_states` found"
     random.setstate(state['python'])
     name,keys,*rest = state['numpy']
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(state['torch'])
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
-    for dl,s in zip([dl for dl in dls.loaders if hasattr(dl, 'rng')], state['loaders']): dl.rng.setstate(s)
+    with_rng = [dl for dl in dls.loaders if hasattr(dl, 'rng')]
+    for dl,s in zip(with_rng, state['loaders']): dl.rng.setstate(s)
 
-# %% ../../nbs/06f_training.state.ipynb #cdfa85de
-def training_state(learn, start=None, lost=None):
-    "All that the rest of a training depends on, as plain data, between two epochs; `start` and `lost` as in `callback_memory`"
+# %% ../../nbs/06f_training.state.ipynb #0b56735c
+def training_state(
+    learn:Learner, # Learner between two epochs
+    start:tuple|None=None, # `marks_of` its callbacks when the fit began
+    lost:dict|None=None, # Filled with what cannot be kept, as in `callback_memory`
+) -> dict[str,object]:
+    "All that the rest of a training depends on, as plain data; its tensors are those of the learner, not copies"
+    model = tensors_in(learn.model)
     grads = {k: p.grad for k,p in unwrap(learn.model).named_parameters() if p.grad is not None and p.grad.any()}
-    model,opt = tensors_in(learn.model),learn.opt.state_dict()
+    scaler = vars(learn).get('scaler')
     limit = max(2**24, 3*sum(t.nbytes for t in model.values()))     # a network and the moments of its optimiser
     return dict(epoch=learn.epoch+1, n_epoch=learn.n_epoch, train_iter=learn.train_iter, model=model, grads=grads,
-                opt=opt, scaler=scaler.state_dict() if (scaler := vars(learn).get('scaler')) else None,
-                callbacks=callback_memory(learn.cbs, start, limit, lost), generators=_generators(learn.dls))
+                opt=learn.opt.state_dict(), scaler=scaler.state_dict() if scaler else None,
+                callbacks=callback_memory(learn.cbs, start, limit, lost), generators=_rng_states(learn.dls))
 
-# %% ../../nbs/06f_training.state.ipynb #eaf58c3a
-def set_training_state(learn, state):
-    "Go back to `state`, from `training_state`"
+# %% ../../nbs/06f_training.state.ipynb #30ddbb96
+def set_training_state(
+    learn:Learner, # Learner with an optimiser and the same callbacks
+    state:dict[str,object], # From `training_state`
+) -> None:
+    "Go back to `state`. Raises `ValueError` if the network is another one."
     set_tensors(learn.model, state['model'])
     for k,p in unwrap(learn.model).named_parameters():
         p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
-    if (scaler := vars(learn).get('scaler')) and state.get('scaler'): scaler.load_state_dict(state['scaler'])
+    scaler = vars(learn).get('scaler')
+    if scaler and state.get('scaler'): scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']
     set_callback_memory(learn.cbs, state['callbacks'])
-    _set_generators(learn.dls, state['generators'])
+    _set_rng_states(learn.dls, state['generators'])

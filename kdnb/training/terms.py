@@ -5,75 +5,87 @@
 # %% auto #0
 __all__ = ['LossTerm']
 
-# %% ../../nbs/06d_training.terms.ipynb #aa882571
+# %% ../../nbs/06d_training.terms.ipynb #95138e19
 from collections.abc import Callable,Iterable
-from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 import torch
-from torch import nn
 from fastcore.basics import patch
-from fastai.torch_core import find_bs,join_path_file,norm_bias_params
-from ..core import as_network,check_weight,described
-from .callbacks import is_training,TidyCallback
-from .optimizer import _ids,let_go,param_states,regroup,take_in,TermSplitter
+from fastai.torch_core import find_bs
+from ..core import check_weight,described
+from .callbacks import is_training
+from .params import brought_by,ParamsCallback
 from .schedules import weight_at
 
-# %% ../../nbs/06d_training.terms.ipynb #9fdf8af4
-class LossTerm(TidyCallback):
+# %% ../../nbs/06d_training.terms.ipynb #66b5e333
+class LossTerm(ParamsCallback):
     """Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column
 
     Raises `ValueError` if a term is no function, or a weight no number from 0 on."""
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
-    own_group = False   # does the optimiser keep `params` in a group of their own?
-    _learn = _blank = None
-    _attached = _idle = _steps = False
+    _blank = None                  # stands for the targets of a batch that has none
+    _idle = _steps = False         # has a batch taught nothing, something?
     def __init__(self,
         term:Callable|dict, # Function of this callback that returns a scalar tensor; or a dict of them by name
         weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training as it was
         name:str='term', # Column in the progress table
         task:float|Callable=1., # Weight of the task loss itself
     ):
-        terms,weights = (term,weight) if isinstance(term, dict) else ({name:term},{name:weight})
-        for k,f in terms.items():
-            if not callable(f): raise ValueError(f'the term {k!r} is {described(f)}, expected a function of this callback that gives a scalar tensor.')
-        self.terms,self.weights = terms,{k: check_weight(weights[k], f'weight of {k}') for k in terms}
-        self.task,self._sums,self._n,self._files = check_weight(task, 'task'),{},{},{}
-
-    def __getstate__(self): return {**self.__dict__, '_files': {}}
-    def params(self,
-        model:nn.Module, # The learner's network
-    ) -> list[nn.Parameter]:
-        "Parameters of `model` that belong to this term"
-        return []
+        if not isinstance(term, dict): term,weight = {name: term},{name: weight}
+        for k,f in term.items():
+            if not callable(f):
+                raise ValueError(f'the term {k!r} is {described(f)}, '
+                                 'expected a function of this callback that gives a scalar tensor.')
+        self.terms = term
+        self.weights = {k: check_weight(weight[k], f'weight of {k}') for k in term}
+        self.task = check_weight(task, 'task')
+        self._sums,self._n = {},{}
     def values(self,
-        names:Iterable, # Some of the terms' names
+        names:Iterable[str], # Some of the terms' names
     ) -> dict[str,torch.Tensor]:
-        "The terms called `names`, as a dict of scalars"
+        "The terms called `names`, as scalars"
         return {k: self.terms[k](self) for k in names}
-
     @property
     def progress(self) -> float:
         "Of training, from 0 to 1; 0 in `lr_find`"
         return self.learn.pct_train if is_training(self.learn) else 0.
 
-    def after_loss(self) -> None:
-        "Add the terms that have a weight to the loss of a training batch"
-        learn = self.learn
-        if not learn.training: return
-        pct,labelled = self.progress,len(learn.yb)>0
-        weights = {k: w for k,o in self.weights.items() if (w := weight_at(o, pct))}
-        if not labelled and not weights: return self._pass_over()
-        task,self._steps = weight_at(self.task, pct),True
-        if not weights and task==1: return
-        loss,n = self._task_loss(),find_bs(learn.yb if labelled else learn.xb)
-        if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
-        for k,v in self.values(weights).items():
-            loss = torch.add(loss, v, alpha=weights[k])
-            self._sums[k],self._n[k] = self._sums.get(k, 0) + v.detach()*n,self._n.get(k, 0) + n
-        learn.loss_grad = loss
-        learn.loss = loss.detach().clone()   # no alias: accumulation edits `loss_grad` in place
-        if not labelled: learn.yb = self._blank = (torch.zeros(n, 0),)
+# %% ../../nbs/06d_training.terms.ipynb #8191c16a
+@patch
+def after_loss(self:LossTerm) -> None:
+    "Add the terms that have a weight to the loss of a training batch"
+    learn = self.learn
+    if not learn.training: return
+    pct,labelled = self.progress,len(learn.yb)>0
+    weights = {k: weight_at(o, pct) for k,o in self.weights.items()}
+    weights = {k: w for k,w in weights.items() if w}
+    if not labelled and not weights: return self._pass_over()
+    task = weight_at(self.task, pct)
+    self._steps = True
+    if not weights and task==1: return
+    n = find_bs(learn.yb if labelled else learn.xb)
+    learn.loss_grad = self._sum(task, weights, n)
+    learn.loss = learn.loss_grad.detach().clone()   # no alias: accumulation edits `loss_grad` in place
+    if not labelled: learn.yb = self._blank = (torch.zeros(n, 0),)
+
+# %% ../../nbs/06d_training.terms.ipynb #16e538aa
+@patch
+def _sum(self:LossTerm, task, weights, n):
+    "The loss of a batch of `n` samples: the task's times `task`, and each term, noted for its column, times its weight"
+    loss = self._task_loss()
+    if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
+    for k,v in self.values(weights).items():
+        loss = torch.add(loss, v, alpha=weights[k])
+        self._sums[k] = self._sums.get(k, 0) + v.detach()*n
+        self._n[k] = self._n.get(k, 0) + n
+    return loss
+
+# %% ../../nbs/06d_training.terms.ipynb #7f38e68f
+@patch
+def _task_loss(self:LossTerm):
+    "What is differentiated so far; 0 for a batch without targets"
+    learn = self.learn
+    if not len(learn.yb): return torch.zeros((), device=next(learn.model.parameters()).device)
+    return learn.loss_grad.as_subclass(torch.Tensor)   # fastai's own type is slower
 
 # %% ../../nbs/06d_training.terms.ipynb #eeb7e9f7
 @patch
@@ -96,32 +108,6 @@ def before_train(self:LossTerm) -> None:
     super(LossTerm, self).before_train()
     self._sums,self._n = {},{}
 
-# %% ../../nbs/06d_training.terms.ipynb #15ce9ee8
-def _set_learn(self, v):
-    old = self._learn
-    if v is not None:
-        as_network(v.model, "the learner's model")
-        if any(c is self for c in v.cbs): raise ValueError(f'this {type(self).__name__} is in the learner already: it is added once.')
-        if old is not None and old is not v: old.remove_cb(self)     # it moves
-    if self._learn is not None: self.put_back(); self.detach()
-    self.__dict__['_learn'] = v
-    if v is None: return
-    try: self.attach()
-    except BaseException:
-        self.detach()
-        self.__dict__['_learn'] = None
-        raise
-
-LossTerm.learn = property(lambda self: self._learn, _set_learn)
-
-# %% ../../nbs/06d_training.terms.ipynb #1fb7a3de
-@patch
-def _task_loss(self:LossTerm):
-    "What is differentiated so far; 0 for a batch without targets"
-    learn = self.learn
-    if not len(learn.yb): return torch.zeros((), device=next(learn.model.parameters()).device)
-    return learn.loss_grad.as_subclass(torch.Tensor)   # fastai's own type is slower
-
 # %% ../../nbs/06d_training.terms.ipynb #607d98a7
 @patch
 def after_batch(self:LossTerm) -> None:
@@ -134,150 +120,29 @@ def after_batch(self:LossTerm) -> None:
         finally: recorder.train_metrics = train_metrics
     self.learn.yb = ()
 
-# %% ../../nbs/06d_training.terms.ipynb #bbc7c29f
-_nothing = ('nothing is trained: no batch of this training has targets, and no term has a weight over 0. '
-            'Give a term a weight, such as KD(T=4)*.9, or a loader whose batches have targets.')
+# %% ../../nbs/06d_training.terms.ipynb #0f9f7e80
+_nothing_trained = ('nothing is trained: no batch of this training has targets, and no term has a weight over 0. '
+                    'Give a term a weight, such as KD(T=4)*.9, or a loader whose batches have targets.')
 
+# %% ../../nbs/06d_training.terms.ipynb #cd3759fc
 @patch
 def _pass_over(self:LossTerm):
-    "A batch from which nothing is learnt"
+    "A batch from which nothing is learnt. Raises `ValueError` in `lr_find`, which stays at the beginning."
     self._idle = True
-    if not is_training(self.learn): raise ValueError(_nothing)     # `lr_find`, which stays at the beginning
+    if not is_training(self.learn): raise ValueError(_nothing_trained)
+
+# %% ../../nbs/06d_training.terms.ipynb #4c897160
+@patch
+def before_fit(self:LossTerm) -> None:
+    "Begin a fit in which no batch has been seen"
+    super(LossTerm, self).before_fit()
+    self._idle = self._steps = False
 
 # %% ../../nbs/06d_training.terms.ipynb #0e5921b6
 @patch
 def after_train(self:LossTerm) -> None:
-    "Raises `ValueError` if no batch of the whole training could teach anything."
+    "After an epoch. Raises `ValueError` if no batch of the whole training could teach anything."
     terms = [c for c in self.learn.cbs if isinstance(c, LossTerm)]
     if not self._idle or any(t._steps for t in terms): return
     rises = any(callable(w) for t in terms for w in t.weights.values())
-    if not rises or self.epoch+1==self.n_epoch: raise ValueError(_nothing)
-
-# %% ../../nbs/06d_training.terms.ipynb #fb9ffb3c
-@patch
-def join(self:LossTerm) -> None:
-    "Make the term's parameters known to the optimiser, if there is one that does not know them"
-    learn = self.learn
-    if learn.opt is None or self.own_group: return
-    known = {id(p) for g in learn.opt.param_lists for p in g}
-    new = {id(p): p for p in self.params(learn.model) if id(p) not in known}
-    if not new: return
-    take_in(learn.opt, list(new.values()))
-    for flag,value,on in (('do_wd',False,not learn.wd_bn_bias), ('force_train',True,learn.train_bn)):     # as `create_opt`
-        for p in norm_bias_params(learn.model, flag=='do_wd') if on else ():
-            if id(p) in new: learn.opt.state[p][flag] = value
-
-# %% ../../nbs/06d_training.terms.ipynb #827fde40
-@patch
-def _split(self:LossTerm):
-    "Give the term a group of its own again, in an optimiser that had one"
-    opt,own = self.learn.opt,vars(self.learn.opt).get('own_hypers')
-    groups = self.learn.splitter(self.learn.model)
-    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
-    if own is None or set().union(*_ids(groups))!=set().union(*_ids(opt.param_lists)) or len(groups)!=len(opt.param_lists)+1: return
-    regroup(opt, groups, i, own)
-    opt.own_hypers = None
-
-# %% ../../nbs/06d_training.terms.ipynb #0f28628e
-@patch
-def _merge(self:LossTerm):
-    "Let the term's own group be part of the group in which the learner's splitter has its parameters"
-    opt,learn = self.learn.opt,self.learn
-    old,ids = [list(g) for g in opt.param_lists],{id(p) for p in self.params(learn.model)}
-    if not ids or ids not in _ids(old[:-1]): return
-    i = _ids(old).index(ids)
-    merged,groups = old[:i] + [old[i]+old[i+1]] + old[i+2:],TermSplitter(learn.splitter)(learn.model)
-    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
-
-# %% ../../nbs/06d_training.terms.ipynb #5783254f
-@patch
-def attach(self:LossTerm) -> None:
-    "Given to a learner: make the term's parameters known to the optimiser, now or when it is made"
-    learn,self._attached = self.learn,True
-    if not isinstance(learn.splitter, TermSplitter): learn.splitter = TermSplitter(learn.splitter)
-    learn.splitter.terms.append(self)
-    self.join()
-    if self.own_group and learn.opt is not None: self._split()
-    if not self.own_group and len(self.params(learn.model)): learn.save,learn.load = partial(save_bare, learn),partial(load_bare, learn)
-
-# %% ../../nbs/06d_training.terms.ipynb #5a639a3d
-@patch
-def detach(self:LossTerm) -> None:
-    "Taken from the learner: undo `attach`"
-    learn,attached,self._attached,self._files = self.learn,self._attached,False,{}
-    if not attached: return
-    if not self.own_group and (ps := list(self.params(learn.model))):
-        if learn.opt is not None: let_go(learn.opt, ps)
-        for p in ps: p.grad = None
-    if not brought_by(learn): vars(learn).pop('save', None); vars(learn).pop('load', None)
-    if isinstance(learn.splitter, TermSplitter) and self in learn.splitter.terms:
-        learn.splitter.terms.remove(self)
-        if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
-    if self.own_group and learn.opt is not None: self._merge()
-
-# %% ../../nbs/06d_training.terms.ipynb #8f53f91f
-@patch
-def before_fit(self:LossTerm) -> None:
-    "Join the optimiser, if there is one by now"
-    super(LossTerm, self).before_fit()
-    self._idle = self._steps = False
-    self.join()
-
-# %% ../../nbs/06d_training.terms.ipynb #cb87bb4c
-def brought_by(
-    learn:'Learner', # Any learner
-) -> dict:
-    "Terms of `learn` that bring parameters of their own, and these parameters"
-    terms = [c for c in learn.cbs if isinstance(c, LossTerm) and c._attached and not c.own_group]
-    return {t: ps for t in terms if (ps := list(t.params(learn.model)))}
-
-# %% ../../nbs/06d_training.terms.ipynb #8c94d791
-@contextmanager
-def _bare_opt(learn):
-    "While it lasts, the optimiser of `learn` knows nothing of what terms have brought"
-    ps = [p for o in brought_by(learn).values() for p in o]
-    if learn.opt is None or not ps: yield; return
-    kept = let_go(learn.opt, ps)
-    try: yield
-    finally: take_in(learn.opt, ps, kept)
-
-# %% ../../nbs/06d_training.terms.ipynb #da50fdb5
-@patch
-def tensors(self:LossTerm) -> list[torch.Tensor]: "What the term has learnt"; return list(self.params(self.model))
-
-def _states_of(opt, ps):
-    "What `opt` keeps of each of `ps`"
-    return [[deepcopy(s[p]) if p in s else None for p in ps] for s in param_states(opt)]
-
-# %% ../../nbs/06d_training.terms.ipynb #ce827112
-def save_bare(
-    learn:'Learner', # Learner with terms
-    file:str, # As in `learn.save`
-    **kwargs,
-) -> 'Path':
-    "`learn.save` without what terms have brought, which they keep"
-    with _bare_opt(learn): path = type(learn).save(learn, file, **kwargs)
-    opt = learn.opt if kwargs.get('with_opt', True) else None
-    for t,ps in brought_by(learn).items():
-        t._files.pop(path, None)
-        t._files[path] = [o.detach().cpu().clone() for o in t.tensors()],_states_of(opt, ps)
-        while len(t._files)>3: del t._files[next(iter(t._files))]
-    return path
-
-# %% ../../nbs/06d_training.terms.ipynb #9bff5264
-def load_bare(
-    learn:'Learner', # Learner with terms
-    file:str, # As in `learn.load`
-    *args, **kwargs,
-) -> 'Learner':
-    "`learn.load` of such a file"
-    if learn.opt is None: learn.create_opt()
-    with _bare_opt(learn): type(learn).load(learn, file, *args, **kwargs)
-    path = join_path_file(file, learn.path/learn.model_dir, ext='.pth')
-    for t,ps in brought_by(learn).items():
-        tensors,states = t._files.get(path, ((),()))
-        with torch.no_grad():
-            for o,v in zip(t.tensors(), tensors): o.copy_(v)
-        for s,own in zip(param_states(learn.opt), states if kwargs.get('with_opt', True) else ()):
-            for p,v in zip(ps, own): s.pop(p, None) if v is None else s.update({p: deepcopy(v)})
-    return learn
+    if not rises or self.epoch+1==self.n_epoch: raise ValueError(_nothing_trained)

@@ -7,8 +7,12 @@ __all__ = ['noise_params', 'train_size', 'kl_schedule', 'VariationalSparsifier',
 
 # %% ../../nbs/22_variational.callback.ipynb #1887d1ed
 import math,warnings
+from collections.abc import Callable
 from functools import partial
+import torch
+from torch import nn
 from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper,SGD
 from ..channels.shrink import shrink
@@ -18,40 +22,52 @@ from ..training.terms import LossTerm
 from .gates import Gate
 from .layers import GroupLayer,KL,log_alphas,noise_groups,NoisyLayer,variational_layers
 from .layers import VDLayer
-from .threshold import accuracy_threshold,kept,to_deterministic
+from .threshold import accuracy_threshold,kept,_takes_T,to_deterministic
 
 # %% ../../nbs/22_variational.callback.ipynb #dd2a97fa
-def noise_params(model):
+def noise_params(
+    model:nn.Module, # Variational network
+) -> list[nn.Parameter]:
     "Means and log-variances of γ, and log-variances of weights"
     own = 'gamma','gamma_logvar','weight_logvar','bias_logvar'
-    return [p for m in model.modules() if isinstance(m, (Gate,NoisyLayer)) for n,p in m._parameters.items() if n in own and p is not None]
+    noisy = [m for m in model.modules() if isinstance(m, (Gate,NoisyLayer))]
+    return [p for m in noisy for n,p in m._parameters.items() if n in own and p is not None]
 
 # %% ../../nbs/22_variational.callback.ipynb #42681a1c
-def train_size(dls):
-    "Number of training samples"
+def train_size(
+    dls:DataLoaders, # Whose training set is meant
+) -> int:
+    "Number of training samples. Raises `ValueError` if it is not known."
     try: return len(dls.train.dataset)
     except (TypeError,AttributeError):
         raise ValueError('the size of the training set is unknown (a stream?). KL must be divided by it: '
                          'use data with a length.') from None
 
 # %% ../../nbs/22_variational.callback.ipynb #e62815c7
-def kl_schedule(end, # Weight at its highest
-    warmup, # Fraction of training over which it rises from 0
-    cooldown, # `(start, end)`, fractions of training between which it falls to 0 again; None: it stays
-    pct): # Progress of training
+def kl_schedule(
+    end:float, # Weight at its highest
+    warmup:float, # Fraction of training over which it rises from 0
+    cooldown:tuple|None, # `(start, end)`, fractions of training between which it falls to 0 again; None: it stays
+    pct:float, # Progress of training, from 0 to 1
+) -> float:
     "The weight of the KL at `pct`: a straight rise, and half a cosine down"
     rise = min(1., pct/warmup) if warmup else 1.
     if not cooldown or pct<=cooldown[0]: return end*rise
-    return end*rise*(.5*(1+math.cos(math.pi*(pct-cooldown[0])/(cooldown[1]-cooldown[0]))) if pct<cooldown[1] else 0.)
+    if pct>=cooldown[1]: return 0.
+    t = (pct-cooldown[0])/(cooldown[1]-cooldown[0])
+    return end*rise*.5*(1+math.cos(math.pi*t))
 
 # %% ../../nbs/22_variational.callback.ipynb #9f3e7eba
 def _check_fractions(warmup, cooldown):
+    "Refuse what is no part of a training"
     if not 0 <= warmup <= 1:
         raise ValueError(f'warmup is {warmup}, expected a fraction of training between 0 and 1.')
     if cooldown is not None and not (len(cooldown)==2 and 0 <= cooldown[0] < cooldown[1] <= 1):
         raise ValueError(f'cooldown is {cooldown}, expected (start, end): two rising fractions of training.')
 
+# %% ../../nbs/22_variational.callback.ipynb #03c54886
 def _check_number(w, what):
+    "Refuse a schedule where a number is meant"
     if callable(w): raise ValueError(f'{what} is a schedule, expected a number. `weight` takes a schedule.')
     check_weight(w, what)
 
@@ -60,87 +76,117 @@ def _by_gate(model, weights):
     "`{gate: weight}` of `{path: weight}`"
     gates = noise_groups(model)
     if odd := weights.keys()-gates.keys():
-        raise ValueError(f'gamma_weight names {sorted(odd)[0]!r}. The gates of this network: {", ".join(gates)}.')
+        raise ValueError(f'gamma_weight names {sorted(odd)[0]!r}. The gates of this network: '
+                         f'{", ".join(gates)}.')
     return {gates[n]: w for n,w in weights.items()}
 
 # %% ../../nbs/22_variational.callback.ipynb #6598ae10
 class VariationalSparsifier(LossTerm):
-    "Add the KL of a variational network, divided by the training set's size, to the loss (Ming et al. 2020, eq. 7)"
-    own_group,_alone,_lr = True,False,None
+    """Add the KL of a variational network, over the size of the training set, to the loss (Ming et al. 2020, eq. 7)
+
+    Raises `ValueError` for weights and fractions that are none, and, before training starts, where there is no
+    variational layer, a gate or layer is not there, or the optimiser has no group for the noise."""
+    own_group = True      # the noise has a parameter group of its own, the optimiser's first
     def __init__(self,
-        weight=1., # Weight of KL/N (Ming et al. 2020: 1-λ), or a schedule of it
-        gamma_weight=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`, 1 for others
-        theta_weight=1., # Weight of the weights' KL to N(0, 1) within KL
-        warmup=.2, # Fraction of training over which the weight rises from 0
-        cooldown=None, # `(start, end)`, fractions of training between which it falls to 0 again, after noise is closed
-        gamma_lr=10., # Learning rate of γ and log-variances, as a multiple of the learner's (that of its last group)
-        cap=.2): # Largest posterior standard deviation of weights in the first layer, or `{path: largest}`
-        check_weight(weight); _check_fractions(warmup, cooldown)
+        weight:float|Callable=1., # Weight of KL/N (Ming et al. 2020: 1-λ), or a schedule of it
+        gamma_weight:float|dict=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`
+        theta_weight:float=1., # Weight of the weights' KL to N(0, 1) within KL
+        warmup:float=.2, # Fraction of training over which the weight rises from 0
+        cooldown:tuple|None=None, # `(start, end)`, fractions of training between which it falls to 0 again
+        gamma_lr:float=10., # Learning rate of γ and log-variances, as a multiple of that of the last group
+        cap:float|dict=.2, # Largest posterior standard deviation of the first layer's weights, or `{path: largest}`
+    ):
+        check_weight(weight)
+        _check_fractions(warmup, cooldown)
         for w in gamma_weight.values() if isinstance(gamma_weight, dict) else [gamma_weight]:
             _check_number(w, 'gamma_weight')
-        _check_number(theta_weight, 'theta_weight'); _check_number(gamma_lr, 'gamma_lr')
+        _check_number(theta_weight, 'theta_weight')
+        _check_number(gamma_lr, 'gamma_lr')
         schedule = weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown)
         super().__init__(self._kl, schedule, name='kl')
-        self.gamma_weight,self.theta_weight,self.gamma_lr = gamma_weight,theta_weight,gamma_lr
-        self.cap,self.cooldown,self.closed,self.log_alphas = cap,cooldown,False,[]
+        self.gamma_weight,self.theta_weight = gamma_weight,theta_weight
+        self.gamma_lr,self.cap = gamma_lr,cap
+        self.cooldown = cooldown
+        self.closed = False           # are the groups that are noise closed for good?
+        self.log_alphas = []          # `{path: log α}` after each epoch
+        self._has_group = False       # has the noise a parameter group in this optimiser?
+        self._usual_lr = None         # learning rate of that group, while a step has a larger one
 
     @staticmethod
     def _kl(self):
+        "The term: KL over the number of training samples, a scalar"
         groups,theta = self._kls()
-        return ((1. if self._each_gate else self.gamma_weight)*groups + self.theta_weight*theta)/self._N
+        gamma_weight = 1. if self._each_gate else self.gamma_weight      # else the weights are within `groups`
+        return (gamma_weight*groups + self.theta_weight*theta)/self._N
 
-    def params(self, model): return noise_params(model)
+    def params(self, model:nn.Module) -> list[nn.Parameter]:
+        "What the group of its own holds"
+        return noise_params(model)
 
-    def before_fit(self):
-        self._noisy = unwrap(self.model)
-        if not variational_layers(self._noisy):
-            raise ValueError('this network has no variational layer. '
-                             'Convert it: Learner(dls, to_variational(model), ...).')
-        self._each_gate = isinstance(self.gamma_weight, dict)
-        self._kls = KL(self._noisy, _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None)
-        self._N,self._caps,self._warned,self.closed = train_size(self.dls),_caps(self._noisy, self.cap),set(),False
-        for p in noise_params(self._noisy): p.requires_grad_()
-        super().before_fit()
+# %% ../../nbs/22_variational.callback.ipynb #003d5092
+@patch
+def before_fit(self:VariationalSparsifier):
+    self._noisy = unwrap(self.model)
+    if not variational_layers(self._noisy):
+        raise ValueError('this network has no variational layer. '
+                         'Convert it: Learner(dls, to_variational(model), ...).')
+    self._each_gate = isinstance(self.gamma_weight, dict)
+    self._kls = KL(self._noisy, _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None)
+    self._N = train_size(self.dls)
+    self._caps = _caps(self._noisy, self.cap)
+    self._warned,self.closed = set(),False
+    for p in noise_params(self._noisy): p.requires_grad_()
+    super(VariationalSparsifier, self).before_fit()
 
-    def before_train(self):
-        if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
-        super().before_train()
-        if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
-            raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), which would come back '
-                             'when the KL falls. Use cooldown=None.')
-        self._alone = {id(p) for p in self.opt.param_lists[0]}=={id(p) for p in noise_params(self.model)}
-        if not self._alone and self.gamma_lr!=1:
-            raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '
-                             'came. Give it to the Learner (cbs=VariationalSparsifier()), or use gamma_lr=1.')
-        if self._alone: self.opt.set_hyper('wd', [0.] + [h['wd'] for h in self.opt.hypers[1:]])
+# %% ../../nbs/22_variational.callback.ipynb #fb5d5772
+@patch
+def before_train(self:VariationalSparsifier):
+    if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
+    super(VariationalSparsifier, self).before_train()
+    if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
+        raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), which would '
+                         'come back when the KL falls. Use cooldown=None.')
+    self._has_group = {id(p) for p in self.opt.param_lists[0]}=={id(p) for p in noise_params(self.model)}
+    if not self._has_group and self.gamma_lr!=1:
+        raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '
+                         'came. Give it to the Learner (cbs=VariationalSparsifier()), or use gamma_lr=1.')
+    if self._has_group: self.opt.set_hyper('wd', [0.] + [h['wd'] for h in self.opt.hypers[1:]])
 
 # %% ../../nbs/22_variational.callback.ipynb #5518780d
 def _caps(model, cap):
-    "`[(log-variance, largest)]`"
+    "`[(log-variance, largest)]` of the layers that are capped"
     layers = {n: m for n,m in variational_layers(model).items() if m.weight_logvar is not None}
-    caps = cap if isinstance(cap, dict) else {n: cap for n in list(layers)[:1]} if cap else {}
+    caps = {n: cap for n in list(layers)[:1]} if cap and not isinstance(cap, dict) else cap or {}
     if odd := caps.keys()-layers.keys():
         raise ValueError(f'cap names {sorted(odd)[0]!r}. Layers whose weights have a variance: '
                          f'{", ".join(layers) or "none"}.')
-    for c in caps.values():
+    res = []
+    for n,c in caps.items():
         if not (isinstance(c, (int,float)) and c>0):
             raise ValueError(f'cap is {c!r}, expected a standard deviation over 0.')
-    return [(p, 2*math.log(c)) for n,c in caps.items()
-            for p in (layers[n].weight_logvar, layers[n]._parameters.get('bias_logvar')) if p is not None]
+        ps = layers[n].weight_logvar,layers[n]._parameters.get('bias_logvar')
+        res += [(p, 2*math.log(c)) for p in ps if p is not None]
+    return res
+
+# %% ../../nbs/22_variational.callback.ipynb #d791b614
+def _rate_groups(opt):
+    "Dicts that hold the learning rates an optimiser's step will use, one a parameter group"
+    return opt.opt.param_groups if isinstance(opt, OptimWrapper) else opt.hypers
 
 # %% ../../nbs/22_variational.callback.ipynb #791e6ceb
 @patch
 def before_step(self:VariationalSparsifier):
-    if not self._alone: return
-    groups = self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers
-    self._own,self._lr = groups[0],groups[0]['lr']
-    self._own['lr'] = groups[-1]['lr']*self.gamma_lr
+    if not self._has_group: return
+    groups = _rate_groups(self.opt)
+    self._usual_lr = groups[0]['lr']
+    groups[0]['lr'] = groups[-1]['lr']*self.gamma_lr
 
 # %% ../../nbs/22_variational.callback.ipynb #f89c6a71
 @patch
 def _put_lr_back(self:VariationalSparsifier):
-    if self._lr is not None: self._own['lr'] = self._lr
-    self._lr = None
+    "The noise's group has its usual learning rate again"
+    if self._usual_lr is not None: _rate_groups(self.opt)[0]['lr'] = self._usual_lr
+    self._usual_lr = None
 
 # %% ../../nbs/22_variational.callback.ipynb #3b28ffa1
 @patch
@@ -149,13 +195,15 @@ def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()
 # %% ../../nbs/22_variational.callback.ipynb #94d42fba
 @patch
 def before_batch(self:VariationalSparsifier):
-    if self.training and self.cooldown and not self.closed and self.progress>=self.cooldown[0]: self._close()
+    waits = self.training and self.cooldown and not self.closed
+    if waits and self.progress>=self.cooldown[0]: self._close()
 
 # %% ../../nbs/22_variational.callback.ipynb #ad6249af
 @patch
 def _close(self:VariationalSparsifier):
     "Close the groups that are noise at the present valley"
-    self.closed,masks = True,kept(self._noisy)
+    self.closed = True
+    masks = kept(self._noisy)
     for n,m in noise_groups(self._noisy).items():
         if isinstance(m, Gate): m.close(masks[n])
 
@@ -167,22 +215,29 @@ def after_step(self:VariationalSparsifier):
 
 # %% ../../nbs/22_variational.callback.ipynb #0fb1aeec
 @patch
-def put_back(self:VariationalSparsifier):
+def put_back(self:VariationalSparsifier) -> None:
+    "Also after an error: learning rates, and what the term has changed"
     super(VariationalSparsifier, self).put_back()
     self._put_lr_back()
 
 # %% ../../nbs/22_variational.callback.ipynb #b396119d
-def cut_fraction(model, # Variational network
-    masks): # `{gate or layer of single weights: mask}` of what stays
+def cut_fraction(
+    model:nn.Module, # Variational network
+    masks:dict, # `{gate or layer of single weights: mask}` of what stays
+) -> float:
     "Fraction of the weights of variational layers that `masks` cut"
     layers = variational_layers(model).values()
-    left = sum(m.weight.numel()*float(m.scales(lambda g: masks[g].float())[0].mean() if m.inputs or m.outputs else 1.)
-               if isinstance(m, GroupLayer) else float(masks[m].sum()) for m in layers)
+    def share(m):
+        if not isinstance(m, GroupLayer): return float(masks[m].float().mean())
+        if not (m.inputs or m.outputs): return 1.
+        return float(m.scales(lambda g: masks[g].float())[0].mean())
+    left = sum(m.weight.numel()*share(m) for m in layers)
     return 1-left/sum(m.weight.numel() for m in layers)
 
 # %% ../../nbs/22_variational.callback.ipynb #198354c3
 @patch
-def columns(self:VariationalSparsifier):
+def columns(self:VariationalSparsifier) -> dict[str,Callable]:
+    "`{name: function}` of what the table of a training shows"
     def masks(): return dict(zip(noise_groups(self._noisy).values(), kept(self._noisy).values()))
     own = dict(sparsity=lambda: cut_fraction(self._noisy, masks()),
                groups=lambda: float(sum(o.sum() for o in masks().values())))
@@ -195,35 +250,49 @@ def after_epoch(self:VariationalSparsifier):
     las = {n: o.cpu().clone() for n,o in log_alphas(self._noisy).items()}
     self.log_alphas.append(las)
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
-        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): training '
-                                 'has diverged. Use a smaller learning rate, gamma_lr or gamma_weight.')
-    empty = [n for n,o in las.items() if (o>0).all()]
-    if empty: self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
-                         'Use a smaller gamma_weight, or a longer warmup.')
-    if self.pct_train<.5 or any((o>0).any() for o in las.values()): return
+        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): '
+                                 'training has diverged. Use a smaller learning rate, gamma_lr or gamma_weight.')
+    if empty := [n for n,o in las.items() if (o>0).all()]:
+        self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
+                   'Use a smaller gamma_weight, or a longer warmup.')
+    if self.pct_train>=.5 and not any((o>0).any() for o in las.values()): self._warn_idle()
+
+# %% ../../nbs/22_variational.callback.ipynb #8bc4eeed
+@patch
+def _warn_idle(self:VariationalSparsifier):
+    "Half of the training is over, and nothing has become noise: why?"
     if not self.opt.frozen_idx:
-        self._warn('half of training is over and no group has become noise (log α over 0): nothing is being pruned. '
-                   'Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
-    elif self.n_epoch>1: self._warn('γ is frozen with the body of the network: nothing is being pruned. Call learn.unfreeze() first.')
+        self._warn('half of training is over and no group has become noise (log α over 0): nothing is being '
+                   'pruned. Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
+    elif self.n_epoch>1:
+        self._warn('γ is frozen with the body of the network: nothing is being pruned. '
+                   'Call learn.unfreeze() first.')
 
 # %% ../../nbs/22_variational.callback.ipynb #8907b0fe
 @patch
 def _warn(self:VariationalSparsifier, message):
-    "Once a fit"
+    "Warn, but once a fit"
     if message not in self._warned: warnings.warn(message)
     self._warned.add(message)
 
 # %% ../../nbs/22_variational.callback.ipynb #919b1eda
 @patch
+@_takes_T
 def compress(self:Learner,
-    T=None, # Threshold on log α: number, `{gate: number}`, 'valley', 'gap', or 'accuracy' (asks the validation set)
-    max_drop=.002): # Validation accuracy that `T='accuracy'` may cost, a fraction
-    "The plain, physically smaller network that this learner's variational network has become"
+    limit:float|dict|str|None=None, # On log α: number, `{gate: number}`, 'valley', 'gap', or 'accuracy' (of validation)
+    max_drop:float=.002, # Validation accuracy that 'accuracy' may cost, a fraction
+) -> nn.Module:
+    """The plain, physically smaller network that this learner's variational network has become
+
+    Raises `ValueError` as `kept` does, and if the small network computed something else."""
     model = unwrap(self.model)
-    if isinstance(T, str) and T=='accuracy': T = accuracy_threshold(model, self.dls.valid, max_drop)
-    return shrink(to_deterministic(model, T), self.dls).eval()
+    if isinstance(limit, str) and limit=='accuracy':
+        limit = accuracy_threshold(model, self.dls.valid, max_drop)
+    return shrink(to_deterministic(model, limit), self.dls).eval()
 
 # %% ../../nbs/22_variational.callback.ipynb #23b677b5
-def paper_optimizer(lr=.003): # Learning rate
-    "Arguments of `Learner` for the optimiser that Ming et al. 2020 (IV-A) prints: SGD with momentum .5, without weight decay"
+def paper_optimizer(
+    lr:float=.003, # Learning rate
+) -> dict:
+    "Arguments of `Learner` for the optimiser of Ming et al. 2020 (IV-A): SGD with momentum .5, no weight decay"
     return dict(opt_func=partial(SGD, mom=.5), lr=lr, wd=0.)

@@ -24,16 +24,37 @@ from .gates import Gate,Gates
 from .layers import GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,log_alphas
 from .layers import noise_groups,variational_layers
 
-# %% ../../nbs/21_variational.convert.ipynb #48b0fddc
-def _linears(m): return type(m) is nn.Linear
+# %% ../../nbs/21_variational.convert.ipynb #c754c857
+def _linears(m):
+    "Is `m` a linear layer that takes gates?"
+    return type(m) is nn.Linear
 
-def _dense(m): return _linears(m) or type(m) is nn.Conv2d and m.groups==1
+# %% ../../nbs/21_variational.convert.ipynb #98f04614
+def _dense(m):
+    "Is `m` a layer all of whose outputs read all of its inputs?"
+    return _linears(m) or type(m) is nn.Conv2d and m.groups==1
 
-def _width(m): return m.in_features if isinstance(m, nn.Linear) else m.in_channels
+# %% ../../nbs/21_variational.convert.ipynb #f89a114f
+def _width(m):
+    "How many inputs or input channels layer `m` has"
+    return m.in_features if isinstance(m, nn.Linear) else m.in_channels
 
+# %% ../../nbs/21_variational.convert.ipynb #06ce37eb
 def _each(model, which):
     "A gate for each layer's inputs"
     return {p: Gate(_width(m)) for p,m in model.named_modules() if which(m)}
+
+# %% ../../nbs/21_variational.convert.ipynb #39710a1b
+def _one_to_one(part, n):
+    "Does the gate of `part` have a group for each of `n` places?"
+    return part[0].n==n==len(part[1].unique())
+
+# %% ../../nbs/21_variational.convert.ipynb #3e8786a3
+def _axis(n, parts):
+    "The gate itself if it is alone and in order"
+    every = torch.arange(n)
+    if len(parts)==1 and torch.equal(parts[0][1], every) and torch.equal(parts[0][2], every): return parts[0][0]
+    return Gates(n, parts)
 
 # %% ../../nbs/21_variational.convert.ipynb #fa544b47
 def _coupled(model, data):
@@ -55,16 +76,6 @@ def _coupled(model, data):
             ps.append((Gate(m.in_features), every, every))
     if stays: warnings.warn(f'no gates for the channels of {"; ".join(stays)}.')
     return {path: _axis(_width(model.get_submodule(path)), ps) for path,ps in parts.items() if ps}
-
-# %% ../../nbs/21_variational.convert.ipynb #39710a1b
-def _one_to_one(part, n): return part[0].n==n==len(part[1].unique())
-
-# %% ../../nbs/21_variational.convert.ipynb #3e8786a3
-def _axis(n, parts):
-    "The gate itself if it is alone and in order"
-    every = torch.arange(n)
-    if len(parts)==1 and torch.equal(parts[0][1], every) and torch.equal(parts[0][2], every): return parts[0][0]
-    return Gates(n, parts)
 
 # %% ../../nbs/21_variational.convert.ipynb #b8b0010b
 _odd = nn.RNNBase,nn.RNNCellBase,nn.MultiheadAttention
@@ -90,16 +101,18 @@ def _refuse(model, data):
 # %% ../../nbs/21_variational.convert.ipynb #21c0de02
 def _gates(model, data, groups):
     "The kind of `groups`, and `{path: gate}` of it"
-    default,linears,convs = groups is None,*(any(f(m) for m in model.modules()) for f in (_linears, lambda m: _dense(m) and not _linears(m)))
-    if default: groups = 'channels' if data is not None and convs else 'neurons'
+    default,has_linears = groups is None,any(map(_linears, model.modules()))
+    has_convs = any(_dense(m) and not _linears(m) for m in model.modules())
+    if default: groups = 'channels' if data is not None and has_convs else 'neurons'
     if groups=='weights': return groups,{}
     if groups!='channels': return groups,_each(model, _linears if groups=='neurons' else _dense)
     try: gates = _coupled(model, data)
     except (ValueError,RuntimeError) as e:
-        if not default or not linears: raise
+        if not default or not has_linears: raise
         warnings.warn(f'the convolutions get no gates: {e}')
         gates = {}
-    return (groups,gates) if gates or not (default and linears) else ('neurons',_each(model, _linears))
+    if gates or not (default and has_linears): return groups,gates
+    return 'neurons',_each(model, _linears)
 
 # %% ../../nbs/21_variational.convert.ipynb #1393cc5a
 def _say_share(model, data):
@@ -107,10 +120,21 @@ def _say_share(model, data):
     layers,gated = [m for m in model.modules() if isinstance(m, weighted)],variational_layers(model)
     share = sum(m.weight.numel() for m in gated.values())/sum(m.weight.numel() for m in layers)
     if share>=.8: return
-    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders or a batch as data.'
+    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders '
+            'or a batch as data.'
             if data is None and any(map(_dense, set(layers)-set(gated.values()))) else
             'The others are of kinds that have none, or channel_groups(model, data) says why their channels stay.')
     warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} layers get gates. {hint}')
+
+# %% ../../nbs/21_variational.convert.ipynb #4bad2234
+def _convert(m, gate, noise, single):
+    "Make layer `m` noisy, in place"
+    w = m.weight
+    is_linear = isinstance(m, nn.Linear)
+    if single: m.__class__ = VDLinear if is_linear else VDConv2d
+    else: m.__class__ = GroupLinear if is_linear else GroupConv2d
+    if single: return m._add_noise()
+    m._add_noise(noise, gate if gate is None else gate.to(w.device, w.dtype))
 
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
 def to_variational(
@@ -120,7 +144,7 @@ def to_variational(
     noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
 ) -> nn.Module:
-    """A copy of `model` with gates, that answers as `model` does; single weights with `groups='weights'`
+    """A copy of `model` with gates, that computes what `model` does; single weights with `groups='weights'`
 
     Raises `ValueError` if it is variational already, or if there is no layer that could be."""
     ways = None,'neurons','channels','inputs','weights'
@@ -145,11 +169,3 @@ def to_variational(
         _convert(m, gates.get(path), noise, groups=='weights')
     if asked is None: _say_share(model, data)
     return model
-
-# %% ../../nbs/21_variational.convert.ipynb #4bad2234
-def _convert(m, gate, noise, single):
-    "Make layer `m` noisy, in place"
-    linear,dev = isinstance(m, nn.Linear),m.weight
-    m.__class__ = (VDLinear if single else GroupLinear) if linear else VDConv2d if single else GroupConv2d
-    if single: m._add_noise()
-    else: m._add_noise(noise, gate if gate is None else gate.to(dev.device, dev.dtype))

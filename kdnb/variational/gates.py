@@ -12,6 +12,20 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+# %% ../../nbs/20_variational.gates.ipynb #7f16913f
+_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
+
+# %% ../../nbs/20_variational.gates.ipynb #dc62f290
+def _exact_kl(la):
+    "The exact KL for log α `la`, in double precision"
+    m2 = torch.exp(-la)                       # (μ/σ)²
+    lam,big = (m2/2).clamp(max=50),m2.clamp(min=100)
+    j = torch.arange(160, dtype=la.dtype, device=la.device)
+    logp = j*lam[...,None].log() - lam[...,None] - torch.lgamma(j+1)
+    short = (logp.exp()*torch.digamma(j+.5)).sum(-1)
+    series = big.log() - math.log(2) - 1/big - 3/(2*big**2) - 5/big**3 - 105/(4*big**4)
+    return (torch.where(m2<100, short, series) - _half.to(la))/2
+
 # %% ../../nbs/20_variational.gates.ipynb #3055ce0c
 def group_kl(
     log_alpha:torch.Tensor, # log σ²/μ² of each group, any shape
@@ -20,18 +34,6 @@ def group_kl(
     "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, same shape as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
-
-# %% ../../nbs/20_variational.gates.ipynb #dc62f290
-_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
-
-def _exact_kl(la):
-    m2 = torch.exp(-la)                       # (μ/σ)²
-    lam,big = (m2/2).clamp(max=50),m2.clamp(min=100)
-    j = torch.arange(160, dtype=la.dtype, device=la.device)
-    logp = j*lam[...,None].log() - lam[...,None] - torch.lgamma(j+1)
-    short = (logp.exp()*torch.digamma(j+.5)).sum(-1)
-    series = big.log() - math.log(2) - 1/big - 3/(2*big**2) - 5/big**3 - 105/(4*big**4)
-    return (torch.where(m2<100, short, series) - _half.to(la))/2
 
 # %% ../../nbs/20_variational.gates.ipynb #470fc632
 def log_alpha(
@@ -58,12 +60,20 @@ class GroupKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx:object, g:torch.Tensor) -> tuple: return *(g*o for o in ctx.saved_tensors),None
 
+# %% ../../nbs/20_variational.gates.ipynb #dacd2f83
+def _to_shape(g):
+    "The gradient of one γ for all examples: that of each, summed"
+    return g if g.ndim==1 else g.sum(0)
+
 # %% ../../nbs/20_variational.gates.ipynb #0c6a1a31
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
-    def forward(
-        ctx:object, mu:torch.Tensor, logvar:torch.Tensor, normal:torch.Tensor, open:torch.Tensor,
+    def forward(ctx:object,
+        mu:torch.Tensor, # Means (n,)
+        logvar:torch.Tensor, # Logarithms of the variances (n,)
+        normal:torch.Tensor, # Standard normal numbers (n,), or (bs, n) for a draw of each example
+        open:torch.Tensor, # 1, or 0 where γ is 0 (n,)
     ) -> torch.Tensor:
         noise = torch.exp(logvar/2).mul_(open)*normal
         ctx.save_for_backward(open, noise)
@@ -72,8 +82,6 @@ class Draw(torch.autograd.Function):
     def backward(ctx:object, g:torch.Tensor) -> tuple:
         open,noise = ctx.saved_tensors
         return _to_shape(g*open),_to_shape(g*noise/2),None,None
-
-def _to_shape(g): return g if g.ndim==1 else g.sum(0)
 
 # %% ../../nbs/20_variational.gates.ipynb #7017961b
 class HalfSquare(torch.autograd.Function):

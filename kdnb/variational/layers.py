@@ -18,7 +18,10 @@ from .gates import Gate,GroupKL,HalfSquare,log_alpha
 class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient instead of three"
     @staticmethod
-    def forward(ctx:object, mean:torch.Tensor, var:torch.Tensor) -> torch.Tensor:
+    def forward(ctx:object,
+        mean:torch.Tensor, # Any shape
+        var:torch.Tensor, # Of the same shape
+    ) -> torch.Tensor:
         tiny = 1e-6 if var.dtype==torch.float16 else 1e-12     # 1/σ must fit
         normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + tiny)
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
@@ -67,7 +70,7 @@ class GroupLayer(NoisyLayer):
     def scales(self,
         f:Callable, # Function of a gate
     ) -> tuple:
-        "What `f` says of the gates, in shapes that broadcast over the weight and over the bias"
+        "`f` of the gates, in shapes that broadcast over the weight and over the bias"
         ones,w,b = (1,)*(self.weight.ndim-2),1.,1.
         if self.inputs is not None: w = self.inputs.of(f).view(1, -1, *ones)
         if self.outputs is not None: w,b = w*(b := self.outputs.of(f)).view(-1, 1, *ones),b
@@ -76,7 +79,7 @@ class GroupLayer(NoisyLayer):
     def scaled(self,
         f:Callable, # Function of a gate
     ) -> tuple:
-        "Weight and bias, multiplied by what `f` says of the gates"
+        "Weight and bias, multiplied by `f` of the gates"
         w,b = self.scales(f)
         return self.weight*w,self.bias if self.bias is None or self.outputs is None else self.bias*b
 
@@ -91,6 +94,7 @@ class GroupLayer(NoisyLayer):
 # %% ../../nbs/20a_variational.layers.ipynb #a8dc0264
 @patch
 def _full(self:GroupLayer, x):
+    "Outputs under full noise, a draw for each example"
     def scale(gates, x):
         s = gates.of(lambda g: g.draw(self, len(x)))
         ones = (1,)*(x.ndim-2)
@@ -101,7 +105,9 @@ def _full(self:GroupLayer, x):
     if self.outputs is not None: mean,var = mean*(s := scale(self.outputs, mean)),var*s**2
     return AddNoise.apply(mean, var)
 
+# %% ../../nbs/20a_variational.layers.ipynb #2d4ee646
 def _gate_on(axis, n_in, n_out):
+    "A new gate for one side of a layer"
     if axis not in ('inputs','outputs'): raise ValueError(f"axis is {axis!r}, expected 'inputs' or 'outputs'.")
     return {axis: Gate(n_in if axis=='inputs' else n_out)}
 
@@ -136,7 +142,9 @@ class GroupConv2d(GroupLayer, nn.Conv2d):
 # %% ../../nbs/20a_variational.layers.ipynb #358b3f22
 class VDLayer(NoisyLayer):
     "A layer with a variance, and a log α, for each weight"
-    def _add_noise(self): self._add_logvars(('weight',)); return self
+    def _add_noise(self):
+        self._add_logvars(('weight',))
+        return self
 
     @property
     def log_alpha(self) -> torch.Tensor:
@@ -190,11 +198,14 @@ def log_alphas(
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
-def _all(layers, *names): return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
+# %% ../../nbs/20a_variational.layers.ipynb #649d0500
+def _all(layers, *names):
+    "The tensors of these names that the `layers` have"
+    return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
 
 # %% ../../nbs/20a_variational.layers.ipynb #f3a9615a
 class KL:
-    """What `kl` says of a network, again and again: its layers are looked up once
+    """The two parts of `kl` of a network, again and again: its layers are looked up once
 
     Raises `ValueError` if there is no variational layer."""
     def __init__(self,
@@ -202,17 +213,22 @@ class KL:
         weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
     ):
         self.weight = weight or {}
-        self.gates,self.singles,self.layers = [[m for m in model.modules() if isinstance(m, o)] for o in (Gate,VDLayer,GroupLayer)]
+        def of(kind): return [m for m in model.modules() if isinstance(m, kind)]
+        self.gates,self.singles,self.layers = of(Gate),of(VDLayer),of(GroupLayer)
         if not self.gates+self.singles+self.layers:
             raise ValueError('there is no variational layer. Convert the network with to_variational.')
-        self.each = torch.cat([g.gamma.new_full((g.n,), self.weight.get(g, 1.)) for g in self.gates]) if weight and self.gates else 1.
+        self.each = 1.      # weight of each group of the gates
+        if weight and self.gates:
+            self.each = torch.cat([g.gamma.new_full((g.n,), self.weight.get(g, 1.)) for g in self.gates])
 
-    def __call__(self):
-        groups = sum((GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.)) for m in self.singles), torch.tensor(0.))
+    def __call__(self) -> tuple[torch.Tensor,torch.Tensor]:
+        "KL of all groups, and of weights and biases: two scalars"
+        groups = torch.tensor(0.)
+        for m in self.singles: groups = groups + GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.))
         if self.gates:
             mu,logvar = (torch.cat(_all(self.gates, o)) for o in ('gamma','gamma_logvar'))
             groups = groups + GroupKL.apply(mu, logvar, self.each)
-        weights = _all(self.layers, 'weight', 'bias')      # asked for each time: a masked one is a product
+        weights = _all(self.layers, 'weight', 'bias')      # looked up each time: a masked one is a product
         theta = HalfSquare.apply(*weights) if weights else torch.zeros_like(groups)
         for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
         return groups,theta

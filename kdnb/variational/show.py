@@ -7,40 +7,51 @@ __all__ = ['plot_log_alpha', 'plot_kept', 'weight_pictures', 'plot_weights', 'pl
 
 # %% ../../nbs/23_variational.show.ipynb #4d15ac1c
 import math
-import matplotlib.pyplot as plt, numpy as np, torch
+from fastcore.basics import patch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from torch import nn
+from fastai.learner import Learner
 from ..core import unwrap
 from ..layers import weighted
 from .layers import log_alphas
-from .threshold import threshold,threshold_curve
+from .threshold import _takes_T,threshold,threshold_curve
 
 # %% ../../nbs/23_variational.show.ipynb #a92eae4d
-def plot_log_alpha(log_alphas, # `VariationalSparsifier.log_alphas`
-    T=None, # Threshold; the valley after the last epoch if None
-    n=4, # Number of epochs shown
-    figsize=(10,2.2)):
-    "Histograms of log α over the epochs (Ming et al. 2020, Figure 4); returns the axes"
+@_takes_T
+def plot_log_alpha(
+    log_alphas:list, # `VariationalSparsifier.log_alphas`
+    limit:float|None=None, # Threshold; the valley after the last epoch if None
+    n:int=4, # Number of epochs shown
+    figsize:tuple=(10,2.2), # Inches
+) -> np.ndarray:
+    "Histograms of log α over the epochs, noise in another colour (Ming et al. 2020, Figure 4); returns the axes"
     values = [torch.cat([o.flatten() for o in las.values()]).numpy() for las in log_alphas]
     shown = np.unique(np.linspace(0, len(values)-1, min(n, len(values))).round().astype(int))
-    T = threshold(log_alphas[-1]) if T is None else T
-    low,high = min(values[i].min() for i in shown),max(values[i].max() for i in shown)
+    limit = threshold(log_alphas[-1]) if limit is None else limit
+    edges = np.linspace(min(values[i].min() for i in shown), max(values[i].max() for i in shown), 50)
     axs = plt.subplots(1, len(shown), figsize=figsize, sharey=True, squeeze=False, layout='constrained')[1][0]
     for ax,i in zip(axs, shown):
-        _,bins,bars = ax.hist(values[i], bins=np.linspace(low, high, 50))
-        for left,bar in zip(bins, bars): bar.set_facecolor('C0' if left<T else 'C1')
-        ax.axvline(T, c='k', lw=1, ls=':'); ax.set(title=f'epoch {i+1}', xlabel='log α')
-    axs[0].set_ylabel('groups'); axs[0].set_yscale('log')
+        bars = ax.hist(values[i], bins=edges)[2]
+        for left,bar in zip(edges, bars): bar.set_facecolor('C0' if left<limit else 'C1')
+        ax.axvline(limit, c='k', lw=1, ls=':')
+        ax.set(title=f'epoch {i+1}', xlabel='log α')
+    axs[0].set(ylabel='groups', yscale='log')
     return axs
 
 # %% ../../nbs/23_variational.show.ipynb #0371fc91
-def plot_kept(log_alphas, # `VariationalSparsifier.log_alphas`
-    T=None, # Threshold; the valley after the last epoch if None
-    ax=None, figsize=(7,2.6)):
+@_takes_T
+def plot_kept(
+    log_alphas:list, # `VariationalSparsifier.log_alphas`
+    limit:float|None=None, # Threshold; the valley after the last epoch if None
+    ax:plt.Axes|None=None, # Where to draw
+    figsize:tuple=(7,2.6), # Inches, if there is no `ax`
+) -> plt.Axes:
     "Share of its groups that each gate keeps, over the epochs; returns the axes"
-    T = threshold(log_alphas[-1]) if T is None else T
+    limit = threshold(log_alphas[-1]) if limit is None else limit
     ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
     for n,last in log_alphas[-1].items():
-        share = [(las[n]<T).float().mean().item() for las in log_alphas]
-        ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((last<T).sum())} of {last.numel()}')
+        share = [(las[n]<limit).float().mean().item() for las in log_alphas]
+        ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((last<limit).sum())} of {last.numel()}')
     ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02))
     ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
     return ax
@@ -55,80 +66,119 @@ def _picture(w):
 def _unread(w, reader):
     "Rows of `w` that the next layer of a chain does not read"
     alive = reader.weight.detach().cpu().ne(0).transpose(0, 1).flatten(1).any(1)
-    return ~alive.view(len(w), -1).any(1) if len(alive)%len(w)==0 else torch.zeros(len(w), dtype=torch.bool)
+    if len(alive)%len(w): return torch.zeros(len(w), dtype=torch.bool)
+    return ~alive.view(len(w), -1).any(1)
 
 # %% ../../nbs/23_variational.show.ipynb #a2e3cb30
-def weight_pictures(model, # Masked network (`to_deterministic`)
-    layers=None): # Paths of linear layers and convolutions; all if None
-    "`{layer: array}` of the weights as they act, outputs down, inputs across: 0 where cut, a kernel is one number, its norm"
+def weight_pictures(
+    model:nn.Module, # Masked network (`to_deterministic`)
+    layers:list|None=None, # Paths of linear layers and convolutions; all if None
+) -> dict[str,np.ndarray]:
+    "`{layer: array (outputs, inputs)}` of the weights as they act: 0 where cut; a kernel is one number, its norm"
     found = {n: m for n,m in model.named_modules() if isinstance(m, weighted) and getattr(m, 'groups', 1)==1}
-    is_chain = isinstance(model, torch.nn.Sequential) and not any('.' in n for n in found)
+    is_chain = isinstance(model, nn.Sequential) and not any('.' in n for n in found)
     chain = dict(zip(found, list(found.values())[1:])) if is_chain else {}
     res = {n: _picture(found[n].weight).clone() for n in layers or found}
     for n in res.keys()&chain.keys(): res[n][_unread(res[n], chain[n])] = 0
     return {n: w.numpy() for n,w in res.items()}
 
 # %% ../../nbs/23_variational.show.ipynb #ae3c2099
-def plot_weights(model, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
-    layers=None, # Paths of linear layers and convolutions; all if None
-    figsize=None):
+def _show_weights(ax, name, w):
+    "One matrix: white where it is cut, red and blue for signs, red alone for norms"
+    top = np.quantile(np.abs(w), .99) or 1.
+    are_norms = w.min()>=0
+    cmap = plt.get_cmap('Reds' if are_norms else 'RdBu_r').with_extremes(bad='white')
+    ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if are_norms else -top, vmax=top,
+              aspect='auto', interpolation='nearest')
+    rows,cols = ((w!=0).any(axis).sum() for axis in (1,0))
+    ax.set(title=f'{name}: {rows} × {cols} kept', xlabel='inputs', ylabel='outputs')
+
+# %% ../../nbs/23_variational.show.ipynb #0704f74c
+def plot_weights(
+    model:nn.Module|dict, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
+    layers:list|None=None, # Paths of linear layers and convolutions; all if None
+    figsize:tuple|None=None, # Inches
+) -> np.ndarray:
     "Weight matrices, outputs down, inputs across, white where cut (Ming et al. 2020, Figure 5); returns the axes"
     found = model if isinstance(model, dict) else weight_pictures(model, layers)
     rows,cols = math.ceil(len(found)/4),min(len(found), 4)
     figsize = figsize or (3.2*cols, 2.8*rows)
     axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')[1].ravel()
-    for ax,(name,w) in zip(axs, found.items()):
-        top,norms = np.quantile(np.abs(w), .99) or 1.,w.min()>=0
-        cmap = plt.get_cmap('Reds' if norms else 'RdBu_r').with_extremes(bad='white')
-        ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if norms else -top, vmax=top, aspect='auto', interpolation='nearest')
-        ax.set(title=f'{name}: {(w!=0).any(1).sum()} × {(w!=0).any(0).sum()} kept', xlabel='inputs', ylabel='outputs')
+    for ax,(name,w) in zip(axs, found.items()): _show_weights(ax, name, w)
     for ax in axs[len(found):]: ax.remove()
     return axs[:len(found)]
 
 # %% ../../nbs/23_variational.show.ipynb #e458f230
-def plot_threshold(curve, # `threshold_curve`
-    T=None, # Threshold to mark
-    figsize=(5,2.6)):
+@_takes_T
+def plot_threshold(
+    curve:pd.DataFrame, # `threshold_curve`
+    limit:float|None=None, # Threshold to mark
+    figsize:tuple=(5,2.6), # Inches
+) -> tuple[plt.Axes,plt.Axes]:
     "Weights left and accuracy against the threshold on log α; returns the axes"
     ax = plt.subplots(figsize=figsize, layout='constrained')[1]
     ax.plot(curve.index, 100*curve.accuracy, 'C0.-')
-    ax.set(xlabel='threshold on log α'); ax.set_ylabel('validation accuracy, %', color='C0')
+    ax.set(xlabel='threshold on log α')
+    ax.set_ylabel('validation accuracy, %', color='C0')
     right = ax.twinx()
     right.plot(curve.index, curve.weights, 'C1.-')
-    right.set_ylabel('weights', color='C1'); right.set_yscale('log')
-    if T is not None: ax.axvline(T, c='k', lw=1, ls=':')
+    right.set_ylabel('weights', color='C1')
+    right.set_yscale('log')
+    if limit is not None: ax.axvline(limit, c='k', lw=1, ls=':')
     return ax,right
 
 # %% ../../nbs/23_variational.show.ipynb #d875e16b
 class ThresholdExplorer:
     "A slider over the threshold on log α, with what is left at each: groups, weights, validation accuracy"
     def __init__(self,
-        learn, # `Learner` whose network is variational
-        n=20): # Number of thresholds
-        self.learn,model = learn,unwrap(learn.model)
+        learn:Learner, # Its network is variational
+        n:int=20, # Number of thresholds
+    ):
+        self.learn = learn
+        model = unwrap(learn.model)
         self.curve = threshold_curve(model, learn.dls.valid, n)
-        self.T = float(self.curve.index[abs(self.curve.index-threshold(log_alphas(model))).argmin()])
+        self.limit = self._nearest(threshold(log_alphas(model)))
 
-    def describe(self, T=None):
-        "What is left at the threshold of the curve that is nearest to `T`, in words"
-        row = self.curve.iloc[abs(self.curve.index-(self.T if T is None else T)).argmin()]
+    def _nearest(self, limit): return float(self.curve.index[abs(self.curve.index-limit).argmin()])
+
+    @_takes_T
+    def describe(self,
+        limit:float|None=None, # Threshold; the present one if None
+    ) -> str:
+        "What is left at the threshold of the curve that is nearest to `limit`, in words"
+        row = self.curve.loc[self._nearest(self.limit if limit is None else limit)]
         gates = ', '.join(f'{k} {int(v)}' for k,v in row.items() if k not in ('groups','weights','accuracy'))
         return f'T = {row.name:.2f}: {int(row.weights):,} weights, validation accuracy {row.accuracy:.4f} ({gates})'
 
-    def widget(self):
+    def widget(self) -> object:
         "Slider and text, as an ipywidgets box; needs ipywidgets"
         import ipywidgets as w
         options = [(f'{t:.2f}', t) for t in self.curve.index]
-        slider = w.SelectionSlider(options=options, value=self.T, description='log α <')
+        slider = w.SelectionSlider(options=options, value=self.limit, description='log α <')
         text = w.HTML(self.describe())
-        def moved(change): self.T,text.value = change['new'],self.describe(change['new'])
+        def moved(change):
+            self.limit = change['new']
+            text.value = self.describe()
         slider.observe(moved, 'value')
         return w.VBox([slider, text])
 
-    def compress(self): "The small network at the present threshold"; return self.learn.compress(self.T)
-    def plot(self): return plot_threshold(self.curve, self.T)
+    def compress(self) -> nn.Module:
+        "The small network at the present threshold"
+        return self.learn.compress(self.limit)
+    def plot(self) -> tuple:
+        "The curve, with the present threshold marked"
+        return plot_threshold(self.curve, self.limit)
+    @property
+    def T(self) -> float:
+        "The present threshold, as it was called before"
+        return self.limit
     def __repr__(self): return self.describe()
-    def _ipython_display_(self):
-        from IPython.display import display
-        try: display(self.widget())
-        except ImportError: print(self.describe()); self.plot()
+
+# %% ../../nbs/23_variational.show.ipynb #46178080
+@patch
+def _ipython_display_(self:ThresholdExplorer):
+    from IPython.display import display
+    try: display(self.widget())
+    except ImportError:
+        print(self.describe())
+        self.plot()

@@ -6,8 +6,9 @@
 __all__ = ['threshold', 'kept', 'to_deterministic', 'threshold_curve', 'accuracy_threshold', 'weight_variance', 'weight_bits']
 
 # %% ../../nbs/21a_variational.threshold.ipynb #3a77d04e
-import math
+import math,warnings
 from collections.abc import Iterable
+from functools import wraps
 import pandas as pd, torch
 from torch import nn
 from ..channels.layers import plain_copy
@@ -17,6 +18,21 @@ from ..measure.counts import n_weights
 from ..measure.outputs import split_batch
 from .gates import Gate
 from .layers import GroupLayer,log_alphas,noise_groups,variational_layers,VDLayer
+
+# %% ../../nbs/21a_variational.threshold.ipynb #540b1c1f
+def _valley(v, low, high):
+    "The place between `low` and `high` where the sorted values `v` are least dense"
+    grid = torch.linspace(low, high, 201, dtype=v.dtype)
+    density = sum(torch.exp(-(grid[:,None]-part)**2/2).sum(1) for part in v.split(10_000))
+    return grid[density<=density.min()*(1+1e-9)].mean().item()
+
+# %% ../../nbs/21a_variational.threshold.ipynb #2d70d8a5
+def _gap(v, low, high):
+    "The middle of the widest gap of the sorted values `v` between `low` and `high`"
+    v = v[(v>=low) & (v<=high)]
+    if len(v)<2: return ((low+high)/2).item()
+    i = v.diff().argmax()
+    return ((v[i]+v[i+1])/2).item()
 
 # %% ../../nbs/21a_variational.threshold.ipynb #b0730d34
 def threshold(
@@ -40,36 +56,37 @@ def threshold(
     if high<0 or low>0: return 0.
     return _gap(v, low, high) if how=='gap' else _valley(v, low, high)
 
-# %% ../../nbs/21a_variational.threshold.ipynb #540b1c1f
-def _valley(v, low, high):
-    grid = torch.linspace(low, high, 201, dtype=v.dtype)
-    density = sum(torch.exp(-(grid[:,None]-part)**2/2).sum(1) for part in v.split(10_000))
-    return grid[density<=density.min()*(1+1e-9)].mean().item()
-
-# %% ../../nbs/21a_variational.threshold.ipynb #2d70d8a5
-def _gap(v, low, high):
-    v = v[(v>=low) & (v<=high)]
-    if len(v)<2: return ((low+high)/2).item()
-    i = v.diff().argmax()
-    return ((v[i]+v[i+1])/2).item()
+# %% ../../nbs/21a_variational.threshold.ipynb #4c652a62
+def _takes_T(f):
+    "Let `f` take its `limit` as `T`, too, as it was called before"
+    @wraps(f)
+    def g(*args, **kwargs):
+        if 'T' in kwargs:
+            warnings.warn(f'T of {f.__name__} is called limit now; the old name goes with the next version.',
+                          FutureWarning, stacklevel=2)
+            kwargs['limit'] = kwargs.pop('T')
+        return f(*args, **kwargs)
+    return g
 
 # %% ../../nbs/21a_variational.threshold.ipynb #430bf575
-def _limits(las, model, T):
+def _limits(las, model, limit):
     "The threshold of each entry of `las`"
-    if isinstance(T, dict):
-        if T.keys()!=las.keys():
-            raise ValueError(f'thresholds are given for {sorted(T)}, expected one for each of {sorted(las)}.')
-        return T
-    if not (T is None or isinstance(T, str)): return dict.fromkeys(las, float(T))
+    if isinstance(limit, dict):
+        if limit.keys()!=las.keys():
+            raise ValueError(f'thresholds are given for {sorted(limit)}, expected one for each of {sorted(las)}.')
+        return limit
+    if not (limit is None or isinstance(limit, str)): return dict.fromkeys(las, float(limit))
     gates = {n: o for n,o in las.items() if isinstance(model.get_submodule(n), Gate)}
-    return dict.fromkeys(las, 3.) | dict.fromkeys(gates, threshold(gates, T or 'valley') if gates else None)
+    found = threshold(gates, limit or 'valley') if gates else None
+    return dict.fromkeys(las, 3.) | dict.fromkeys(gates, found)
 
 # %% ../../nbs/21a_variational.threshold.ipynb #fa483ee5
+@_takes_T
 def kept(
     model:nn.Module, # Variational network
-    T:float|dict|str|None=None, # Threshold on log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
+    limit:float|dict|str|None=None, # On log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
 ) -> dict[str,torch.Tensor]:
-    """`{path of a gate: mask}` of the groups that stay, those with log α below `T`
+    """`{path of a gate: mask}` of the groups that stay, those with log α below `limit`
 
     Raises `ValueError` if there is nothing variational, log α is not finite, or a layer would be empty."""
     las = log_alphas(model)
@@ -78,50 +95,56 @@ def kept(
                          'Convert it with to_variational(model) and train it first.')
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
         raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. Use a smaller learning rate.')
-    limits = _limits(las, model, T)
+    limits = _limits(las, model, limit)
     for n,o in las.items():
         open = getattr(model.get_submodule(n), 'open', None)
         if open is not None: las[n] = o.masked_fill(open==0, math.inf)
     masks = {n: o < limits[n] for n,o in las.items()}
-    for n,mask in masks.items():
-        if not mask.any():
-            if not (T is None or isinstance(T, str)):
-                raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is {las[n].min():.2f}. '
-                                 'Choose a larger threshold, or None for the valley.')
-            mask.view(-1)[las[n].argmin()] = True
+    for n in [n for n,mask in masks.items() if not mask.any()]:
+        if not (limit is None or isinstance(limit, str)):
+            raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is {las[n].min():.2f}. '
+                             'Choose a larger threshold, or None for the valley.')
+        masks[n].view(-1)[las[n].argmin()] = True
     return masks
 
 # %% ../../nbs/21a_variational.threshold.ipynb #fe0a9f37
+@_takes_T
 def to_deterministic(
     model:nn.Module, # Variational network
-    T:float|dict|str|None=None, # Threshold on log α, see `kept`
+    limit:float|dict|str|None=None, # Threshold on log α, see `kept`
 ) -> nn.Module:
-    "A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold (Ming et al. 2020, eq. 13)"
+    """A copy with plain layers of equal size: weight θ·diag(m∘μ_γ), zero beyond the threshold
+
+    (Ming et al. 2020, eq. 13.) Raises `ValueError` as `kept` does."""
     model = plain_copy(model)
-    masks = kept(model, T)
+    masks = kept(model, limit)
     mask = {m: masks[n] for n,m in noise_groups(model).items()}
-    settled = [(m, m.scaled(lambda g: g.mean*mask[g]) if isinstance(m, GroupLayer) else (m.weight*mask[m], m.bias))
-               for m in variational_layers(model).values()]
-    for m,(weight,bias) in settled: m._settle(weight, bias)
+    def plain(m):
+        if isinstance(m, GroupLayer): return m.scaled(lambda g: g.mean*mask[g])
+        return m.weight*mask[m],m.bias
+    plains = [(m, plain(m)) for m in variational_layers(model).values()]      # all, before the first gate goes
+    for m,(weight,bias) in plains: m._settle(weight, bias)
     return model
 
 # %% ../../nbs/21a_variational.threshold.ipynb #b2b320aa
 def threshold_curve(
     model:nn.Module, # Variational network
     dl:Iterable, # Validation data; never the test set
-    n:int=20, # Number of thresholds, from the lowest that empties no layer to the highest log α; the valley is added
+    n:int=20, # Number of thresholds, from the lowest that empties no layer to the highest log α
 ) -> pd.DataFrame:
-    "`DataFrame` by threshold T: groups kept, weights of the shrunken network, and its accuracy on `dl`"
+    """By threshold, that of the valley included: groups kept, weights of the shrunken network, its accuracy on `dl`
+
+    The groups of each gate stand in a column of its name."""
     xb,_ = split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))
     las,rows = log_alphas(model),[]
     low,high = (max(f(o) for o in las.values()).item() for f in (torch.min, torch.max))
-    Ts = torch.linspace(low, high+1e-3, n+1)[1:].tolist() + [o for o in [threshold(las)] if low<o<high]
-    for T in sorted(Ts):
-        small = shrink(to_deterministic(model, T), xb)
-        groups = {k: int(o.sum()) for k,o in kept(model, T).items()}
-        rows.append(dict(T=T, groups=sum(groups.values()), weights=n_weights(small),
+    limits = torch.linspace(low, high+1e-3, n+1)[1:].tolist() + [o for o in [threshold(las)] if low<o<high]
+    for limit in sorted(limits):
+        small = shrink(to_deterministic(model, limit), xb)
+        groups = {k: int(o.sum()) for k,o in kept(model, limit).items()}
+        rows.append(dict(threshold=limit, groups=sum(groups.values()), weights=n_weights(small),
                          accuracy=accuracy_on(small, dl), **groups))
-    return pd.DataFrame(rows).set_index('T')
+    return pd.DataFrame(rows).set_index('threshold')
 
 # %% ../../nbs/21a_variational.threshold.ipynb #92367280
 def accuracy_threshold(
@@ -147,12 +170,13 @@ def weight_variance(
     return (var*layer.scales(square)[0] - (w*layer.scales(lambda g: g.mean.double())[0])**2).to(layer.weight)
 
 # %% ../../nbs/21a_variational.threshold.ipynb #ab767b38
+@_takes_T
 def weight_bits(
     model:nn.Module, # Variational network
-    T:float|dict|str|None=None, # Threshold on log α, see `kept`
+    limit:float|dict|str|None=None, # Threshold on log α, see `kept`
 ) -> pd.DataFrame:
     "`DataFrame` of weights kept, bits for each and bytes in all, a row per variational layer and a total"
-    rows,plain = {},to_deterministic(model, T)
+    rows,plain = {},to_deterministic(model, limit)
     for n,m in variational_layers(model).items():
         w = plain.get_submodule(n).weight.detach()
         alive = w!=0
