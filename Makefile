@@ -31,6 +31,7 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .ci/nbs.py --readme
 
 evidence: $(READY)  ## go on with the grids in results/: make evidence [MINUTES=60] [JOBS=2] [PAPERS="prue vid"]
+	@case "$(MINUTES)$(JOBS)" in *[!0-9.]*) echo 'MINUTES and JOBS are numbers, such as MINUTES=60'; exit 2;; esac
 	$(BIN)/python -W ignore::FutureWarning -c "from kdnb.evidence import gather; print(gather($(or $(MINUTES),60), $(or $(JOBS),2), '$(PAPERS)'.split()).to_string(index=False))"
 
 tables: $(READY)  ## compute tables and figures again from the rows in results/

@@ -75,6 +75,7 @@ if __name__ == '__main__':
     os.environ['PYTHONPATH'] = str(ROOT)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     fns = [] if a.readme else [o.resolve() for o in a.notebooks or sorted(nbglob(as_path=True))]
+    if a.only and not any(marked(fn, a.only) for fn in fns): p.error(f'no cell has the directive {a.only!r}')
     lack = [t for fn in fns for t in run(fn, a.flags.split(), a.only)]
     if a.readme or INDEX in fns and not a.only: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
     if a.only == 'rows' and lack: raise SystemExit('\n'.join(['Tables without rows:', *dict.fromkeys(lack)]))

@@ -1,5 +1,5 @@
 "The command line: what it says, what it hands on, and a folder of images from end to end."
-import subprocess, sys
+import inspect, subprocess, sys
 from types import SimpleNamespace
 
 import pandas as pd
@@ -96,8 +96,8 @@ def test_what_is_odd_in_a_folder_is_one_line(photos, tmp_path, capsys):
 @pytest.mark.parametrize('argv,says', [
     (['--data','mnits'], "no image set is called 'mnits', and no folder either"), (['--student','lenet6'], 'no network is called'),
     (['--set','nono=3'], 'nono'), (['--epochs','1,2'], 'epochs is (1, 2)'), (['--seeds','1,1'], 'seeds is'),
-    (['--set','lam=2'], '1-lam is -1'), (['--set','lr=big'], "lr is 'big', expected something like 0.001"), (['--set','pct_start=2'], 'pct_start is 2'),
-    (['--set','seeds=1.5'], 'seeds is 1.5'), (['--set','T_log_alpha=abc'], "T_log_alpha is 'abc'"), (['--set','cooldown=.5'], 'float'),
+    (['--set','lam=2'], '1-lam is -1'), (['--set','lr=big'], "lr is 'big', expected float, such as 0.001"), (['--set','pct_start=2'], '--pct-start is 2'),
+    (['--set','seeds=1.5'], 'seeds is 1.5'), (['--set','T_log_alpha=abc'], "--T-log-alpha is 'abc'"), (['--set','cooldown=.5'], 'cooldown is 0.5'),
     (['--recipe','vid','--set','weights=3'], 'weights is 3'), (['--recipe','vid','--set','hidden=x'], "hidden is 'x'"),
     (['--recipe','prue','--set','drops=(.5,"a")'], 'drops is (0.5'), (['--recipe','sequential','--set','levels=.5'], 'levels are (0.5,)'),
     (['--recipe','sequential','--set','method=3'], 'method is 3')])
@@ -106,8 +106,8 @@ def test_mistakes_are_sentences(argv, says, tmp_path, capsys):
     assert not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('argv,says', [
-    (['compress','--epochs','a,b'], 'whole numbers'), (['compress','--seeds',''], 'whole numbers'), (['compress','--set','lam'], 'name=value'),
-    (['compress','--recipe','magic'], "choose from 'vbgs-kd'"), (['sweep','grid.toml'], '--storage'),
+    (['compress','--epochs','a,b'], 'commas between'), (['compress','--seeds',''], 'commas between'), (['compress','--lam','big'], 'expected float'), (['compress','--set','lam'], 'name=value'),
+    (['compress','--recipe','magic'], "choose from 'budget'"), (['sweep','grid.toml'], '--storage'),
     (['compress','--set','dls=1'], '--data, --out'), (['compress','--bs','0'], 'from 1 on'), (['compress','--pad','-3'], 'from 0 on'),
     (['compress','--size','8,8,8'], 'height,width'), (['data','--size','0'], 'height,width'), ([], 'COMMAND')])
 def test_mistypings_are_status_2(argv, says, capsys):
@@ -156,7 +156,9 @@ def test_a_recipe_of_one_s_own(how, own, photos, capsys):
 
 def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     argv = ['compress','--data',photos,'--quiet','--recipe']
-    assert 'the recipe of_mine takes no --teacher lenet5. It takes path' in said(capsys, 1, *argv, 'own.py:of_mine', '--teacher', 'lenet5')
+    assert "the recipe of_mine takes no teacher='lenet5'. It takes path" in said(capsys, 1, *argv, 'own.py:of_mine', '--set', 'teacher=lenet5')
+    with pytest.raises(SystemExit, match='2'): main([str(o) for o in (*argv, 'own.py:of_mine', '--teacher', 'lenet5')])
+    assert 'unrecognized arguments: --teacher lenet5' in capsys.readouterr().err
     assert 'returned NoneType, expected its run' in said(capsys, 1, *argv, 'own.py:returns_nothing')
     assert "there is no recipe own.py:nothing: own.py has no function 'nothing'" in said(capsys, 1, *argv, 'own.py:nothing')
     assert 'nowhere.py could not be imported: FileNotFoundError' in said(capsys, 1, *argv, 'nowhere.py:mine')
@@ -189,8 +191,8 @@ def test_a_criterion_of_one_s_own_by_name(own, photos, capsys):
     assert 'values' in {o.name for o in Path('run').iterdir()}
 
 @pytest.mark.parametrize('argv,says', [
-    (['--set','n_per_class=9999','--recipe','vid'], 'n_per_class has 9999'), (['--epochs','1,2'], '--epochs is (1, 2)'), (['--seeds','1,1'], '--seeds is'),
-    (['--set','experiments=transfer','--recipe','vid'], "'transfer' needs --set source=")])
+    (['--set','n_per_class=9999','--recipe','vid'], '--n-per-class has 9999'), (['--epochs','1,2'], '--epochs is (1, 2)'), (['--seeds','1,1'], '--seeds is'),
+    (['--set','experiments=transfer','--recipe','vid'], "'transfer' needs --source")])
 def test_mistakes_speak_of_options(argv, says, tmp_path, capsys):
     assert says in said(capsys, 1, 'compress', '--out', tmp_path/'run', '--quiet', *argv)
 
@@ -200,9 +202,55 @@ def test_images_of_several_sizes_are_told_of_the_option(tmp_path, capsys):
         text = said(capsys, 1, *argv)
         assert 'such as --size 64.' in text and 'size=' not in text
 
-def test_recipes_are_those_of_the_engine():
+def test_what_the_source_says_is_what_python_knows():
+    "Names, parameters and settings that are read from the files are those of the functions"
+    from kdnb.recipes.registry import find_recipe,not_options,shipped
+    for name,o in shipped.items():
+        f = find_recipe(name)
+        takes = [k for k,p in inspect.signature(f).parameters.items() if p.kind!=p.VAR_KEYWORD][1:]
+        fields = getattr(f.settings, '__dataclass_fields__', f.settings)
+        assert [*o.options]==[k for k in dict.fromkeys([*takes, *fields]) if k not in not_options]
+        assert o.help and all(v.doc for v in o.options.values()), name
+
+MINE = '''
+from dataclasses import dataclass
+from kdnb.all import *
+from kdnb.recipes.settings import Settings,check_settings
+@dataclass
+class MineSettings(Settings):
+    width:int = 16 # Of the hidden layer
+    rate:float = 3e-3 # Learning rate
+@recipe('of-width', help='a network as wide as you say', settings=MineSettings)
+def of_width(dls, path='runs/of-width', epochs:int=1, # Of the only training
+             seeds=1, data='user data', quick=False, force=False, show=True, **settings):
+    s = check_settings('of-width', settings, MineSettings)
+    run = Run(path, 'of-width', dls, data, seeds, force, show, epochs=epochs, **vars(s))
+    for _ in run.each_seed(): model = run.fit('net', run.learner(run.network('mlp', hidden=s.width)), epochs, s.rate)
+    return run.finish(run.models['net'])
+'''
+
+def test_a_recipe_in_one_file_is_on_the_command_line_in_sweeps_and_in_reports(photos, tmp_path, monkeypatch, capsys):
     from kdnb.recipes.registry import recipes
-    assert list(cli._about)==list(recipes)
+    pytest.importorskip('optuna')
+    monkeypatch.setattr('kdnb.recipes.registry.recipes', recipes | {})
+    monkeypatch.delitem(sys.modules, 'mine_alone', raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine_alone.py').write_text(MINE)
+    argv = ['compress','--import','mine_alone.py','--recipe','of-width','--data',str(photos)]
+    with pytest.raises(SystemExit, match='0'): main([*argv, '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert '--width VALUE Of the hidden layer [16]' in text and '--epochs VALUE Of the only training [1]' in text
+    assert 'mine_alone' not in sys.modules                        # it was read, not run
+    assert "expected int" in said(capsys, 1, *argv, '--set', 'width=wide', '--out', 'run')
+    assert "has no setting 'depth'. There are width, rate" in said(capsys, 1, *argv, '--set', 'depth=3', '--out', 'run')
+    said(capsys, 0, *argv, '--width', 8, '--quiet', '--out', 'run')
+    assert Record('run').settings==dict(epochs=1, width=8, rate=3e-3) and 'of-width' in Path('run/report.html').read_text()
+    (tmp_path/'grid.toml').write_text(f'recipe = "of-width"\ndata = "{photos}"\nimports = ["mine_alone.py"]\n[grid]\nwidth = [4, 8]\n')
+    text = said(capsys, 0, 'sweep', 'grid.toml', '--storage', 'log', '--out', 'sweep', '--quiet')
+    assert '2 finished' in text
+    (tmp_path/'odd.toml').write_text((tmp_path/'grid.toml').read_text().replace('width', 'wide'))
+    assert 'wide' in said(capsys, 1, 'sweep', 'odd.toml', '--storage', 'log2', '--out', 'sweep2')
+    said(capsys, 0, 'report', 'run', next(Path('sweep').glob('*/run.json')).parent, '--out', 'both.html')
 
 def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
     got = {}
@@ -212,13 +260,13 @@ def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
                 '--bs', 32, '--pad', 1, '--flip', '--epochs', 7)
     assert text=='kdnb: stopped. The same command goes on where it stopped.\n'
     dls = got.pop('dls')
-    assert got==dict(name='prue', path=Path('runs/prue-digits'), data='digits', seeds=(4,5), quick=True, force=False, show=True, epochs=(7,),
+    assert got==dict(name='prue', path=Path('runs/prue-digits'), data='digits', seeds=(4,5), quick=True, show=True, epochs=7,
                      levels=(.2,.5), kind='l1', on=True)
     assert dls.train.bs==32 and dls.train.augments
 
 def test_each_folder_has_a_name_of_its_own(photos, tmp_path):
-    from kdnb.cli import _load,parser
-    def name(o): return _load(parser().parse_args(['compress','--data',str(o)]))[1]
+    from kdnb.cli import _load_data,parser
+    def name(o): return _load_data(parser().parse_args(['compress','--data',str(o)]))[1]
     for o in ('a.v1','a.v2'): shutil.copytree(photos, tmp_path/o)
     (tmp_path/'a.v1'/'labels.csv').rename(tmp_path/'a.v1'/'mine.csv')
     assert [name(tmp_path/o) for o in ('a.v2','a.v2/labels.csv','a.v1/mine.csv')]==['a.v2','a.v2','mine']
@@ -231,19 +279,19 @@ def test_sweep_is_handed_on(monkeypatch, capsys):
 
 def test_help_teaches_and_is_quick():
     code = '''import sys; from kdnb.cli import main
-for argv in (['--help'], ['compress','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['export','--help'], ['compress','--epochs','x']):
+for argv in (['--help'], ['compress','--help'], ['compress','--recipe','vid','--help'], ['report','--help'], ['data','--help'], ['sweep','--help'], ['export','--help'], ['compress','--epochs','x']):
     try: main(argv)
     except SystemExit: pass
 assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
+    from kdnb.recipes.registry import shipped
     res = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
-    for o in (*cli._about, 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
+    for o in (*shipped, '--n-per-class', 'Training images a class', 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
     assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
 
 def test_a_size_is_for_image_sets_too():
     for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
-        dls,name = cli._load(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
+        dls,name = cli._load_data(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
         assert dls.in_shape==shape and name=='digits'
-
 
 def test_a_trained_network_to_a_budget(run, photos, capsys, tmp_path):
     "`--to` cuts it, `--epochs` teaches what is left, and all of the limits hold"

@@ -87,7 +87,7 @@ DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
 def test_no_dead_link(path): assert not [*dead_links(path)]
 
 def test_dead_links_are_found():
-    text = '[a](04_measure.counts.ipynb) [b](../measure.html#x) [c](50c_recipes.folder.ipynb#the-run) [d](50c_recipes.folder.ipynb#no) [e](https://x.y) <img src="images/no.png">'
+    text = '[a](04_measure.counts.ipynb) [b](../measure.html#x) [c](50c_recipes.folder.ipynb#seeds) [d](50c_recipes.folder.ipynb#no) [e](https://x.y) <img src="images/no.png">'
     assert [*dead_links(ROOT/'nbs/51_recipes.vbgs_kd.ipynb', text)]==['../measure.html#x','50c_recipes.folder.ipynb#no','images/no.png']
 
 def test_papers_are_cited_by_author_and_year():
@@ -115,6 +115,11 @@ def test_readme_is_the_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run `make readme`'
 
 
+def test_a_directive_that_no_cell_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['nbs.py', str(ROOT/'nbs/01_files.ipynb'), '--only', 'rwos'])
+    with pytest.raises(SystemExit, match='2'): runpy.run_path(str(ROOT/'.ci/nbs.py'), run_name='__main__')
+    assert "no cell has the directive 'rwos'" in capsys.readouterr().err
+
 @pytest.mark.parametrize('old, names', {'terms': 'LossTerm QuickCallback check_weight weight_at', 'checkpoint': 'Checkpoint atomic_write fingerprint',
     'processes': 'Processes', 'trace': 'trace_channels norms', 'prune.masks': 'Masked weight_names', 'deploy': 'to_onnx Runtimes', 'recipes.core': 'Run Record recipe check_settings testing_every_epoch release nesterov_sgd',
     'distill.methods': 'KD VID CRD SimKD usual_weights named_term'}.items())
@@ -130,6 +135,11 @@ def test_old_module_paths_are_importable(old, names):
 def test_what_has_moved_down_is_found_where_it_was(module, names):
     mod = importlib.import_module(f'kdnb.{module}')
     assert all(hasattr(mod, o) for o in names.split())
+
+def test_a_directive_that_no_cell_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['nbs.py', str(ROOT/'nbs/01_files.ipynb'), '--only', 'rwos'])
+    with pytest.raises(SystemExit, match='2'): runpy.run_path(str(ROOT/'.ci/nbs.py'), run_name='__main__')
+    assert "no cell has the directive 'rwos'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('old, names', {'variational.layers': 'Gates Draw', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha',
     'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner'}.items())

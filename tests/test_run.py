@@ -75,7 +75,7 @@ def test_a_nan_stops_the_run_and_the_last_good_weights_stay(tmp_path):
     assert json.loads((tmp_path/'run'/'run.json').read_text())['stages']==[]
 
 def test_help_is_quick_and_mistakes_are_sentences(capsys):
-    for argv,says in [(['compress','--epochs','a,b'], 'whole numbers'), (['compress','--recipe','magic'], 'invalid choice'), ([], 'COMMAND')]:
+    for argv,says in [(['compress','--epochs','a,b'], 'commas between'), (['compress','--recipe','magic'], 'invalid choice'), ([], 'COMMAND')]:
         with pytest.raises(SystemExit): main(argv)
         assert says in capsys.readouterr().err
     code = "import sys; from kdnb.cli import main\ntry: main(['compress','--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

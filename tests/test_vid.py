@@ -100,7 +100,7 @@ def test_learning_without_forgetting_learns_a_last_layer_of_its_own():
 @pytest.mark.parametrize('says,kwargs', [
     ('there is no experiment', dict(experiments='tables')), ('needs source=', dict(experiments='transfer')), ('source is int', dict(source=3)),
     ('from 1 to', dict(n_per_class=1000)), ('no method is called', dict(methods=('magic',))), ('task is -1', dict(task=-1)),
-    ('expected names of networks', dict(students=(nn.Identity(),))), ('students is', dict(students=(1,))), ('expected 4 whole numbers', dict(epochs=1)), ('clip is', dict(clip=-1)),
+    ('expected tuple', dict(students=(nn.Identity(),))), ('students is', dict(students=(1,))), ('expected 4 whole numbers', dict(epochs=1)), ('clip is', dict(clip=-1)),
     ('no maps', dict(student='lenet300')), ("source's images are", dict(source=from_arrays(torch.zeros(40,9,9), torch.arange(40)%4)))])
 def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)

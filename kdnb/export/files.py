@@ -16,7 +16,7 @@ from torch import nn
 from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import attributes_of,index_layer,plain_copy,set_attributes,set_sizes
+from ..channels.layers import attributes_of,plain_copy,set_attributes
 from .build import _built,_check_fit,_cut,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked

@@ -18,6 +18,7 @@ from ..core import check_choice
 from ..prune.criteria import check_criterion
 from .settings import check_epochs,check_keeps,check_settings,name_of,term_for
 from .training import network_for
+from .registry import recipe
 from .run import Run
 from ..distill.task import check_classes
 
@@ -60,6 +61,8 @@ def _cut(run, dense, limits, way, s):
     return cut
 
 # %% ../../nbs/56_recipes.budget.ipynb #691a37e9
+@recipe('budget', settings=budget_defaults,
+        help='cut a network to a budget of multiply-accumulates in several ways, and teach what is left')
 def budget(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
     teacher='resnet8', # The dense network, which is cut and then teaches: a name, a module to train, or a trained `Learner`
     path='runs/budget', # Folder of the run; one that is there goes on

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from torch import nn
 from fastcore.basics import patch
+from fastai.data.core import DataLoaders
 from ..export.files import load_model,save_model
 from ..files import atomic_write,load_state,release,save_state
 from ..measure.counts import cost,latency
@@ -31,13 +32,15 @@ def value(self:Run,
     *args, # Its arguments: networks and data are known by content
     **kwargs, # Its arguments by name
 ) -> object:
-    "`f(*args, **kwargs)`, computed once for the seed in force: plain data, arrays, tensors, `DataFrame`s"
+    """`f(*args, **kwargs)`, computed once for the seed in force: plain data, arrays, tensors, `DataFrame`s
+
+    Raises `ValueError` if it belongs to a finished run and is computed from other things."""
     mark,path = fingerprint(self.seed, f, args, kwargs),self.path/'values'/f'{self._id(name)}.safetensors'
     def known():
         try: o = load_state(path)
         except (ValueError,OSError): return
         done = self.finished and self.seed in self._old['seeds']
-        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o     # its data and stages are known to be the same
+        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o     # its data and stages are the same
         if done: self._refuse(f'the value {name!r} is computed from other things')
     if self.rank==0 and known() is None:
         self._begin()
@@ -71,15 +74,38 @@ def _save_exhibit(self:Run, id_, e):
     except (ValueError,OSError): same = False
     if not same: save_state(path, vars(e))
 
-# %% ../../nbs/50f_recipes.run.ipynb #545e9e3b
-def _rows(model, dls):
-    plain = lambda v: v if isinstance(v, (int,str)) else str(v) if isinstance(v, (tuple,list)) else int(v)
-    return [{'path': n, **{k: plain(v) for k,v in o.items()}} for n,o in cost(model, dls, latency=False).iterrows()]
-
 # %% ../../nbs/50f_recipes.run.ipynb #9b2ab368
 def _latencies(models, dls):
     ms = latency(models, dls)
     return dict(ms=[float(o) for o in ms], spread=[getattr(o, 'spread', None) for o in ms])
+
+# %% ../../nbs/50f_recipes.run.ipynb #e1bbf9f5
+def _layer_rows(model, dls):
+    "What each layer costs, as plain data"
+    def plain(v):
+        if isinstance(v, (int,str)): return v
+        return str(v) if isinstance(v, (tuple,list)) else int(v)
+    rows = cost(model, dls, latency=False)
+    return [{'path': n, **{k: plain(v) for k,v in o.items()}} for n,o in rows.iterrows()]
+
+# %% ../../nbs/50f_recipes.run.ipynb #ceb2a1c2
+@patch
+def _measure_all(self:Run, model, of):
+    "Latency of all stages, cost of the layers, the file of `model` and `summary.json`"
+    times = self.value('latency', _latencies, [*map(_as_saved, self.models.values())], self.dls)
+    self.latency = dict(zip(self.models, times['ms']))
+    self.latency_spread = {k: v for k,v in zip(self.models, times['spread']) if v is not None}
+    self._add_latency()
+    self.layers = dict(before=_layer_rows(of, self.dls) if of is not None else [], after=_layer_rows(model, self.dls))
+    if self.rank: return
+    path = self.path/'model.safetensors'
+    save_model(model, path, self.dls, getattr(model, 'arch', None) or dict(name=type(model).__name__, kwargs={}))
+    try: load_model(path)
+    except ValueError: self.loads = False
+    keys = 'name','seed','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'
+    summary = dict(recipe=self.recipe, data=self.data, seed=self.seeds[0], seeds=self.seeds, versions=self.versions,
+                   stages=[{k: o.get(k) for k in keys} for o in self.stages])
+    atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
 
 # %% ../../nbs/50f_recipes.run.ipynb #f120ae54
 @patch
@@ -87,34 +113,18 @@ def finish(self:Run,
     model:nn.Module, # The network that the run has made; of the first seed
     of:nn.Module|None=None, # The dense network it was made of
 ) -> Run:
-    "Save `model`, measure the first seed's stages against each other, write `summary.json`; returns the run"
+    """Save `model`, measure the first seed's stages against each other, write `summary.json`; returns the run
+
+    Raises `ValueError` if a finished run kept another stage."""
     self.ends = [next((k for k,m in self.models.items() if m is o), None) for o in (of, model)]
     if self.finished and not self._new:
         if self.ends!=self._old['ends']: self._refuse(f"it keeps {self.ends[1]!r}, and kept {self._old['ends'][1]!r}")
-        self.latency,self.latency_spread,self.layers,self.loads = (
-            self._old.get(k, getattr(self, k)) for k in ('latency','latency_spread','layers','loads'))
-    else: self._sum_up(model, of)
-    self._note()
+        for k in ('latency','latency_spread','layers','loads'): setattr(self, k, self._old.get(k, getattr(self, k)))
+    else: self._measure_all(model, of)
+    self._add_latency()
     if self.finished:
         for id_,e in self._shown.items(): self._save_exhibit(id_, e)
     self._write(last=True)
     self.finished = False       # this very object may add to what it has made
     release(self.path)
     return self
-
-# %% ../../nbs/50f_recipes.run.ipynb #858a5ba8
-@patch
-def _sum_up(self:Run, model, of):
-    times = self.value('latency', _latencies, [*map(_as_saved, self.models.values())], self.dls)
-    self.latency,self.latency_spread = (dict(zip(self.models, times[k])) for k in ('ms','spread'))
-    self.latency_spread = {k: v for k,v in self.latency_spread.items() if v is not None}
-    self._note()
-    self.layers = dict(before=_rows(of, self.dls) if of is not None else [], after=_rows(model, self.dls))
-    if self.rank: return
-    save_model(model, path := self.path/'model.safetensors', self.dls, getattr(model, 'arch', None) or dict(name=type(model).__name__, kwargs={}))
-    try: load_model(path)
-    except ValueError: self.loads = False
-    keys = 'name','seed','test_accuracy','weights','weights_kept','macs','bytes','latency_ms'
-    summary = dict(recipe=self.recipe, data=self.data, seed=self.seeds[0], seeds=self.seeds, versions=self.versions,
-                   stages=[{k: o.get(k) for k in keys} for o in self.stages])
-    atomic_write(self.path/'summary.json', json.dumps(summary, indent=1))
