@@ -80,7 +80,7 @@ FAMILIES = dict(
     squeezenet=(tvm.squeezenet1_1, 25, ['classifier.1']), xresnet18=(partial(xresnet18, n_out=10), 14, ['11']),
     xresnet34=(partial(xresnet34, n_out=10), 22, ['11']),
     vision_learner=(lambda: create_vision_model(resnet18, 10, pretrained=False), 13, ['1.8']),
-    vit=(vit, 2, ['conv_proj',*(f'encoder.layers.encoder_layer_{i}.mlp.3' for i in (0,1)),'heads.head']), unet=(lambda: UNet(nn.BatchNorm2d), 4, ['last.3']),
+    vit=(vit, 2, ['conv_proj','heads.head']), unet=(lambda: UNet(nn.BatchNorm2d), 4, ['last.3']),
     unet_in=(lambda: UNet(partial(nn.InstanceNorm2d, affine=True)), 4, ['last.3']), cat_add=(CatAdd, 2, ['out.2']))
 
 def lively(m):
