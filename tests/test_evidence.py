@@ -196,9 +196,6 @@ def test_a_stored_table_is_what_its_rows_say(name):
     for c,old,now in zip(stored, was, [_texts(c) for c in new.cells[len(imports):]]): assert now==old, c.source
 
 def _texts(cell):
-    "What a cell shows as text; a picture stands for itself"
-    res = []
-    for o in cell.outputs:
-        if o.output_type=='stream' and o.name=='stdout': res.append(o.text)
-        elif 'data' in o: res.append('picture' if 'image/png' in o.data else o.data['text/plain'])
-    return res
+    "What a cell prints, and what it displays; a picture stands for itself. How printing falls into pieces is the kernel's affair."
+    printed = ''.join(o.text for o in cell.outputs if o.output_type=='stream' and o.name=='stdout')
+    return printed, ['picture' if 'image/png' in o.data else o.data['text/plain'] for o in cell.outputs if 'data' in o]
