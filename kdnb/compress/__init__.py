@@ -1,8 +1,4 @@
 "Half of the multiply-accumulates, 100,000 parameters, 3 milliseconds: say how small, and get the network, trained and measured"
-from importlib import import_module
+from kdnb._face import show_rooms
 
-__all__ = []
-for _room in ('budget','order','cut','noise','result','learner'):
-    _room = import_module(f'kdnb.compress.{_room}')
-    globals().update({_o: getattr(_room, _o) for _o in _room.__all__})
-    __all__ += _room.__all__
+__all__ = show_rooms(globals(), *(f'compress.{o}' for o in 'budget order cut noise result learner'.split()))

@@ -1,8 +1,4 @@
 "Image sets as `DataLoaders`: from arrays, from folders, by name"
-from importlib import import_module
+from kdnb._face import show_rooms
 
-__all__ = []
-for _room in ('arrays','folders','readers','sets'):
-    _room = import_module(f'kdnb.data.{_room}')
-    globals().update({_o: getattr(_room, _o) for _o in _room.__all__})
-    __all__ += _room.__all__
+__all__ = show_rooms(globals(), 'data.arrays', 'data.folders', 'data.readers', 'data.sets')

@@ -1,8 +1,4 @@
 "The papers' networks by name"
-from importlib import import_module
+from kdnb._face import show_rooms
 
-__all__ = []
-for _room in ('registry','lenets','resnets','vggs','torchvision','named'):
-    _room = import_module(f'kdnb.models.{_room}')
-    globals().update({_o: getattr(_room, _o) for _o in _room.__all__})
-    __all__ += _room.__all__
+__all__ = show_rooms(globals(), *(f'models.{o}' for o in 'registry lenets resnets vggs torchvision named'.split()))
