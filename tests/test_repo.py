@@ -1,8 +1,9 @@
 "The package equals its notebooks, what is stored is clean, rooms import only downwards, and the package builds."
 import ast, importlib, json, os, pkgutil, re, runpy, subprocess, sys, sysconfig, zipfile
 from configparser import ConfigParser
+from functools import cache
 from graphlib import TopologicalSorter
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 from shutil import copyfile
 
@@ -110,6 +111,34 @@ def test_a_notebook_begins_from_a_seed(path):
     hidden = next(s for c in NOTEBOOKS[path]['cells'] if (s := ''.join(c['source'])).startswith('#| hide'))
     assert hidden.endswith('\nset_seed(0)')
 
+def top_level_imports(path):
+    "Packages that a Python file imports as soon as it is imported itself"
+    for o in ast.parse(path.read_text(encoding='utf-8')).body:
+        if isinstance(o, ast.Import): yield from (a.name.split('.')[0] for a in o.names)
+        elif isinstance(o, ast.ImportFrom) and not o.level: yield o.module.split('.')[0]
+
+@cache
+def required():
+    "Packages that `pip install -e .[dev]` brings"
+    ini = ConfigParser(interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    todo = [r for o in ('', 'dev_', 'sweep_', 'onnx_', 'hub_') for r in ini['DEFAULT'][f'{o}requirements'].split()]
+    found = set()
+    while todo:
+        req = Requirement(todo.pop())
+        name = req.name.lower().replace('_', '-')
+        if name in found or (req.marker and not req.marker.evaluate({'extra': ''})): continue
+        found.add(name)
+        todo += requires(name) or []
+    return {o for o,dists in packages_distributions().items() if {d.lower().replace('_', '-') for d in dists} & found}
+
+@pytest.mark.parametrize('path', sorted([*(ROOT/'results').rglob('*.py'), *(ROOT/'bench').glob('*.py'), *(ROOT/'tests').glob('*.py')]), ids=lambda o: o.name)
+def test_scripts_import_what_is_installed(path):
+    "Else a grid cannot be listed, or a test not collected, in a fresh clone"
+    here = {'kdnb', *(o.stem for o in path.parent.glob('*.py')), *(o.stem for o in (ROOT/'tests').glob('*.py'))}
+    assert {*top_level_imports(path)} <= {*sys.stdlib_module_names, *required(), *here}
+
+
 def test_readme_is_the_index():
     readme = runpy.run_path(str(ROOT/'.ci/nbs.py'))['readme']
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run `make readme`'
@@ -135,11 +164,6 @@ def test_old_module_paths_are_importable(old, names):
 def test_what_has_moved_down_is_found_where_it_was(module, names):
     mod = importlib.import_module(f'kdnb.{module}')
     assert all(hasattr(mod, o) for o in names.split())
-
-def test_a_directive_that_no_cell_has_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['nbs.py', str(ROOT/'nbs/01_files.ipynb'), '--only', 'rwos'])
-    with pytest.raises(SystemExit, match='2'): runpy.run_path(str(ROOT/'.ci/nbs.py'), run_name='__main__')
-    assert "no cell has the directive 'rwos'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('old, names', {'variational.layers': 'Gates Draw', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha',
     'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner'}.items())

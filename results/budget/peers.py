@@ -1,7 +1,6 @@
 """One dense network and the same budgets: kdnb's `cut_to`, what Torch-Pruning (Fang et al. 2023) cuts, and a small network from
 nothing. All are distilled from the dense network for the same epochs, at several learning rates; validation accuracy chooses."""
 from functools import partial
-import torch_pruning as tp
 from kdnb.all import *
 from kdnb.compress.budget import Budget
 from kdnb.compress.cut import cut_to
@@ -9,9 +8,7 @@ from kdnb.recipes.run import Run
 from kdnb.recipes.settings import check_epochs,check_settings
 
 OURS,NOTHING,LONGER = 'kdnb','from nothing','from nothing, longer'
-PRUNERS = {
-    'uniform magnitude': partial(tp.pruner.MagnitudePruner, importance=tp.importance.MagnitudeImportance(p=2)),
-    'global group norm': partial(tp.pruner.GroupNormPruner, importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True)}
+PRUNERS = 'uniform magnitude','global group norm'
 WAYS = OURS,*PRUNERS,NOTHING,LONGER
 
 peers_defaults = dict(
@@ -27,9 +24,16 @@ def averaged(model, dls, n):
     with torch.no_grad(): torch.optim.swa_utils.update_bn((b[0] for b in itertools.islice(dls.train, n)), model)
     return model
 
-def pruned(pruner, model, xb, ratio):
-    "A copy of `model` from which `pruner` has removed the fraction `ratio` of the channels"
-    model = plain_copy(model).eval()
+def peer_pruner(name):
+    "The pruner `name` of Torch-Pruning"
+    try: import torch_pruning as tp
+    except ModuleNotFoundError: raise ImportError(f'{name!r} is cut by Torch-Pruning: pip install torch-pruning.') from None
+    if name=='uniform magnitude': return partial(tp.pruner.MagnitudePruner, importance=tp.importance.MagnitudeImportance(p=2))
+    return partial(tp.pruner.GroupNormPruner, importance=tp.importance.GroupMagnitudeImportance(p=2), global_pruning=True)
+
+def pruned(name, model, xb, ratio):
+    "A copy of `model` from which the pruner `name` has removed the fraction `ratio` of the channels"
+    model,pruner = plain_copy(model).eval(),peer_pruner(name)
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     pruner(model, xb, pruning_ratio=ratio, ignored_layers=[head], in_channel_groups={}, out_channel_groups={}).step()
     return model
@@ -49,7 +53,7 @@ def within(budget, cut, tries=12):
 def cut_by(way, learn, limit, s, folder):
     "The network within `limit` that `way` leads to"
     budget = Budget(learn.model, inputs(learn.dls, learn.model), dict(macs=limit))
-    if way in PRUNERS: return averaged(within(budget, partial(pruned, PRUNERS[way], learn.model, budget.xb[0][:1])), learn.dls, s['update_bn'])
+    if way in PRUNERS: return averaged(within(budget, partial(pruned, way, learn.model, budget.xb[0][:1])), learn.dls, s['update_bn'])
     model = cut_to(learn, budget, 'sensitivity', s['criterion'], update_bn=s['update_bn'], cache=folder, show=False).model
     if way!=OURS:
         for m in model.modules():
