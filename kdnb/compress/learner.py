@@ -86,7 +86,7 @@ def compress_to(self:Learner,
     n_epoch:int=5, # Epochs of distillation from the dense network, all in all
     steps:int=1, # In how many cuts
     round_to:int|None=None, # Widths are multiples of it, or those of now
-    lr:float|None=None, # Largest learning rate; if None the learner's
+    lr:float|None=None, # Largest learning rate; if None the learner's, which is little: about twice that of the dense network is good
     terms:object=None, # What is distilled, a term or a sum of them; if None what the task asks for
     task:float|None=None, # Weight of the task loss, see `KnowledgeDistillation`
     criterion:str|Callable='magnitude', # What the least worthy channels of a group go by

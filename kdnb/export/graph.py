@@ -174,7 +174,8 @@ def _trim(graph):
     weights = {o.name: o for o in g.initializer}
     for i,n in enumerate(g.node):
         size = shapes.get(n.input[0], [])[2:]
-        if n.op_type!='Conv' or n.input[1] not in weights or not size or 0 in size or any(o.name=='auto_pad' for o in n.attribute): continue
+        asked = any(o.name=='auto_pad' and o.s!=b'NOTSET' for o in n.attribute)      # padding that is computed when it runs
+        if n.op_type!='Conv' or n.input[1] not in weights or not size or 0 in size or asked: continue
         if (found := _trimmed(n, size, onnx.numpy_helper.to_array(weights[n.input[1]]))) is None: continue
         small,pads = found
         g.initializer.append(onnx.numpy_helper.from_array(small.copy(), f'{n.input[1]}_{i}'))
