@@ -143,6 +143,23 @@ def _cause(error):
     said = (str(e).strip().splitlines() or [''])[0]
     return f'{said[:200]} ({type(e).__name__})'
 
+# %% ../../nbs/41_export.graph.ipynb #3f96e8e5
+def _bare(o):
+    "Take from `o` what torch noted of its code and of the machine it ran on"
+    for field,value in o.ListFields():
+        if field.name in ('metadata_props','doc_string'): o.ClearField(field.name)
+        elif field.message_type:
+            for v in value if hasattr(value, '__len__') else [value]: _bare(v)
+
+# %% ../../nbs/41_export.graph.ipynb #cd3fab45
+def _layers(graph):
+    "`{path of a layer: name of what it says}`, in the order of running; a convolution that was merged with its norm has none"
+    said = {}
+    for n in graph.node:
+        noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes')
+        if noted: said[(['']+ast.literal_eval(noted))[-2]] = n.output[0]
+    return said
+
 # %% ../../nbs/41_export.graph.ipynb #a39c9b69
 def _met(n, k, stride, before, after, dilation):
     "The first tap of a kernel of `k` that meets one of `n` pixels, and the one behind the last; `before` and `after` are padded"
@@ -184,20 +201,3 @@ def _trim(graph):
         n.attribute.extend([onnx.helper.make_attribute('pads', pads), onnx.helper.make_attribute('kernel_shape', small.shape[2:])])
     used = {k for n in g.node for k in n.input} | {o.name for o in g.output}
     for o in [o for o in g.initializer if o.name not in used]: g.initializer.remove(o)
-
-# %% ../../nbs/41_export.graph.ipynb #3f96e8e5
-def _bare(o):
-    "Take from `o` what torch noted of its code and of the machine it ran on"
-    for field,value in o.ListFields():
-        if field.name in ('metadata_props','doc_string'): o.ClearField(field.name)
-        elif field.message_type:
-            for v in value if hasattr(value, '__len__') else [value]: _bare(v)
-
-# %% ../../nbs/41_export.graph.ipynb #cd3fab45
-def _layers(graph):
-    "`{path of a layer: name of what it says}`, in the order of running; a convolution that was merged with its norm has none"
-    said = {}
-    for n in graph.node:
-        noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes')
-        if noted: said[(['']+ast.literal_eval(noted))[-2]] = n.output[0]
-    return said
