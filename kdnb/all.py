@@ -51,6 +51,8 @@ from kdnb.variational.show import *
 from kdnb.prune.scoring import *
 from kdnb.prune.criteria import *
 from kdnb.prune.select import *
+from kdnb.prune.without_data import *
+from kdnb.prune.with_data import *
 from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
 from kdnb.prune.rewind import *
