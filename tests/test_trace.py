@@ -2,7 +2,7 @@
 import pytest
 from kdnb.all import *
 from kdnb.channels.trial import _silence
-from kdnb.channels.trace import labels_of,OUTPUT,put_labels,varies
+from kdnb.channels.labels import labels_of,OUTPUT,put_labels,varies
 
 class Net(nn.Module):
     "A convolution of 16 channels, `between`, a convolution that reads `n`"
