@@ -48,6 +48,12 @@ twins_svt_small pvt_v2_b0 mvitv2_tiny nest_tiny davit_tiny gcvit_xxtiny focalnet
 test_coatnet maxvit_rmlp_pico_rw_256 nextvit_small hiera_tiny_224 halonet26t botnet26t_256 lambda_resnet26t
 sequencer2d_s volo_d1_224 csatv2 iformer_t'''.split()
 
+# Networks on which others removed more, or nothing exactly: these are run first
+FIRST = '''efficientnetv2_s efficientnetv2_rw_t tf_efficientnetv2_s ghostnetv2_100 ghostnet_100 ghostnetv3_100 mobilenetv4_hybrid_medium regnetx_002
+regnety_002 resnext50_32x4d dla46x_c fastvit_t8 efficientnet_b0_gn resnetv2_50d_gn resnetv2_50x1_bit convnextv2_atto skresnet18 mixnet_s
+res2net50_26w_4s res2net50_14w_8s test_maxvit mobilevitv2_050 test_nfnet eca_nfnet_l0 vit_tiny_patch16_224 test_vit test_vit_relpos
+swin_tiny_patch4_window7_224'''.split()
+
 def networks():
     "Names of all networks: torchvision's classification, three segmentation, one video; timm's where it is installed"
     from torchvision import models as tv
@@ -246,7 +252,7 @@ def main():
         return
     k,of = map(int, a.part.split('/'))
     end,there = time.monotonic()+60*a.minutes,{r['network'] for r in rows(a.out)}
-    for name in networks():
+    for name in sorted(networks(), key=lambda n: n.partition('/')[2] not in FIRST):
         if a.only is not None and not any(name.partition('/')[2].startswith(o) or name==o for o in a.only): continue
         if a.only is None and name in there or not tenth(name, k, of): continue
         if time.monotonic()>end: break

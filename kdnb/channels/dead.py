@@ -14,15 +14,25 @@ from .groups import _removable
 from .layers import copy_network
 from .trial import _silence,_summing
 from ..core import evaluating
-from ..layers import channel_axis,n_channels,norms,over_weight
+from ..layers import channel_axis,kind_of,makers,masks_over,n_channels,norms,weighted
 
 # %% ../../nbs/08i_channels.dead.ipynb #f6281c6e
 def _speaks(m, reads=False):
     "Which of the channels that `m` makes (or reads) have a weight that is not zero"
+    if isinstance(m, makers) and not isinstance(m, weighted): return _speaks_own(m, reads)
     w = m.weight.detach().ne(0)
     if w.ndim==1: return w
     elif reads==getattr(m, 'transposed', False): return w.flatten(1).any(1)
     return w.unflatten(0, (getattr(m, 'groups', 1), -1)).movedim(2, 1).flatten(2).any(2).flatten()
+
+# %% ../../nbs/08i_channels.dead.ipynb #7031d6cc
+def _speaks_own(m, reads):
+    "`_speaks` of a layer that is neither a convolution nor linear, by the table of kinds"
+    kind,res = kind_of(m),torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
+    for name in kind.weights(m):
+        for d,(side,channel) in (kind.places(m, name) if m._parameters.get(name) is not None else {}).items():
+            if side==reads: res[channel[m._parameters[name].detach().ne(0).movedim(d, 0).flatten(1).any(1).cpu()]] = True
+    return res
 
 # %% ../../nbs/08i_channels.dead.ipynb #bbd0e562
 def _every(parts, n, test):
@@ -50,6 +60,7 @@ def _hear_zeros(model, paths, xb, training=False):
     def listen(m, x, path):
         if not x[0].numel(): return
         x = x[0].movedim(channel_axis(m), 0).reshape(x[0].shape[channel_axis(m)], -1).eq(0).all(1)
+        if kind_of(m).recurs: x = torch.cat([x, ~_speaks(m).to(x.device)])
         zero[path] = zero[path] & x if path in zero else x
     for p in paths:
         hooks.append(model.get_submodule(p).register_forward_pre_hook(lambda m,x,kw,p=p: listen(m, x or (*kw.values(),), p), with_kwargs=True))
@@ -85,11 +96,11 @@ def _silent(model, groups, xb):
             m = loud.get_submodule(p.path)
             mask = torch.zeros(n_channels(m)[0], dtype=torch.bool, device='cpu')
             mask[p.at[c[p.unit]]] = True
-            mask = mask.to(m.weight.device) & _speaks(m)
-            for t,at in ((m.weight,over_weight(mask, m)), (m.bias,mask)):
-                if t is not None and mask.any():
-                    t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
-                    drawn.append((t,at))
+            for name,at in masks_over(m, mask & _speaks(m).cpu()):
+                if not at.any(): continue
+                t = m._parameters[name]
+                t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
+                drawn.append((t,at))
     for sign in (1,-1):
         for x in _other_inputs(xb):
             for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero

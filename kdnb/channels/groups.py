@@ -12,7 +12,7 @@ from dataclasses import dataclass,field
 import pandas as pd, torch
 from .layers import _narrow_layer,_narrow_tensor,note_attributes
 from .labels import components
-from ..layers import is_depthwise,is_spread,n_channels,norms,own_axes,_usual
+from ..layers import is_depthwise,is_spread,kind_of,makers,n_channels,own_axes,table_axis,_usual,weighted
 
 # %% ../../nbs/08f_channels.groups.ipynb #f5600e08
 Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, and the group's channel at each position
@@ -69,9 +69,9 @@ def _hold_odd(t, model):
     for (kind,path),labels in t.parts.items():
         if kind in ('tensors','sizes'): continue
         m = model.get_submodule(path)
-        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items()) if o is not None and n not in _usual and own_axes(m, n) is None), None)
+        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items()) if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
         if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
-        elif 'weight' not in m._parameters: t.hold(labels, f'{path} computes its weight')
+        elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
         elif odd: t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
 
 # %% ../../nbs/08f_channels.groups.ipynb #b8800f8f
@@ -181,10 +181,12 @@ def _removable(g, found, first=None):
     return res
 
 # %% ../../nbs/08f_channels.groups.ipynb #a9a0dfc4
-def _tensor(model, name):
-    "The parameter or buffer called `name`"
+def _tensor_length(model, name):
+    "How many channels the parameter or buffer called `name` has"
     path,_,name = name.rpartition('.')
-    return (model.get_submodule(path)._parameters | model.get_submodule(path)._buffers)[name]
+    t = (model.get_submodule(path)._parameters | model.get_submodule(path)._buffers)[name]
+    return t.shape[table_axis(t)]
+
 
 # %% ../../nbs/08f_channels.groups.ipynb #0f890ca4
 def _kept(model, gone):
@@ -194,7 +196,7 @@ def _kept(model, gone):
         for kind in ('makers','norms','readers','tensors'):
             for p in getattr(g, kind):
                 m = None if kind=='tensors' else model.get_submodule(p.path)
-                sizes = n_channels(m) if m is not None else (_tensor(model, p.path).numel(),)*2
+                sizes = n_channels(m) if m is not None else (_tensor_length(model, p.path),)*2
                 both = alive.setdefault(p.path, [torch.ones(n, dtype=torch.bool, device='cpu') for n in sizes])
                 sides = both if m is None or kind=='norms' or is_depthwise(m) else both[kind=='readers':][:1]
                 for o in sides: o[p.at[dead[p.unit]]] = False

@@ -8,14 +8,15 @@ __all__ = ['trace_channels']
 # %% ../../nbs/08e_channels.trace.ipynb #8199dc64
 import pandas as pd, torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .labels import labels_of,LOST,OUTPUT,Trace,WIDTHS
+from .labels import _labelled,labels_of,LOST,OUTPUT,Trace,WIDTHS
 from .sizes import output_tensors
 import kdnb.channels.arithmetic     # its rules
 from ..core import evaluating,first_samples
-from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,n_channels,norms
-from ..layers import spanned_axis,weighted
+from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers,n_channels,norms
+from ..layers import table_axis,weighted
 
 # %% ../../nbs/08e_channels.trace.ipynb #50e389c9
 @patch
@@ -27,18 +28,42 @@ def layer(self:Trace,
     *args, **kwargs,
 ) -> None:
     "Note what layer `m` reads and makes, and label its output"
-    made,read = n_channels(m)
-    axis,makes = channel_axis(m),isinstance(m, weighted) and not is_depthwise(m)
+    kind,(made,read) = kind_of(m),n_channels(m)
+    axis,makes = channel_axis(m),isinstance(m, makers) and not is_depthwise(m)
     if path not in self.ran: self.ran.append(path)
-    came = self.along(labels_of(x), axis if x.ndim>1 else 0)
-    if len(came)!=read: came = self.hold(came, WIDTHS).new_zeros(read)
-    if makes and (came>0).any() and computes_weight(m, x, *args, **kwargs): came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
-    self.note('readers' if makes else 'makers' if isinstance(m, weighted) else 'norms', path, came)
-    if (n := kind_of(m).together(m))>1: rows = came.view(-1, n); self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
+    came = self.came(kind, x, axis, read)
+    if makes and (came>0).any() and not kind.sums and computes_weight(m, x, *args, **kwargs):
+        came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
+    if kind.recurs: came = self.again(came, labels, args)
+    self.note('readers' if makes else 'makers' if isinstance(m, makers) else 'norms', path, came)
+    if (n := kind.together(m))>1:
+        rows = came.view(-1, n)
+        self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
     if makes: self.note('makers', path, labels)
-    if isinstance(out, torch.Tensor) and out.ndim==x.ndim and out.shape[axis]==made: self.mark(out, labels, axis)
-    else: self.hold(labels, LOST)
+    outs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+    if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs): self.hold(labels, LOST)
+    else:
+        for o in outs: self.mark(o, labels, axis)
+
+
+# %% ../../nbs/08e_channels.trace.ipynb #d01ffd99
+@patch
+def came(self:Trace, kind, x, axis, read):
+    "The labels of the `read` channels that a layer of this kind reads in `x`"
+    zeros = torch.zeros(read, dtype=torch.int32, device='cpu')
+    if not kind.reads: return zeros
+    found = self.along(labels_of(x), axis if x.ndim>1 else 0)
+    if kind.recurs or len(found)==read: return found
+    self.hold(found, WIDTHS)
+    return zeros
+
+@patch
+def again(self:Trace, came, labels, states):
+    "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
+    for o in tree_leaves(states):
+        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)): self.join(labels, self.along(labels_of(o), -1))
+    return torch.cat([came, labels])
 
 # %% ../../nbs/08e_channels.trace.ipynb #f0b58792
 @patch
@@ -50,7 +75,7 @@ def run(self:Trace,
     wrapped = {}
     self._uses.append([])
     for path,m in self.model.named_modules():
-        layer = isinstance(m, weighted) or isinstance(m, norms) and n_channels(m)[0]>1
+        layer = isinstance(m, makers) or isinstance(m, norms) and n_channels(m)[0]>1
         if layer and 'forward' in vars(m): wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
         elif layer: wrapped[m] = self._known(path, m)
         elif (why := holds(m)) or isinstance(m, nn.LayerNorm): wrapped[m] = self._held(path, m, why)
@@ -71,12 +96,13 @@ def run(self:Trace,
 # %% ../../nbs/08e_channels.trace.ipynb #6dc53f36
 @patch
 def label_tensors(self:Trace) -> None:
-    "Parameters and buffers outside of known layers that have one axis, such as a layer scale, have labels of their own"
-    inside = {id(t) for m in self.model.modules() if isinstance(m, weighted+norms) for t in (*m.parameters(), *m.buffers())}
+    "Parameters and buffers outside of known layers have labels of their own, such as a layer scale or a table of positions"
+    inside = {id(t) for m in self.model.modules() if isinstance(m, makers+norms) or holds(m) for t in (*m.parameters(), *m.buffers())}
     for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
-        if id(t) in inside or not t.is_floating_point() or spanned_axis(t) is None: continue
-        self.note('tensors', name, self.new_labels(name, t.numel()))
-        self.mark(t, self.parts['tensors',name], spanned_axis(t))
+        if id(t) in inside or not t.is_floating_point() or (axis := table_axis(t)) is None: continue
+        self.note('tensors', name, self.new_labels(name, t.shape[axis]))
+        self.mark(t, self.parts['tensors',name], axis)
+
 
 # %% ../../nbs/08e_channels.trace.ipynb #907a0b31
 @patch
@@ -91,6 +117,7 @@ def _known(self:Trace, path, m):
     def forward(*args, f=m.forward, **kwargs):
         out = self._aside(f, *args, **kwargs)
         if 'input' in kwargs: args = kwargs.pop('input'),*args
+        if isinstance(args[0], PackedSequence): args = args[0].data,*args[1:]
         self._aside(self.layer, path, m, out, *args, **kwargs)
         return out
     return forward
@@ -105,7 +132,7 @@ def _held(self:Trace, path, m, why):
             try: return f(*args, **kwargs)
             finally: self._where = ''
         out = self._aside(f, *args, **kwargs)
-        if isinstance(m, weighted) and path not in self.ran: self.ran.append(path)
+        if isinstance(m, makers) and path not in self.ran: self.ran.append(path)
         for o in tree_leaves((args, kwargs)):
             if isinstance(o, torch.Tensor): self.hold(labels_of(o), why.format(name))
         return out
@@ -134,7 +161,7 @@ def hold_unseen(self:Trace) -> None:
     "Layers that did not run, since another input, or targets, would take their way: what they could read stays"
     inside = {c for m in self.model.modules() if holds(m) for c in m.modules()}
     for path,m in self.model.named_modules():
-        if not isinstance(m, weighted+norms) or path in self.ran or m in inside or isinstance(m, norms) and n_channels(m)[0]==1: continue
+        if not isinstance(m, makers+norms) or path in self.ran or m in inside or isinstance(m, norms) and n_channels(m)[0]==1: continue
         for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]: self.hold(labels, f'{path} did not run, and may read them')
 
 # %% ../../nbs/08e_channels.trace.ipynb #7fb01271

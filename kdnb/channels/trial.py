@@ -19,7 +19,7 @@ from .layers import copy_network,plain_copy
 from .sizes import output_tensors
 from .trace import trace_channels
 from ..core import evaluating,first_samples,inputs
-from ..layers import channel_axis,kind_of,n_channels,norms,over_weight,weighted
+from ..layers import channel_axis,kind_of,makers,masks_over,n_channels,norms
 
 # %% ../../nbs/08g_channels.trial.ipynb #1dd75c50
 @torch.no_grad()
@@ -60,10 +60,10 @@ def layer_outputs(model, xb):
     "Outputs of all layers with weights, as `(path, tensor)` in the order of running, and of the network, called ''"
     said,hooks,begun = [],[],['']
     for path,m in model.named_modules():
-        if isinstance(m, weighted+norms):
+        if isinstance(m, makers+norms):
             hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: begun.append(path)))
-        if isinstance(m, weighted):
-            hooks.append(m.register_forward_hook(lambda m,x,out,path=path: said.append((path, out.clone()))))
+        if isinstance(m, makers):
+            hooks.append(m.register_forward_hook(lambda m,x,out,path=path: said.append((path, output_tensors(out)[0].clone()))))
     try:
         with constant_draws(model), evaluating(model): return said + [('', o) for o in output_tensors(model(*xb))]
     except Exception as e: e.where = begun[-1]; raise
@@ -103,15 +103,20 @@ def _said(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
 # %% ../../nbs/08g_channels.trial.ipynb #80d5e1c7
-def _summing(model, g): return [p for p in g.norms if kind_of(model.get_submodule(p.path)).sums]
+def _summing(model, g):
+    "`Part`s of layers that compute across the channels of `g`"
+    return [p for p in g.norms+g.readers if kind_of(model.get_submodule(p.path)).sums]
+
 
 # %% ../../nbs/08g_channels.trial.ipynb #264e6a65
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
-    masked,small = deepcopy(model),deepcopy(model)
-    for g,dead in gone: _silence(masked, g, dead, ('makers','norms','readers') if _summing(model, g) else ['readers'])
+    masked = deepcopy(model)
+    for g,dead in gone:
+        _silence(masked, g, dead, ('makers','norms','readers') if _summing(model, g) else ['readers'])
+    small = deepcopy(masked)
     try:
         kept = _remove(small, gone)
         with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)       # torch.fx prints the errors of its modules
@@ -159,9 +164,8 @@ def traces(self:ChannelGroup,
             m,reads = model.get_submodule(p.path),kind=='readers'
             mask = torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
             mask[p.at[dead.cpu()[p.unit]]] = True
-            if m.weight is not None: yield f'{p.path}.weight'.lstrip('.'),over_weight(mask, m, reads)
-            if not reads and getattr(m, 'bias', None) is not None:
-                yield f'{p.path}.bias'.lstrip('.'),mask.to(m.bias.device)
+            for name,there in masks_over(m, mask, reads): yield f'{p.path}.{name}'.lstrip('.'),there
+
 
 # %% ../../nbs/08g_channels.trial.ipynb #5ab4746f
 @torch.no_grad()
@@ -195,7 +199,7 @@ def _tried(model, t, x, until):
         if not failed or _late(until): break
         inside |= failed
         t = trace_channels(probe, x, inside)
-    groups += [*_others(groups, probe, [p for p in order if isinstance(probe.get_submodule(p), weighted)], LOST)]
+    groups += [*_others(groups, probe, [p for p in order if isinstance(probe.get_submodule(p), makers)], LOST)]
     return ChannelGroups(sorted(groups, key=lambda g: order[g.name]))
 
 # %% ../../nbs/08g_channels.trial.ipynb #f25b7d90
@@ -217,7 +221,7 @@ def _groups(model, xb, seconds=60):
             break
         except Exception as e: fault = fault or e
     else:
-        layers = [p for p,m in model.named_modules() if isinstance(m, weighted)]
+        layers = [p for p,m in model.named_modules() if isinstance(m, makers)]
         why = f'{type(model).__name__} cannot be followed ({_said(fault)})'
         return ChannelGroups(_others([], model, layers, why))
     return _tried(model, t, x, until)
