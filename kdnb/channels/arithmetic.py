@@ -12,30 +12,29 @@ from fastcore.basics import patch
 from .labels import _labelled,labels_of,LOST,_small,_spans,Trace,varies,WIDTHS
 from .operations import follows,_inputs,_sliced
 
-# %% ../../nbs/08d_channels.arithmetic.ipynb #23d2bc36
-@follows('pointwise','hardswish','hardswish_','hardsigmoid_','_to_copy','native_dropout','_prelu_kernel','zeros_like','ones_like','empty_like',
-         'full_like','rand_like','randn_like','bernoulli','bernoulli_','fill_','zero_','rrelu_with_noise')
-def _pointwise(trace, func, named, out):
-    o,ts = tree_leaves(out)[0],_inputs(named)
-    l = trace.merge(o, [t for t in ts if t.ndim<=o.ndim])
-    if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None: trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
-    return tree_map_only(torch.Tensor, lambda o: l, out)
+# %% ../../nbs/08d_channels.arithmetic.ipynb #5c1d90e2
+@patch
+def mixed(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    dims:list, # Axes over which something is computed
+    why:str, # What is said of those that stay
+) -> torch.Tensor:
+    "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
+    if not (dims := [d for d in dims if varies(l, d)]): return l
+    path = self._running[-1][0] if self._running else ''
+    of = self.classes[_small(l).long()]       # a class token's labels are others than those of the patches, until they are joined
+    if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
+    first = l
+    for d in dims: first = first.narrow(d, 0, 1)
+    self.join(first.expand(l.shape), l, why)
+    self.rowwise.append((path, _small(l).unique()))
+    return first.expand(l.shape)
 
-# %% ../../nbs/08d_channels.arithmetic.ipynb #c902b0d7
-@follows('new_empty','new_zeros','new_ones','new_full')
-def _new(trace, func, named, out):
-    "As large as channels that it is made beside, or of size 1 there"
-    l = labels_of(named['self'])
-    if l.ndim!=out.ndim or any(varies(l, d) and out.shape[d]!=l.shape[d] for d in range(l.ndim)): return torch.zeros([1]*out.ndim, dtype=torch.int32, device='cpu').expand(out.shape).clone()
-    for d in range(l.ndim):
-        if not varies(l, d): l = l.narrow(d, 0, 1)
-    return l.expand(out.shape)
-
-# %% ../../nbs/08d_channels.arithmetic.ipynb #9bf61590
-@follows('copy_')
-def _copy(trace, func, named, out):
-    l = labels_of(named['src']).expand(out.shape)
-    return trace.hold(l, LOST) if out._base is not None else l
+# %% ../../nbs/08d_channels.arithmetic.ipynb #f6268af5
+@patch
+def _why(self:Trace, t):
+    found = self._names.get(id(t), self._names.get(id(t._base)))
+    return f'Parameter {found} is joined with them' if found else WIDTHS
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #97588441
 @patch
@@ -64,33 +63,34 @@ def merge(self:Trace,
 
 def _spanned(l, axes): return [d for d in axes if _spans(l, d)]
 
-# %% ../../nbs/08d_channels.arithmetic.ipynb #f6268af5
-@patch
-def _why(self:Trace, t):
-    found = self._names.get(id(t), self._names.get(id(t._base)))
-    return f'Parameter {found} is joined with them' if found else WIDTHS
+# %% ../../nbs/08d_channels.arithmetic.ipynb #23d2bc36
+@follows('pointwise','hardswish','hardswish_','hardsigmoid_','_to_copy','native_dropout','_prelu_kernel','zeros_like','ones_like','empty_like',
+         'full_like','rand_like','randn_like','bernoulli','bernoulli_','fill_','zero_','rrelu_with_noise')
+def _pointwise(trace, func, named, out):
+    o,ts = tree_leaves(out)[0],_inputs(named)
+    l = trace.merge(o, [t for t in ts if t.ndim<=o.ndim])
+    if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None: trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
+    return tree_map_only(torch.Tensor, lambda o: l, out)
 
-# %% ../../nbs/08d_channels.arithmetic.ipynb #5c1d90e2
-@patch
-def mixed(self:Trace,
-    l:torch.Tensor, # Labels of a tensor, of its shape
-    dims:list, # Axes over which something is computed
-    why:str, # What is said of those that stay
-) -> torch.Tensor:
-    "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
-    if not (dims := [d for d in dims if varies(l, d)]): return l
-    path = self._running[-1][0] if self._running else ''
-    of = self.classes[_small(l).long()]       # a class token's labels are others than those of the patches, until they are joined
-    if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
-    first = l
-    for d in dims: first = first.narrow(d, 0, 1)
-    self.join(first.expand(l.shape), l, why)
-    self.rowwise.append((path, _small(l).unique()))
-    return first.expand(l.shape)
+# %% ../../nbs/08d_channels.arithmetic.ipynb #c902b0d7
+@follows('new_empty','new_zeros','new_ones','new_full')
+def _new(trace, func, named, out):
+    "As large as channels that it is made beside, or of size 1 there"
+    l = labels_of(named['self'])
+    if l.ndim!=out.ndim or any(varies(l, d) and out.shape[d]!=l.shape[d] for d in range(l.ndim)): return torch.zeros([1]*out.ndim, dtype=torch.int32, device='cpu').expand(out.shape).clone()
+    for d in range(l.ndim):
+        if not varies(l, d): l = l.narrow(d, 0, 1)
+    return l.expand(out.shape)
+
+# %% ../../nbs/08d_channels.arithmetic.ipynb #9bf61590
+@follows('copy_')
+def _copy(trace, func, named, out):
+    l = labels_of(named['src']).expand(out.shape)
+    return trace.hold(l, LOST) if out._base is not None else l
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #20860d25
 @follows('mean','sum','amax','amin','max','min','prod','std','var','var_mean','std_mean','any','all','norm','linalg_vector_norm','logsumexp',
-         'argmax','argmin','cumsum','cumprod','sort','topk','median','_softmax','_log_softmax','softmax','log_softmax')
+         'argmax','argmin','cumsum','cumprod','sort','topk','median','_softmax','_safe_softmax','_log_softmax','softmax','log_softmax')
 def _reduce(trace, func, named, out):
     l,dims = labels_of(named['self']),named.get('dim')
     dims = [d%l.ndim for d in ([dims] if isinstance(dims, int) else dims or range(l.ndim))]

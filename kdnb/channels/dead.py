@@ -9,6 +9,7 @@ __all__ = []
 from copy import deepcopy
 from functools import partial
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from .groups import _removable
 from .layers import copy_network
@@ -30,9 +31,11 @@ def _speaks_own(m, reads):
     "`_speaks` of a layer that is neither a convolution nor linear, by the table of kinds"
     kind,res = kind_of(m),torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
     for name in kind.weights(m):
-        for d,(side,channel) in (kind.places(m, name) if m._parameters.get(name) is not None else {}).items():
-            if side==reads: res[channel[m._parameters[name].detach().ne(0).movedim(d, 0).flatten(1).any(1).cpu()]] = True
+        if (t := m._parameters.get(name)) is None: continue
+        for d,(side,channel) in kind.places(m, name).items():
+            if side==reads: res[channel[t.detach().ne(0).movedim(d, 0).reshape(t.shape[d], -1).any(1).cpu()]] = True
     return res
+
 
 # %% ../../nbs/08i_channels.dead.ipynb #bbd0e562
 def _every(parts, n, test):
@@ -58,6 +61,7 @@ def _hear_zeros(model, paths, xb, training=False):
     "`{path: mask}` of the inputs of layers that are zero everywhere in a batch, in evaluation and, where the network runs so, in training"
     zero,hooks = {},[]
     def listen(m, x, path):
+        if isinstance(x[0], PackedSequence): x = (x[0].data,)
         if not x[0].numel(): return
         x = x[0].movedim(channel_axis(m), 0).reshape(x[0].shape[channel_axis(m)], -1).eq(0).all(1)
         if kind_of(m).recurs: x = torch.cat([x, ~_speaks(m).to(x.device)])

@@ -62,6 +62,8 @@ WIDTHS = 'layers of other widths join them (a padded shortcut, a broadcast)'
 
 LOST = 'the way from their makers to their readers cannot be followed exactly'
 
+
+# %% ../../nbs/08a_channels.labels.ipynb #5ff0025b
 class Trace(TorchDispatchMode):
     "Follows labels through `model` while it runs"
     def __init__(self,
@@ -69,93 +71,72 @@ class Trace(TorchDispatchMode):
         inside:set=frozenset(), # Paths of modules whose rows, such as heads, are cut inside and never go as a whole
     ):
         super().__init__()
-        self.inside,self.rowwise = inside,[]    # paths of modules and labels that go row by row
+        self.model,self.inside = model,inside
+        self.parts,self.ran = {},[]     # `{(kind, path): labels}`; paths of layers in the order of running
+        self.joined,self.held,self.balanced,self.rowwise = [],[],[],[]
         self._names = {id(p): n for n,p in model.named_parameters()}
-        self._running,self._uses,self._needs,self._calls = [],[],[],{}
-        self.model,self.parts,self.ran = model,{},[]    # `{(kind, path): labels}`; paths of layers in the order of running
-        self.joined,self.held,self.balanced = [],[],[]
-        self._first,self._n,self._quiet,self._where = {},1,False,''
-        self._found = None,None
-        self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
-        self._marked = []
+        self._running,self._uses,self._needs,self._calls = [],[],[],{}      # for numbers that code keeps
+        self._first,self._n = {},1      # the first label of each layer, and the next that is free
+        self._row = torch.zeros(1, dtype=torch.int32, device='cpu')     # the row of each label, where a view made some
+        self._found,self._marked = (None,None),[]
+        self._quiet,self._where = False,''
 
-    def mark(self,
-        t:torch.Tensor, # Any tensor
-        labels:torch.Tensor, # (n,), or of the shape of `t` if `axis` is None
-        axis:int|None=None, # Axis of length n
-    ) -> None:
-        "Label tensor `t`, along `axis` or as a whole, until the trace is done"
-        if axis is None: t._labels = labels
-        else: put_labels(t, labels, axis)
-        self._marked.append(weakref.ref(t))
-
-    def clear(self) -> None:
-        "Take all labels off again: tensors may be kept by the network's code"
-        for t in [r() for r in self._marked]:
-            if t is not None: t.__dict__.pop('_labels', None)
-        self._marked = []
-
-    def new_labels(self,
-        name:str, # Path of what makes them
-        n:int, # How many channels
-    ) -> torch.Tensor:
-        "Labels for the `n` channels of `name`, at each call the same; a single channel never goes and has none"
-        if n==1: return torch.zeros(1, dtype=torch.int32, device='cpu')
-        if name not in self._first:
-            self._first[name],self._n = self._n,self._n+n
-            self._row = F.pad(self._row, (0,n))
-        return torch.arange(n, dtype=torch.int32, device='cpu') + self._first[name]
-
-    def join(self,
-        a:torch.Tensor, # Labels
-        b:torch.Tensor, # As many others, place by place
-        why:str=WIDTHS, # What is said of those that stay
-    ) -> None:
-        "Labels in the same place become one; those that meet a 0 stay"
-        pairs = torch.stack([a.flatten(), b.flatten()])
-        pairs = pairs[:,pairs[0]!=pairs[1]].unique(dim=1)
-        self.hold(pairs[:,(pairs==0).any(0)], why)
-        self.joined.append(pairs[:,(pairs>0).all(0)])
-
-    def hold(self,
-        labels:torch.Tensor, # Of channels that cannot go
-        why:str, # The reason, for `stays`
-    ) -> torch.Tensor:
-        "These stay; returns as many zeros"
-        ids = _small(labels).unique()
-        if len(ids := ids[ids>0]): self.held.append((ids, why))
-        return torch.zeros_like(labels)
-
-    def balance(self,
-        labels:torch.Tensor, # Of channels that stand in equal blocks
-        block:torch.Tensor, # Which block each stands in
-        why:str, # The reason
-        whole:bool=False, # Or blocks go as a whole
-    ) -> None:
-        "As many must go from each `block`"
-        pairs = torch.stack([labels.flatten(), block.expand(labels.shape).flatten()])
-        self.balanced.append((pairs.unique(dim=1), why, whole))
-
-    def note(self,
-        kind:str, # 'makers', 'readers', 'norms', 'tensors' or 'sizes'
-        path:str, # Path of the layer; a `Size`
-        labels:torch.Tensor, # Its channels (n,)
-    ) -> None:
-        "A layer that runs again finds the same channels in the same places"
-        if (kind,path) in self.parts: self.join(self.parts[kind,path], labels)
-        else: self.parts[kind,path] = labels
-
-# %% ../../nbs/08a_channels.labels.ipynb #839fe7ef
+# %% ../../nbs/08a_channels.labels.ipynb #38ac45f9
 @patch
-def along(self:Trace,
-    l:torch.Tensor, # Labels of a tensor, of its shape
-    axis:int, # Axis of length n
+def new_labels(self:Trace,
+    name:str, # Path of what makes them
+    n:int, # How many channels
 ) -> torch.Tensor:
-    "Labels `l` along one axis (n,)"
-    if not l.numel(): return l.new_zeros(l.shape[axis])
-    l = _small(l.movedim(axis, 0)).flatten(1) if l.ndim>1 else l[:,None]
-    if l.shape[1]>1: self.join(l[:,:1].expand_as(l), l)
-    return l[:,0]
+    "Labels for the `n` channels of `name`, at each call the same; a single channel never goes and has none"
+    if n==1: return torch.zeros(1, dtype=torch.int32, device='cpu')
+    if name not in self._first:
+        self._first[name],self._n = self._n,self._n+n
+        self._row = F.pad(self._row, (0,n))
+    return torch.arange(n, dtype=torch.int32, device='cpu') + self._first[name]
+
+# %% ../../nbs/08a_channels.labels.ipynb #635e8983
+@patch
+def mark(self:Trace,
+    t:torch.Tensor, # Any tensor
+    labels:torch.Tensor, # (n,), or of the shape of `t` if `axis` is None
+    axis:int|None=None, # Axis of length n
+) -> None:
+    "Label tensor `t`, along `axis` or as a whole, until the trace is done"
+    if axis is None: t._labels = labels
+    else: put_labels(t, labels, axis)
+    self._marked.append(weakref.ref(t))
+
+# %% ../../nbs/08a_channels.labels.ipynb #ea444784
+@patch
+def clear(self:Trace) -> None:
+    "Take all labels off again: tensors may be kept by the network's code"
+    for t in [r() for r in self._marked]:
+        if t is not None: t.__dict__.pop('_labels', None)
+    self._marked = []
+
+# %% ../../nbs/08a_channels.labels.ipynb #6e306aae
+@patch
+def hold(self:Trace,
+    labels:torch.Tensor, # Of channels that cannot go
+    why:str, # The reason, for `stays`
+) -> torch.Tensor:
+    "These stay; returns as many zeros"
+    ids = _small(labels).unique()
+    if len(ids := ids[ids>0]): self.held.append((ids, why))
+    return torch.zeros_like(labels)
+
+# %% ../../nbs/08a_channels.labels.ipynb #d294923d
+@patch
+def join(self:Trace,
+    a:torch.Tensor, # Labels
+    b:torch.Tensor, # As many others, place by place
+    why:str=WIDTHS, # What is said of those that stay
+) -> None:
+    "Labels in the same place become one; those that meet a 0 stay"
+    pairs = torch.stack([a.flatten(), b.flatten()])
+    pairs = pairs[:,pairs[0]!=pairs[1]].unique(dim=1)
+    self.hold(pairs[:,(pairs==0).any(0)], why)
+    self.joined.append(pairs[:,(pairs>0).all(0)])
 
 # %% ../../nbs/08a_channels.labels.ipynb #2a71ed43
 def components(
@@ -185,3 +166,38 @@ def stays(self:Trace) -> dict[int,str]:
     for (kind,path),ids in self.parts.items():       # a layer's channels that are all one
         if kind=='makers' and len(ids)>1 and len(c := of[ids.long()].unique())==1: found.setdefault(int(c), LOST)
     return found
+
+# %% ../../nbs/08a_channels.labels.ipynb #b7a2516e
+@patch
+def balance(self:Trace,
+    labels:torch.Tensor, # Of channels that stand in equal blocks
+    block:torch.Tensor, # Which block each stands in
+    why:str, # The reason
+    whole:bool=False, # Or blocks go as a whole
+) -> None:
+    "As many must go from each `block`"
+    pairs = torch.stack([labels.flatten(), block.expand(labels.shape).flatten()])
+    self.balanced.append((pairs.unique(dim=1), why, whole))
+
+# %% ../../nbs/08a_channels.labels.ipynb #aaa491dc
+@patch
+def note(self:Trace,
+    kind:str, # 'makers', 'readers', 'norms', 'tensors' or 'sizes'
+    path:str, # Path of the layer; a `Size`
+    labels:torch.Tensor, # Its channels (n,)
+) -> None:
+    "A layer that runs again finds the same channels in the same places"
+    if (kind,path) in self.parts: self.join(self.parts[kind,path], labels)
+    else: self.parts[kind,path] = labels
+
+# %% ../../nbs/08a_channels.labels.ipynb #839fe7ef
+@patch
+def along(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    axis:int, # Axis of length n
+) -> torch.Tensor:
+    "Labels `l` along one axis (n,)"
+    if not l.numel(): return l.new_zeros(l.shape[axis])
+    l = _small(l.movedim(axis, 0)).flatten(1) if l.ndim>1 else l[:,None]
+    if l.shape[1]>1: self.join(l[:,:1].expand_as(l), l)
+    return l[:,0]

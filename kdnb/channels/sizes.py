@@ -16,21 +16,6 @@ from fastcore.basics import patch
 from .labels import Trace,varies
 from ..core import evaluating
 
-# %% ../../nbs/08b_channels.sizes.ipynb #d2aba910
-def output_tensors(
-    out:object, # What a network returned
-    seen:set|None=None, # Objects that were looked into already, by id
-) -> list[torch.Tensor]:
-    "All tensors in what a network returns: in containers, dataclasses and objects that hold them; what is none is passed over"
-    seen = {} if seen is None else seen
-    if isinstance(out, torch.Tensor): return [out]
-    if id(out) in seen or isinstance(out, (str,bytes,nn.Module,type)): return []
-    seen[id(out)] = out
-    if isinstance(out, dict): out = list(out.values())
-    elif dataclasses.is_dataclass(out): out = [getattr(out, f.name) for f in dataclasses.fields(out)]
-    elif not isinstance(out, (list,tuple,set,deque)): out = list(getattr(out, '__dict__', {}).values())
-    return [t for o in out for t in output_tensors(o, seen)]
-
 # %% ../../nbs/08b_channels.sizes.ipynb #d4e1f06b
 Size = namedtuple('Size', 'path name index shape axis')   # attribute `name` of a module counts labels of this shape along `axis`
 
@@ -95,6 +80,21 @@ def by_size(self:Trace,
     if not found or not all(found): return False
     self._needs += [(keys, l) for keys in found]
     return True
+
+# %% ../../nbs/08b_channels.sizes.ipynb #d2aba910
+def output_tensors(
+    out:object, # What a network returned
+    seen:set|None=None, # Objects that were looked into already, by id
+) -> list[torch.Tensor]:
+    "All tensors in what a network returns: in containers, dataclasses and objects that hold them; what is none is passed over"
+    seen = {} if seen is None else seen
+    if isinstance(out, torch.Tensor): return [out]
+    if id(out) in seen or isinstance(out, (str,bytes,nn.Module,type)): return []
+    seen[id(out)] = out
+    if isinstance(out, dict): out = list(out.values())
+    elif dataclasses.is_dataclass(out): out = [getattr(out, f.name) for f in dataclasses.fields(out)]
+    elif not isinstance(out, (list,tuple,set,deque)): out = list(getattr(out, '__dict__', {}).values())
+    return [t for o in out for t in output_tensors(o, seen)]
 
 # %% ../../nbs/08b_channels.sizes.ipynb #3fd8a6c5
 @patch
