@@ -18,6 +18,24 @@ from ..core import evaluating,first_samples
 from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers,n_channels,norms
 from ..layers import table_axis,weighted
 
+# %% ../../nbs/08e_channels.trace.ipynb #d01ffd99
+@patch
+def came(self:Trace, kind, x, axis, read):
+    "The labels of the `read` channels that a layer of this kind reads in `x`"
+    zeros = torch.zeros(read, dtype=torch.int32, device='cpu')
+    if not kind.reads: return zeros
+    found = self.along(labels_of(x), axis if x.ndim>1 else 0)
+    if kind.recurs or len(found)==read: return found
+    self.hold(found, WIDTHS)
+    return zeros
+
+@patch
+def again(self:Trace, came, labels, states):
+    "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
+    for o in tree_leaves(states):
+        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)): self.join(labels, self.along(labels_of(o), -1))
+    return torch.cat([came, labels])
+
 # %% ../../nbs/08e_channels.trace.ipynb #50e389c9
 @patch
 def layer(self:Trace,
@@ -45,63 +63,6 @@ def layer(self:Trace,
     if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs): self.hold(labels, LOST)
     else:
         for o in outs: self.mark(o, labels, axis)
-
-
-# %% ../../nbs/08e_channels.trace.ipynb #d01ffd99
-@patch
-def came(self:Trace, kind, x, axis, read):
-    "The labels of the `read` channels that a layer of this kind reads in `x`"
-    zeros = torch.zeros(read, dtype=torch.int32, device='cpu')
-    if not kind.reads: return zeros
-    found = self.along(labels_of(x), axis if x.ndim>1 else 0)
-    if kind.recurs or len(found)==read: return found
-    self.hold(found, WIDTHS)
-    return zeros
-
-@patch
-def again(self:Trace, came, labels, states):
-    "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
-    for o in tree_leaves(states):
-        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)): self.join(labels, self.along(labels_of(o), -1))
-    return torch.cat([came, labels])
-
-# %% ../../nbs/08e_channels.trace.ipynb #f0b58792
-@patch
-def run(self:Trace,
-    xb:tuple, # Inputs of the network
-    training:bool=False, # In training mode
-) -> None:
-    "Follow labels through one call of the network"
-    wrapped = {}
-    self._uses.append([])
-    for path,m in self.model.named_modules():
-        layer = isinstance(m, makers) or isinstance(m, norms) and n_channels(m)[0]>1
-        if layer and 'forward' in vars(m): wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
-        elif layer: wrapped[m] = self._known(path, m)
-        elif (why := holds(m)) or isinstance(m, nn.LayerNorm): wrapped[m] = self._held(path, m, why)
-    before,hooks = {m: vars(m).get('forward') for m in wrapped},[]
-    try:
-        for path,m in self.model.named_modules(): hooks += self._note_running(path, m)
-        for m,f in wrapped.items(): m.forward = f
-        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self:
-            out = self.model.train(training)(*xb)
-    finally:
-        self._running = []
-        for h in hooks: h.remove()
-        for m,f in before.items():
-            if 'forward' in vars(m): del m.forward
-            if f is not None: m.forward = f
-    for o in output_tensors(out): self.hold(labels_of(o), OUTPUT)
-
-# %% ../../nbs/08e_channels.trace.ipynb #6dc53f36
-@patch
-def label_tensors(self:Trace) -> None:
-    "Parameters and buffers outside of known layers have labels of their own, such as a layer scale or a table of positions"
-    inside = {id(t) for m in self.model.modules() if isinstance(m, makers+norms) or holds(m) for t in (*m.parameters(), *m.buffers())}
-    for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
-        if id(t) in inside or not t.is_floating_point() or (axis := table_axis(t)) is None: continue
-        self.note('tensors', name, self.new_labels(name, t.shape[axis]))
-        self.mark(t, self.parts['tensors',name], axis)
 
 
 # %% ../../nbs/08e_channels.trace.ipynb #907a0b31
@@ -138,22 +99,44 @@ def _held(self:Trace, path, m, why):
         return out
     return forward
 
-# %% ../../nbs/08e_channels.trace.ipynb #99c45317
+# %% ../../nbs/08e_channels.trace.ipynb #6dc53f36
 @patch
-def table(self:Trace) -> pd.DataFrame:
-    "`DataFrame` of where channels are made, scaled and read: how many, in how many classes, and why some stay"
-    of,stays = self.classes,self.stays
-    def row(kind, path, l): path = path if isinstance(path, str) else f'{path.path}.{path.name}'; c = of[l[l>0].long()].unique().tolist(); return dict(kind=kind, path=path, channels=len(l), classes=' '.join(_ranges(c)), stays=', '.join({stays[o]: 0 for o in c if o in stays}))
-    return pd.DataFrame([row(kind, path, l) for (kind,path),l in self.parts.items()]).set_index('path')
+def label_tensors(self:Trace) -> None:
+    "Parameters and buffers outside of known layers have labels of their own, such as a layer scale or a table of positions"
+    inside = {id(t) for m in self.model.modules() if isinstance(m, makers+norms) or holds(m) for t in (*m.parameters(), *m.buffers())}
+    for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
+        if id(t) in inside or not t.is_floating_point() or (axis := table_axis(t)) is None: continue
+        self.note('tensors', name, self.new_labels(name, t.shape[axis]))
+        self.mark(t, self.parts['tensors',name], axis)
 
-# %% ../../nbs/08e_channels.trace.ipynb #bbd7d68b
-def _ranges(ns):
-    "Numbers as `1–4 7`"
-    runs = []
-    for n in ns:
-        if runs and n==runs[-1][1]+1: runs[-1][1] = n
-        else: runs.append([n,n])
-    return [f'{a}–{b}' if b>a else f'{a}' for a,b in runs]
+
+# %% ../../nbs/08e_channels.trace.ipynb #f0b58792
+@patch
+def run(self:Trace,
+    xb:tuple, # Inputs of the network
+    training:bool=False, # In training mode
+) -> None:
+    "Follow labels through one call of the network"
+    wrapped = {}
+    self._uses.append([])
+    for path,m in self.model.named_modules():
+        layer = isinstance(m, makers) or isinstance(m, norms) and n_channels(m)[0]>1
+        if layer and 'forward' in vars(m): wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
+        elif layer: wrapped[m] = self._known(path, m)
+        elif (why := holds(m)) or isinstance(m, nn.LayerNorm): wrapped[m] = self._held(path, m, why)
+    before,hooks = {m: vars(m).get('forward') for m in wrapped},[]
+    try:
+        for path,m in self.model.named_modules(): hooks += self._note_running(path, m)
+        for m,f in wrapped.items(): m.forward = f
+        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self:
+            out = self.model.train(training)(*xb)
+    finally:
+        self._running = []
+        for h in hooks: h.remove()
+        for m,f in before.items():
+            if 'forward' in vars(m): del m.forward
+            if f is not None: m.forward = f
+    for o in output_tensors(out): self.hold(labels_of(o), OUTPUT)
 
 # %% ../../nbs/08e_channels.trace.ipynb #d0fb80c5
 @patch
@@ -184,3 +167,25 @@ def trace_channels(
     t.settle_sizes()
     t.hold_unseen()
     return t
+
+# %% ../../nbs/08e_channels.trace.ipynb #bbd7d68b
+def _ranges(ns):
+    "Numbers as `1–4 7`"
+    runs = []
+    for n in ns:
+        if runs and n==runs[-1][1]+1: runs[-1][1] = n
+        else: runs.append([n,n])
+    return [f'{a}–{b}' if b>a else f'{a}' for a,b in runs]
+
+# %% ../../nbs/08e_channels.trace.ipynb #99c45317
+@patch
+def table(self:Trace) -> pd.DataFrame:
+    "`DataFrame` of where channels are made, scaled and read: how many, in how many classes, and why some stay"
+    of,stays = self.classes,self.stays
+    def row(kind, path, l):
+        c = of[l[l>0].long()].unique().tolist()
+        why = ', '.join({stays[o]: 0 for o in c if o in stays})
+        path = path if isinstance(path, str) else f'{path.path}.{path.name}'
+        return dict(kind=kind, path=path, channels=len(l), classes=' '.join(_ranges(c)), stays=why)
+    return pd.DataFrame([row(kind, path, l) for (kind,path),l in self.parts.items()]).set_index('path')
+
