@@ -69,10 +69,16 @@ from kdnb.recipes.folder import *
 from kdnb.recipes.stage import *
 from kdnb.recipes.training import *
 from kdnb.recipes.run import *
+from kdnb.recipes.shared import *
 from kdnb.recipes.vbgs_kd import *
+from kdnb.recipes.prune_then_distill_tables import *
 from kdnb.recipes.prune_then_distill import *
+from kdnb.recipes.prue_tables import *
 from kdnb.recipes.prue import *
+from kdnb.recipes.sequential_tables import *
 from kdnb.recipes.sequential import *
+from kdnb.recipes.vid_jobs import *
+from kdnb.recipes.vid_tables import *
 from kdnb.recipes.vid import *
 from kdnb.recipes.budget import *
 from kdnb.report import *
