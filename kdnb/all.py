@@ -31,6 +31,8 @@ from kdnb.distill.crd import *
 from kdnb.distill.srrl import *
 from kdnb.distill.semckd import *
 from kdnb.distill.simkd import *
+from kdnb.distill.reviewkd import *
+from kdnb.distill.correlation import *
 from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *

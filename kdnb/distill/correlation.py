@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['congruence', 'CC', 'channel_correlation', 'ICKD']
 
-# %% ../../nbs/11m_distill.correlation.ipynb #3a0e459b
+# %% ../../nbs/11m_distill.correlation.ipynb #02cbc5e3
 import math
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .losses.shared import check_batch,in_float32,unit
 from .seen import Seen
 from .terms import on_both
 
-# %% ../../nbs/11m_distill.correlation.ipynb #217d186a
+# %% ../../nbs/11m_distill.correlation.ipynb #56fb8998
 @in_float32
 def congruence(
     v_s:torch.Tensor, # Student's vectors (B, D), or maps, which are averaged over space
@@ -32,7 +32,7 @@ def congruence(
         return sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*cosine**p for p in range(order+1))
     return F.mse_loss(kernel(v_s), kernel(v_t))
 
-# %% ../../nbs/11m_distill.correlation.ipynb #4ce883d3
+# %% ../../nbs/11m_distill.correlation.ipynb #20739506
 class CC(VectorTerm):
     "Correlation congruence (Peng et al. 2019), on the layer before the last; usual weight 100"
     usual = 100.
@@ -43,7 +43,7 @@ class CC(VectorTerm):
         "`congruence` of one pair"
         return congruence(f_s, f_t)
 
-# %% ../../nbs/11m_distill.correlation.ipynb #03e8e4da
+# %% ../../nbs/11m_distill.correlation.ipynb #b58ca200
 @in_float32
 def channel_correlation(
     f_s:torch.Tensor, # Student's maps (B, C, H, W)
@@ -62,7 +62,7 @@ def channel_correlation(
         return f@f.mT
     return (correlations(f_s)-correlations(f_t)).square().mean()*f_s.shape[1]
 
-# %% ../../nbs/11m_distill.correlation.ipynb #608a9058
+# %% ../../nbs/11m_distill.correlation.ipynb #4fcec761
 class ICKD(HeadTerm):
     "Inter-channel correlation (Liu et al. 2021), on the last map or block of tokens; usual weight 2.5"
     usual = 2.5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fusion', 'context_loss', 'ReviewKD']
 
-# %% ../../nbs/11l_distill.reviewkd.ipynb #9b0f9b57
+# %% ../../nbs/11l_distill.reviewkd.ipynb #232419bb
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,7 @@ from .losses.features import same_size
 from .losses.shared import in_float32
 from .seen import Seen
 
-# %% ../../nbs/11l_distill.reviewkd.ipynb #79092f90
+# %% ../../nbs/11l_distill.reviewkd.ipynb #c145a00a
 class Fusion(nn.Module):
     "A student's map and what deeper layers have left, weighed place by place (attention-based fusion, Chen et al. 2021)"
     def __init__(self,
@@ -40,7 +40,7 @@ class Fusion(nn.Module):
             x = x*share[:,:1]+deeper*share[:,1:]
         return self.widen(x),x
 
-# %% ../../nbs/11l_distill.reviewkd.ipynb #0a4f2e1b
+# %% ../../nbs/11l_distill.reviewkd.ipynb #31a77910
 @in_float32
 def context_loss(
     f_s:torch.Tensor, # The student's maps (B, C, H, W)
@@ -56,7 +56,7 @@ def context_loss(
         total += weight
     return loss/total
 
-# %% ../../nbs/11l_distill.reviewkd.ipynb #b494bc70
+# %% ../../nbs/11l_distill.reviewkd.ipynb #6a72803a
 class ReviewKD(HeadTerm):
     """Knowledge review (Chen et al. 2021): each of the teacher's maps from the student's map there and all deeper ones; usual weight 1
 
