@@ -1040,6 +1040,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdnb.export.build._check_fit': ('export.build.html#_check_fit', 'kdnb/export/build.py'),
                                    'kdnb.export.build._cut': ('export.build.html#_cut', 'kdnb/export/build.py'),
                                    'kdnb.export.build._index_owner': ('export.build.html#_index_owner', 'kdnb/export/build.py'),
+                                   'kdnb.export.build._is_ours': ('export.build.html#_is_ours', 'kdnb/export/build.py'),
                                    'kdnb.export.build._put': ('export.build.html#_put', 'kdnb/export/build.py'),
                                    'kdnb.export.build._resize': ('export.build.html#_resize', 'kdnb/export/build.py')},
             'kdnb.export.files': { 'kdnb.export.files._checksum': ('export.files.html#_checksum', 'kdnb/export/files.py'),
