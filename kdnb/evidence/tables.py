@@ -121,8 +121,9 @@ class Verdict:
 
     @property
     def spreads(self) -> float:
-        "The mean difference in units of its spread"
-        return abs(self.mean)/self.std if self.std else math.inf
+        "The mean difference in units of its spread: 0 if there is none, infinite if it is the same with every seed"
+        if abs(self.mean)<1e-9: return 0.
+        return math.inf if self.std<1e-9 else abs(self.mean)/self.std
 
     @property
     def holds(self) -> bool|None:
@@ -133,7 +134,7 @@ class Verdict:
     def _ends(self):
         if self.n<2: return 'one seed says nothing about chance'
         if self.holds is None: return 'no difference that stands out from the spread'
-        if self.printed is None: return 'better' if self.mean>0 else 'worse'
+        if self.printed is None: return 'above 0' if self.mean>0 else 'below 0'
         return 'same direction' if self.holds else 'the opposite direction'
 
 # %% ../../nbs/62b_evidence.tables.ipynb #8faa55f7
@@ -143,7 +144,7 @@ def __repr__(self:Verdict) -> str:
     text += f'{self.mean:+.2f}'
     if self.n>1: text += f' ± {self.std:.2f}'
     text += f' points over {self.n} seed{"s"*(self.n>1)}'
-    if self.n>1: text += f' ({self.spreads:.1f} spreads)'
+    if self.n>1: text += f' ({self.spreads:.1f} spreads)' if math.isfinite(self.spreads) else ' (the same with every seed)'
     if self.printed is not None: text += f', printed {self.printed:+.2f}'
     return f'{text}: {self._ends()}.'
 
