@@ -134,7 +134,7 @@ class Verdict:
     def _ends(self):
         if self.n<2: return 'one seed says nothing about chance'
         if self.holds is None: return 'no difference that stands out from the spread'
-        if self.printed is None: return 'above 0' if self.mean>0 else 'below 0'
+        if self.printed is None: return 'better' if self.mean>0 else 'worse'
         return 'same direction' if self.holds else 'the opposite direction'
 
 # %% ../../nbs/62b_evidence.tables.ipynb #8faa55f7
