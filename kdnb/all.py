@@ -50,6 +50,7 @@ from kdnb.variational.callback import *
 from kdnb.variational.show import *
 from kdnb.prune.scoring import *
 from kdnb.prune.criteria import *
+from kdnb.prune.lowest import *
 from kdnb.prune.select import *
 from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
