@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 from kdnb.all import *
 from kdnb.export import graph,speed
-from kdnb.channels.trace import output_tensors
+from kdnb.channels.sizes import output_tensors
 from common import Two, X, Y, quiet, seeded
 
 onnx,ort = pytest.importorskip('onnx'),pytest.importorskip('onnxruntime')

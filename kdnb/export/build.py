@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from ..channels.layers import index_layer,set_sizes
 from ..core import set_layer
-from ..layers import weighted
+from ..layers import makers,weighted
 
 # %% ../../nbs/40b_export.build.ipynb #c41f7a02
 def _built(dense):
@@ -49,8 +49,8 @@ def _resize(model, key, t):
     new = torch.empty_like(t, device='meta')
     _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad) if name in m._parameters else new)
     if not t.ndim: return
-    if not isinstance(m, weighted): set_sizes(m, len(t), len(t))
-    elif name=='weight':
+    if not isinstance(m, makers): set_sizes(m, len(t), len(t))
+    elif isinstance(m, weighted) and name=='weight':
         sizes = len(t),t.shape[1]*getattr(m, 'groups', 1)
         set_sizes(m, *(reversed(sizes) if getattr(m, 'transposed', False) else sizes))
 

@@ -16,7 +16,7 @@ from torch import nn
 from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.layers import attributes_of,plain_copy,set_attributes
+from ..channels.layers import attributes_of,plain_copy,fold_noted,set_attributes
 from .build import _built,_check_fit,_cut,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
@@ -124,6 +124,7 @@ def load_model(
     except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     tensors,packed = _read(path, header, shapes)
+    fold_noted(model, header.get('attributes', {}))
     twins = _cut(model, tensors, path)
     set_attributes(model, header.get('attributes', {}))
     for k,(mask,values) in packed.items(): tensors[k] = _unpacked(shapes[k], mask, values, f'{path}: {k}')

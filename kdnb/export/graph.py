@@ -11,7 +11,7 @@ from contextlib import contextmanager,redirect_stderr,redirect_stdout
 import torch
 from torch.utils._pytree import tree_leaves,tree_map,tree_map_only
 from ..channels.layers import plain_copy
-from ..channels.trace import output_tensors
+from ..channels.sizes import output_tensors
 from ..core import as_network,first_samples,inputs
 from ..features.logits import _fields,find_logits
 

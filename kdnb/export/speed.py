@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves,tree_map_only
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from ..channels.trace import output_tensors
+from ..channels.sizes import output_tensors
 from .graph import _cause,_graph,_logits_at,_sample,_silent,_still
 from .onnx import _data
 from .quantize import _calibration,_quantised
