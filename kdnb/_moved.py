@@ -17,7 +17,7 @@ SPLIT = {'variational.layers': 'variational.gates', 'variational.convert': 'vari
          'distill.callback': 'distill.learner distill.show distill.seen',
          'distill.task': 'distill.adapter',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
-         'sweep.worker': 'sweep.trial', 'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
+         'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 
 def _finds(module, places, warn=False):
     "Let `module` look for what it lacks in the modules `places`"
