@@ -31,6 +31,8 @@ from kdnb.distill.crd import *
 from kdnb.distill.srrl import *
 from kdnb.distill.semckd import *
 from kdnb.distill.simkd import *
+from kdnb.distill.reviewkd import *
+from kdnb.distill.correlation import *
 from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *
@@ -50,7 +52,10 @@ from kdnb.variational.callback import *
 from kdnb.variational.show import *
 from kdnb.prune.scoring import *
 from kdnb.prune.criteria import *
+from kdnb.prune.lowest import *
 from kdnb.prune.select import *
+from kdnb.prune.without_data import *
+from kdnb.prune.with_data import *
 from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
 from kdnb.prune.rewind import *

@@ -12,7 +12,8 @@ from common import quiet
 from kdnb.all import *
 from kdnb.channels.groups import ChannelGroup,_removable
 from kdnb.channels.trial import _silence,_some
-from kdnb.channels.trace import OUTPUT,output_tensors
+from kdnb.channels.labels import OUTPUT
+from kdnb.channels.sizes import output_tensors
 
 @contextmanager
 def tf32():

@@ -1,8 +1,10 @@
 "Layers and code of each kind lose half of their channels: the sizes are right, the outputs are the same, and a saved one comes back."
+from contextlib import contextmanager
 import pytest
 from kdnb.all import *
 from kdnb.channels.layers import attributes_of, set_attributes
-from kdnb.layers import LayerKind, _kinds, kind_of, layer_kind
+from kdnb.kinds import StandardisedKind
+from kdnb.layers import LayerKind, LinearKind, MakesKind, _kinds, kind_of, layer_kind
 from zoo import half
 
 class Split(nn.Module):
@@ -96,11 +98,92 @@ class Own(nn.Module):
     def __init__(self): super().__init__(); self.a,self.n,self.b = nn.Linear(3,8),MeanNorm(8),nn.Linear(8,5)
     def forward(self, x): return self.b(self.n(self.a(x).relu()))
 
+class Recurrent(nn.Module):
+    "A layer of units that read themselves, between two linear layers"
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.a,self.rnn,self.b = nn.Linear(3,16),kind(16, 12, batch_first=True),nn.Linear(12,5)
+    def forward(self, x): return self.b(self.rnn(self.a(x))[0][:,-1])
+
+class Steps(nn.Module):
+    "A cell, step by step"
+    def __init__(self):
+        super().__init__()
+        self.a,self.cell,self.b = nn.Linear(3,16),nn.GRUCell(16, 12),nn.Linear(12,5)
+    def forward(self, x):
+        h = None
+        for o in self.a(x).unbind(1): h = self.cell(o, h)
+        return self.b(h)
+
+class Words(nn.Module):
+    "An embedding whose width nothing holds"
+    def __init__(self):
+        super().__init__()
+        self.e,self.f,self.b = nn.Embedding(20,16),nn.Linear(16,12),nn.Linear(12,5)
+    def forward(self, x): return self.b(self.f(self.e(x.abs().long().clamp(max=19)[...,0])).relu().mean(1))
+
+class Llama(nn.Module):
+    "RMSNorm, two queries for each key, a gated MLP"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.norm,self.head = nn.Linear(3,16),nn.RMSNorm(16),nn.Linear(16,5)
+        self.gate,self.up,self.down = nn.Linear(16,24),nn.Linear(16,24),nn.Linear(24,16)
+        self.q,self.k,self.v,self.o = nn.Linear(16,32),nn.Linear(16,16),nn.Linear(16,16),nn.Linear(32,16)
+    def forward(self, x):
+        x = self.stem(x)
+        q,k,v = (f(self.norm(x)).unflatten(2, (-1,8)).transpose(1, 2) for f in (self.q,self.k,self.v))
+        k,v = k.repeat_interleave(2, 1),v.repeat_interleave(2, 1)
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head((x + self.down(F.silu(self.gate(self.norm(x)))*self.up(self.norm(x)))).mean(1))
+
+class Biased(Attention):
+    "A table of relative positions with a column for each head, as in Swin"
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(11,4))
+        self.register_buffer('places', (torch.arange(6)[:,None]-torch.arange(6)+5).flatten())
+    def forward(self, x):
+        x = self.stem(x)
+        q,k,v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2,0,3,1,4).unbind(0)
+        bias = self.table[self.places].view(6, 6, -1).permute(2,0,1).unsqueeze(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(*x.shape[:2], self.inner)
+        return self.head((x+self.proj(y)).mean(1))
+
+class Standardised(nn.Conv2d):
+    "A filter is standardised over all that it reads; a gain for what it makes"
+    def __init__(self, *args): super().__init__(*args); self.gain = nn.Parameter(torch.rand(self.out_channels,1,1,1)+.5)
+    def forward(self, x):
+        w = self.weight-self.weight.mean((1,2,3), keepdim=True)
+        return self._conv_forward(x, self.gain*w/(w.square().mean((1,2,3), keepdim=True)+1e-6).sqrt(), self.bias)
+
+class NoNorm(nn.Module):
+    "As NFNet: standardised convolutions, no norm"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = Standardised(3, 12, 3),Standardised(12, 12, 3),nn.Conv2d(12,5,1)
+    def forward(self, x): return self.c(self.b(self.a(x).relu()).relu()).mean((2,3))
+
+class Centred(nn.Linear):
+    "A subclass with a parameter for what it reads; as many come in as go out"
+    def __init__(self, *args): super().__init__(*args); self.centre = nn.Parameter(torch.rand(self.in_features))
+    def forward(self, x): return super().forward(x*self.centre)
+
+class LowRank(nn.Module):
+    "A user's own layer with a weight"
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight,self.bias,self.gain = nn.Parameter(torch.randn(m,n)),nn.Parameter(torch.randn(m)),nn.Parameter(torch.rand(m))
+    def forward(self, x): return torch.einsum('mn,bn->bm', self.weight, x)*self.gain + self.bias
+
+class OwnWeights(nn.Module):
+    def __init__(self): super().__init__(); self.a,self.b,self.c = nn.Linear(3,8),Centred(8,8),LowRank(8,6); self.d = nn.Linear(6,5)
+    def forward(self, x): return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
 IMAGES,TOKENS = (2,3,8,8),(2,6,3)
 
 def halved(m, shape):
     "`m` with half of each group at zero, and shrunken"
-    x = torch.randn(shape)
+    x = torch.randn(shape).to(next(m.parameters()))
     masked = deepcopy(m)
     with torch.no_grad():
         for g in channel_groups(m, x):
@@ -119,7 +202,13 @@ def halved(m, shape):
     (partial(Attention, False), TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}}),
     (partial(Attention, named=False), TOKENS, dict(qkv=96, stem=12, proj=12), {}),        # the code says 32
     (Grouped, IMAGES, dict(a=8, b=8), {'n': {'num_groups': 2, 'num_channels': 8}, 'm': {'num_groups': 4, 'num_channels': 8}}),
-    (Spread, IMAGES, dict(a=4, s=12), {})])
+    (Spread, IMAGES, dict(a=4, s=12), {}),
+    (Recurrent, TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, nn.GRU), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (Steps, TOKENS, dict(a=8), {'cell': {'hidden_size': 6, 'input_size': 8}}),
+    (Words, TOKENS, dict(f=6, b=5), {'e': {'embedding_dim': 8}}),
+    (Llama, TOKENS, dict(stem=16, q=16, k=8, v=8, gate=12, up=12), {}),      # one of two keys, with its two queries
+    (Biased, TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}})])
 def test_half_of_each_group(make, shape, widths, attributes, tmp_path):
     set_seed(0)
     m = make().eval()
@@ -158,6 +247,95 @@ def test_a_user_adds_a_kind():
         with torch.no_grad(): m.b.weight[:,:3] = 0       # nobody reads them, but the mean does
         assert shrink(m, x).a.out_features==8
     finally: del _kinds[MeanNorm]
+
+@contextmanager
+def kinds():
+    "A user's kinds, for the time of a test"
+    before = dict(_kinds)
+    try: yield
+    finally: _kinds.clear(); _kinds.update(before)
+
+def test_a_standardised_weight_becomes_a_plain_one(tmp_path):
+    set_seed(0)
+    m = NoNorm().double().eval()       # a weight that is written down is rounded
+    stays = channel_groups(m, torch.randn(IMAGES).double())['a'].stays
+    assert 'gain for what it makes' in stays or 'computes its weight' in stays
+    with kinds():
+        layer_kind(Standardised)(StandardisedKind)
+        small,x = halved(m, IMAGES)
+        assert type(small.a) is Standardised and type(small.b) is nn.Conv2d and small.b.weight.shape==(6,6,3,3)
+        assert attributes_of(small)=={'b': {'folded': 1}} and 'gain' not in small.b._parameters
+        again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), lambda: NoNorm().double())
+        assert type(again.b) is nn.Conv2d and torch.equal(again(x), small(x))
+
+def test_users_kinds_with_a_weight(tmp_path):
+    set_seed(0)
+    m,x = OwnWeights().eval(),torch.randn(4,3)
+    stays = {g.name: g.stays for g in channel_groups(m, x)}
+    assert 'may have its centre for what it makes or for what it reads' in stays['a'] and stays['b'] and 'c' not in stays
+    with kinds():
+        @layer_kind(Centred)
+        class CentredKind(LinearKind):
+            def sides(self, m, name): return {0: 1} if name=='centre' else super().sides(m, name)
+        @layer_kind(LowRank)
+        class LowRankKind(MakesKind):
+            def sides(self, m, name): return {0: 0} if name=='gain' else super().sides(m, name)
+        small,_ = halved(m, (4,3))
+        assert (small.a.out_features, small.b.centre.shape, small.c.weight.shape, small.c.gain.shape)==(4, (4,), (3,4), (3,))
+        again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), OwnWeights)
+        assert torch.equal(again(x), small(x))
+
+def test_units_that_are_zero_go():
+    set_seed(0)
+    m,x = Recurrent().eval(),torch.randn(TOKENS)
+    with torch.no_grad():
+        for p in m.rnn.parameters(): p.view(4, 12, -1)[:,3] = 0      # makes nothing, in all four gates
+    assert shrink(m, x).rnn.hidden_size==11
+    m.rnn.bias_ih_l0.data[3] = 1.                                        # the input gate alone opens on nothing
+    assert shrink(m, x).rnn.hidden_size==12 or max_difference(shrink(m, x), m, x)<1e-12
+    with torch.no_grad(): m.b.weight[:,5],m.rnn.weight_hh_l0[:,5] = 0,0  # nobody reads it
+    assert shrink(m, x).rnn.hidden_size<=11
+
+@pytest.mark.parametrize('layer,why', [(nn.LSTM(16, 12, 2, batch_first=True), 'several layers'), (nn.GRU(16, 6, bidirectional=True, batch_first=True), 'two directions'),
+                                       (nn.LSTM(16, 14, proj_size=12, batch_first=True), 'projection')])
+def test_recurrent_layers_that_stay(layer, why):
+    m = Recurrent()
+    m.rnn = layer
+    assert why in channel_groups(m, torch.randn(TOKENS))['a'].stays
+
+def test_packed_sequences_stay():
+    class Packed(Recurrent):
+        def forward(self, x):
+            o = nn.utils.rnn.pack_padded_sequence(self.a(x), torch.tensor([6]*len(x)), batch_first=True)
+            return self.b(self.rnn(o)[1][0][-1])
+    m = Packed().eval()
+    gs = channel_groups(m, torch.randn(TOKENS))
+    assert gs['a'].stays
+    if not gs['rnn'].stays: halved(m, TOKENS)
+
+def test_half_of_a_vision_transformer_trains_on():
+    timm = pytest.importorskip('timm')
+    set_seed(0)
+    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=4, num_classes=5).eval()
+    small,x = halved(m, (2,3,32,32))
+    assert [(b.attn.num_heads, b.attn.proj.in_features, b.mlp.fc1.out_features) for b in small.blocks]==[(2,12,48)]*2
+    opt,losses = torch.optim.SGD(small.train().parameters(), .1),[]
+    for _ in range(10):
+        losses.append(F.cross_entropy(small(x), torch.tensor([1,2])))
+        losses[-1].backward()
+        opt.step()
+        opt.zero_grad()
+    assert losses[-1]<losses[0]
+
+@pytest.mark.parametrize('batch_first', [True,False])
+def test_open_attention(batch_first):
+    set_seed(0)
+    m,x = nn.MultiheadAttention(16, 4, batch_first=batch_first, kdim=6, vdim=10).double().eval(),torch.randn(2,5,32).double()
+    qkv = x[...,:16],x[...,16:22],x[...,22:]
+    out,none = open_attention(m)(*qkv, need_weights=False)
+    assert none is None and (out-m(*qkv)[0]).abs().max()<1e-14 and 'MultiheadAttention' in type(m).__name__
+    for kwargs in (dict(add_bias_kv=True), dict(add_zero_attn=True), dict(dropout=.1)):
+        with pytest.raises(ValueError, match='Build it without'): open_attention(nn.MultiheadAttention(8, 2, **kwargs))
 
 def test_attributes_that_do_not_fit_are_refused():
     for given in ({'': {'num_heads': 5}}, {'': {'num_heads': 2.}}, {'': {'none': 1}}, {'x': {'num_heads': 1}}, [1], {'': 3}, {'': {'forward': 1}}):

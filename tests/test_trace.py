@@ -2,7 +2,7 @@
 import pytest
 from kdnb.all import *
 from kdnb.channels.trial import _silence
-from kdnb.channels.trace import labels_of,OUTPUT,put_labels,varies
+from kdnb.channels.labels import labels_of,OUTPUT,put_labels,varies
 
 class Net(nn.Module):
     "A convolution of 16 channels, `between`, a convolution that reads `n`"
@@ -104,11 +104,13 @@ def test_frozen_batchnorm():
     g = group(FrozenBatchNorm2d(16))
     assert g.stays is None and len(g.tensors)==4
 
-def test_a_table_of_positions_is_named():
+def test_a_table_of_positions_goes_along_or_is_named():
     class Pos(nn.Module):
-        def __init__(self): super().__init__(); self.pos = nn.Parameter(torch.randn(1,16,8,8))
-        def forward(self, x): return x+self.pos
-    assert group(Pos()).stays=='Parameter between.pos is joined with them'
+        def __init__(self, learnt): super().__init__(); self.pos = nn.Parameter(torch.randn(1,16,8,8)) if learnt else None; self.register_buffer('fixed', torch.randn(1,16,8,8))
+        def forward(self, x): return x+(self.fixed if self.pos is None else self.pos)
+    g = group(Pos(True))
+    assert g.stays is None and [p.path for p in g.tensors]==['between.pos']
+    assert 'join them' in group(Pos(False)).stays
 
 def test_a_layer_that_runs_twice():
     class Twice(nn.Module):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['index_layer', 'keep_inputs', 'copy_network', 'plain_copy', 'set_sizes', 'note_attributes', 'attributes_of',
-           'set_attributes']
+           'set_attributes', 'fold_noted']
 
 # %% ../../nbs/08_channels.layers.ipynb #a7d49ef7
 import math
@@ -18,7 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm,SpectralNormLoadStateDictP
 from torch.nn.utils.spectral_norm import SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from ..core import evaluating,unwrap
-from ..layers import is_depthwise,is_spread,kind_of,n_channels,own_axes,spanned_axis,_usual,weighted
+import kdnb.kinds     # more of them
+from ..layers import is_depthwise,is_spread,kind_of,makers,n_channels,table_axis,_usual,weighted
 
 # %% ../../nbs/08_channels.layers.ipynb #61b23c26
 def index_layer(index, # Kept positions of the last axis (n,)
@@ -101,8 +102,10 @@ def plain_copy(model):
 def _narrow(t, # Tensor that looks like the one of `m` called `name`
     m, name, rows, cols):
     "The part of `t` for outputs `rows` and inputs `cols` of layer `m`"
-    if name not in _usual:
-        for d,side in (own_axes(m, name) or {}).items(): t = t.index_select(d, cols if side else rows)
+    if name not in _usual or isinstance(m, makers) and not isinstance(m, weighted):
+        for d,(side,channel) in kind_of(m).places(m, name).items():
+            there = torch.isin(channel.to(t.device), cols if side else rows)
+            t = t.index_select(d, there.nonzero().flatten())
         return t
     if name!='weight' or not isinstance(m, weighted) or is_depthwise(m) or is_spread(m): return t[rows]
     a,b,g = (cols,rows,m.groups) if getattr(m, 'transposed', False) else (rows,cols,getattr(m, 'groups', 1))
@@ -112,15 +115,16 @@ def _narrow(t, # Tensor that looks like the one of `m` called `name`
 # %% ../../nbs/08_channels.layers.ipynb #946352f2
 def _narrow_layer(m, rows, cols):
     "Cut layer `m` in place"
-    before = n_channels(m)
+    before,kind = n_channels(m),kind_of(m)
+    if len(cols)<before[1]: kind.fold(m)
     cut = {(k,n): _narrow(t.detach(), m, n, rows.to(t.device), cols.to(t.device)).contiguous()
            for k,ts in enumerate((m._parameters,m._buffers)) for n,t in ts.items() if t is not None and t.ndim}
     for (k,n),new in cut.items():
         if k: m._buffers[n] = new
         else: m._parameters[n] = nn.Parameter(new, m._parameters[n].requires_grad)
     set_sizes(m, len(rows), len(cols))
-    kind_of(m).rescale(m, before[0])
-    if before!=(len(rows),len(cols)) and (names := kind_of(m).noted(m)): note_attributes(m, *names)
+    kind.rescale(m, before[0])
+    if before!=(len(rows),len(cols)) and (names := kind.noted(m)): note_attributes(m, *names)
 
 # %% ../../nbs/08_channels.layers.ipynb #2c7b95fc
 def set_sizes(m, made, read):
@@ -165,6 +169,17 @@ def _may_become(old, new):
     if isinstance(old, (list,tuple)): return len(old)==len(new) and all(map(_may_become, old, new))
     return 0<=new<=old if type(old) is int else type(old) is float and 0<=new<math.inf
 
+# %% ../../nbs/08_channels.layers.ipynb #d0fee180
+def fold_noted(
+    model:nn.Module, # Network as it was built
+    attributes:dict, # `{path: {attribute: value}}`, from `attributes_of`
+) -> None:
+    "Layers that had become plain ones when `attributes` were noted become so in `model`"
+    modules = dict(model.named_modules())
+    for path,values in attributes.items() if isinstance(attributes, dict) else ():
+        m = modules.get(path)
+        if isinstance(values, dict) and 'folded' in values and (kind := kind_of(m)): kind.fold(m)
+
 # %% ../../nbs/08_channels.layers.ipynb #5e7db903
 def _narrow_tensor(model, name, stay):
     "Cut a parameter or buffer that belongs to no layer along its one axis"
@@ -172,5 +187,5 @@ def _narrow_tensor(model, name, stay):
     m = model.get_submodule(path)
     for ts in (m._parameters,m._buffers):
         if (t := ts.get(name)) is None: continue
-        new = t.detach().index_select(spanned_axis(t), stay.to(t.device)).contiguous()
+        new = t.detach().index_select(table_axis(t), stay.to(t.device)).contiguous()
         ts[name] = nn.Parameter(new, t.requires_grad) if ts is m._parameters else new

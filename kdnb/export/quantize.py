@@ -12,7 +12,7 @@ from numbers import Real
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastai.data.core import DataLoaders
-from ..channels.trace import output_tensors
+from ..channels.sizes import output_tensors
 from .graph import _onnx,_sample,_silent
 from .session import _batches,_compare,_inputs_of,OnnxNetwork,_valid
 from ..measure.outputs import accuracy_on,in_order

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map_only
 from fastai.data.core import DataLoaders
-from ..channels.trace import output_tensors
+from ..channels.sizes import output_tensors
 from ..channels.trial import relative_difference
 from ..core import first_samples
 from .graph import _cause,_onnx,_sample
