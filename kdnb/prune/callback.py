@@ -18,6 +18,7 @@ from fastai.torch_core import no_random
 from fastai.callback.schedule import *
 from ..core import check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,raw,say_share,unmask
+from . import with_data,without_data      # their criteria are known by name
 from .scoring import own_weights,Scoring
 from .select import channel_masks,_check,_cut,_n_asked,parts_of
 from ..training.callbacks import is_training,QuickCallback,TidyCallback
