@@ -41,8 +41,8 @@ class _Fit:
     after:list = field(default_factory=list)             # functions to be called after the backward pass
 
 # %% ../../nbs/13_distill.callback.ipynb #e4c119a9
-def answering(teacher, tfm=None, cache=False, logits=None, i=None):
-    "What answers for `teacher`, the `i`-th of several: live, cached (in the folder `cache`), or stored logits"
+def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
+    "`teacher`, the `i`-th of several, as a live, a cached (in memory or the folder `cache`), or a stored one"
     net,adapter = as_teacher(teacher),TeacherAdapter(teacher, tfm)
     if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, logits)
     if not cache: return LiveTeacher(net, adapter, logits)
@@ -94,7 +94,7 @@ class KnowledgeDistillation(LossTerm):
         self.mask = mask
         several = list(teacher) if isinstance(teacher, (tuple,list)) and len(teacher) else [teacher]
         numbers = range(len(several)) if len(several)>1 else [None]
-        self.teachers = [answering(o, teacher_tfm, cache, logits, i) for o,i in zip(several, numbers)]
+        self.teachers = [make_teacher(o, teacher_tfm, cache, logits, i) for o,i in zip(several, numbers)]
         self.shares = check_shares(shares, len(several))
         check_teachers(named, len(several))
         self.heads = Heads()

@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..core import check_choice
-from .losses.features import attention,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
+from .losses.features import attention,check_whole,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
 from .losses.shared import check_batch
 from .seen import Seen
 from .terms import on_both,Term
@@ -29,6 +29,7 @@ def blank_out(f, mask):
 # %% ../../nbs/11b_distill.layers.ipynb #a92bdd80
 class LayerTerm(Term, abstract=True):
     "A term on pairs of layers"
+    whole = False      # are all tokens of a sample compared together, so that none can be left out?
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's; those of the student if None
@@ -62,6 +63,7 @@ def features(self:LayerTerm,
         if f_s.ndim!=f_t.ndim and 4 in (f_s.ndim,f_t.ndim) and any(token_mask(f, mask) is not None for f in (f_s, f_t)):
             raise ValueError(f'layers {s!r} and {t!r} give tokens and maps, and some tokens do not count. '
                              'Choose two layers of tokens, or train without a mask.')
+        if self.whole: check_whole(type(self).__name__, (f_s,f_t), mask)
         res.append((blank_out(f_s, mask),blank_out(f_t, mask)))
     return res
 

@@ -61,6 +61,7 @@ class ReviewKD(HeadTerm):
     """Knowledge review (Chen et al. 2021): each of the teacher's maps from the student's map there and all deeper ones; usual weight 1
 
     Raises `ValueError` if there is only one pair."""
+    whole = True
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}` from early to late, or the names of the student's
         teacher_layers:list|tuple|str|None=None, # Names of the teacher's

@@ -65,6 +65,15 @@ def shared_mask(f_s, f_t, mask):
     masks = [token_mask(f, mask) for f in (f_s, f_t)]
     return masks[0] if all(m is not None for m in masks) else None
 
+# %% ../../../nbs/10b_distill.losses.features.ipynb #d2e48dfb
+def check_whole(who, fs, mask):
+    "Raise `ValueError` if some tokens of the features `fs` do not count, for the term `who` that compares whole layers"
+    for f in fs:
+        counts = token_mask(f, mask)
+        if counts is None or counts.all(): continue
+        raise ValueError(f'{who} compares whole layers, and some tokens do not count. Use FitNet, VID or AT, which '
+                         'leave them out, or train without a mask.')
+
 # %% ../../../nbs/10b_distill.losses.features.ipynb #1a63a047
 @in_float32
 def attention(
@@ -90,6 +99,11 @@ def nst(
     mean_k = lambda a,b: (a@b.mT).square().mean()
     return mean_k(x, x) + mean_k(y, y) - 2*mean_k(x, y)
 
+# %% ../../../nbs/10b_distill.losses.features.ipynb #b2e7ddd1
+def _flow(a, b):
+    "The correlation over space between channels of maps of one size (B, C, C')"
+    return a.flatten(2)@b.flatten(2).mT/a[0,0].numel()
+
 # %% ../../../nbs/10b_distill.losses.features.ipynb #8eadeca1
 @in_float32
 def fsp(
@@ -99,15 +113,14 @@ def fsp(
     """Mean squared difference of the flows between two layers (Yim et al. 2017)
 
     Raises `ValueError` if the channels are not as many."""
-    check_batch(pair_s[0], pair_t[0]); _check_maps(*pair_s, *pair_t)
+    check_batch(pair_s[0], pair_t[0])
+    _check_maps(*pair_s, *pair_t)
     g_s,g_t = (_flow(*same_size(a, b)) for a,b in (pair_s, pair_t))
     if g_s.shape!=g_t.shape:
         raise ValueError(f'the student\'s layers have {g_s.shape[1]} and {g_s.shape[2]} channels, the teacher\'s '
                          f'{g_t.shape[1]} and {g_t.shape[2]}: flows are compared channel by channel. '
                          'The term FSP learns a 1×1 convolution that makes them equal.')
     return F.mse_loss(g_s, g_t)
-
-def _flow(a, b): return a.flatten(2)@b.flatten(2).mT/a[0,0].numel()
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #a731e2b3
 @in_float32
@@ -148,6 +161,18 @@ def pkt(
     p_s,p_t = (unit((1+c)/2, p=1) for c in cosines)
     return (p_t*torch.log((p_t+eps)/(p_s+eps))).mean()
 
+# %% ../../../nbs/10b_distill.losses.features.ipynb #57b52b76
+def _distances(v):
+    "Distances (B, B), over their mean"
+    d,n = torch.cdist(v, v, compute_mode='donot_use_mm_for_euclid_dist'),len(v)
+    return d/(d.sum()/max(n*(n-1), 1)).clamp(min=1e-12)
+
+# %% ../../../nbs/10b_distill.losses.features.ipynb #0e6fb081
+def _angles(v):
+    "Cosines (B, B, B) at the first sample between the directions to the other two"
+    e = unit(v - v[:,None], dim=2)
+    return e@e.mT
+
 # %% ../../../nbs/10b_distill.losses.features.ipynb #11755038
 @in_float32
 def rkd(
@@ -161,18 +186,6 @@ def rkd(
     v_s,v_t = v_s.flatten(1),v_t.flatten(1)
     return (distance*F.smooth_l1_loss(_distances(v_s), _distances(v_t))
             + angle*F.smooth_l1_loss(_angles(v_s), _angles(v_t)))
-
-# %% ../../../nbs/10b_distill.losses.features.ipynb #57b52b76
-def _distances(v):
-    "Distances (B, B), over their mean"
-    d,n = torch.cdist(v, v, compute_mode='donot_use_mm_for_euclid_dist'),len(v)
-    return d/(d.sum()/max(n*(n-1), 1)).clamp(min=1e-12)
-
-# %% ../../../nbs/10b_distill.losses.features.ipynb #0e6fb081
-def _angles(v):
-    "Cosines (B, B, B) at the first sample between the directions to the other two"
-    e = unit(v - v[:,None], dim=2)
-    return e@e.mT
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #6c744232
 @in_float32

@@ -57,6 +57,14 @@ def lwf(
     "Learning without forgetting: KL at temperature `T`, without T², mean over the batch (Li and Hoiem 2016)"
     return kd(z_s, z_t, T)/T**2
 
+# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d05f81
+def _split(z, y):
+    "Log probabilities of the class `y` and of all the others (B, 2), and among the others (B, C-1)"
+    target = F.one_hot(y, z.shape[1]).bool()
+    others = z[~target].view(len(z), -1)
+    both = torch.stack([z[target], others.logsumexp(1)], 1)
+    return both.log_softmax(1),others.log_softmax(1)
+
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #bc5350d7
 @in_float32
 def dkd(
@@ -80,13 +88,11 @@ def dkd(
     nckd = F.kl_div(others_s, others_t, reduction='batchmean', log_target=True)
     return T**2*(alpha*tckd + beta*nckd)
 
-# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d05f81
-def _split(z, y):
-    "Log probabilities of the class `y` and of all the others (B, 2), and among the others (B, C-1)"
-    target = F.one_hot(y, z.shape[1]).bool()
-    others = z[~target].view(len(z), -1)
-    both = torch.stack([z[target], others.logsumexp(1)], 1)
-    return both.log_softmax(1),others.log_softmax(1)
+# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d64726
+def _unlike(a, b):
+    "One minus the correlation of two rows, its mean over the rows"
+    a,b = (unit(o - o.mean(1, keepdim=True), eps=1e-7) for o in (a, b))
+    return 1 - (a*b).sum(1).mean()
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #bfd78f31
 @in_float32
@@ -102,10 +108,6 @@ def dist(
     check_T(T)
     p_s,p_t = ((z/T).softmax(1) for z in _check_logits(z_s, z_t))
     return (beta*_unlike(p_s, p_t) + gamma*_unlike(p_s.T, p_t.T))*(T**2 if scaled else 1)
-
-def _unlike(a, b):
-    a,b = (unit(o - o.mean(1, keepdim=True), eps=1e-7) for o in (a, b))
-    return 1 - (a*b).sum(1).mean()
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #9d74a834
 @in_float32
