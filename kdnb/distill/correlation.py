@@ -68,6 +68,7 @@ def channel_correlation(
 class ICKD(HeadTerm):
     "Inter-channel correlation (Liu et al. 2021), on the last map or block of tokens; usual weight 2.5"
     usual = 2.5
+    whole = True
     usual_layers = on_both(last_features)
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens

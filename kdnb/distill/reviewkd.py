@@ -61,6 +61,7 @@ class ReviewKD(HeadTerm):
     """Knowledge review (Chen et al. 2021): a map of the teacher from the student's there and all deeper ones; usual weight 1
 
     Raises `ValueError` if there is only one pair."""
+    whole = True
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, early ones first, or names
         teacher_layers:list|tuple|str|None=None, # Names of the teacher's
