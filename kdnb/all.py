@@ -31,6 +31,8 @@ from kdnb.distill.crd import *
 from kdnb.distill.srrl import *
 from kdnb.distill.semckd import *
 from kdnb.distill.simkd import *
+from kdnb.distill.reviewkd import *
+from kdnb.distill.correlation import *
 from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *
@@ -50,7 +52,10 @@ from kdnb.variational.callback import *
 from kdnb.variational.show import *
 from kdnb.prune.scoring import *
 from kdnb.prune.criteria import *
+from kdnb.prune.lowest import *
 from kdnb.prune.select import *
+from kdnb.prune.without_data import *
+from kdnb.prune.with_data import *
 from kdnb.prune.penalties import *
 from kdnb.prune.callback import *
 from kdnb.prune.rewind import *
@@ -67,10 +72,16 @@ from kdnb.recipes.folder import *
 from kdnb.recipes.stage import *
 from kdnb.recipes.training import *
 from kdnb.recipes.run import *
+from kdnb.recipes.shared import *
 from kdnb.recipes.vbgs_kd import *
+from kdnb.recipes.prune_then_distill_tables import *
 from kdnb.recipes.prune_then_distill import *
+from kdnb.recipes.prue_tables import *
 from kdnb.recipes.prue import *
+from kdnb.recipes.sequential_tables import *
 from kdnb.recipes.sequential import *
+from kdnb.recipes.vid_jobs import *
+from kdnb.recipes.vid_tables import *
 from kdnb.recipes.vid import *
 from kdnb.recipes.budget import *
 from kdnb.report import *

@@ -265,7 +265,8 @@ def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
     assert dls.train.bs==32 and dls.train.augments
 
 def test_each_folder_has_a_name_of_its_own(photos, tmp_path):
-    from kdnb.cli import _load_data,parser
+    from kdnb.cli import parser
+    from kdnb.cli.commands import _load_data
     def name(o): return _load_data(parser().parse_args(['compress','--data',str(o)]))[1]
     for o in ('a.v1','a.v2'): shutil.copytree(photos, tmp_path/o)
     (tmp_path/'a.v1'/'labels.csv').rename(tmp_path/'a.v1'/'mine.csv')

@@ -164,6 +164,7 @@ def test_what_is_wrong_with_a_grid_is_said_with_its_name(folder):
 @pytest.mark.parametrize('d,printed,holds,words', [
     ([.006,.004,.005], .7, True, '+0.50 ± 0.10 points over 3 seeds (5.0 spreads), printed +0.70: same direction.'),
     ([-.006,-.004,-.005], .7, False, 'opposite'), ([-.006,-.004,-.005], -.7, True, 'same'), ([-.006,-.004,-.005], None, False, 'worse'),
+    ([.1,.1,.1], .7, True, '+10.00 ± 0.00 points over 3 seeds (the same with every seed)'), ([0.,0.,0.], .7, None, '(0.0 spreads)'),
     ([.02,-.02,.001], .7, None, 'no difference'), ([.02], .7, None, 'one seed')])
 def test_verdicts(d, printed, holds, words):
     v = verdict(d, printed)

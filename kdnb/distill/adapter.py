@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['probabilities_in', 'log_of', 'class_names', 'class_order', 'normalisation', 'Feed', 'feed_of', 'image_shape',
-           'check_size', 'TeacherAdapter']
+           'check_size', 'input_codes', 'check_codes', 'TeacherAdapter']
 
 # %% ../../nbs/11k_distill.adapter.ipynb #cf754194
 import math,warnings
 from collections.abc import Callable,Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 import torch
 from torch import nn
 from fastcore.basics import patch,tuplify
@@ -98,17 +99,20 @@ class Feed:
         if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
         self.tfm,self.ours,self.theirs,self._on = tfm,ours,theirs,{}
     def __call__(self, *xb):
-        if self.tfm is not None: xb = tuple(map(_plain, tuplify(self.tfm(*xb))))
-        if not xb or not all(isinstance(x, torch.Tensor) for x in xb):
+        if self.tfm is not None: xb = self._made(*xb)
+        if not xb or not all(isinstance(x, (torch.Tensor,dict)) for x in xb):
             raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the '
                              'teacher\'s inputs as tensors.')
         return xb if self.ours is None else tuple(map(self.renormalised, xb))
+    def _made(self, *xb):
+        x = self.tfm(*xb)
+        return (x,) if isinstance(x, dict) else tuple(map(_plain, tuplify(x)))
     def renormalised(self,
-        x:torch.Tensor, # Images (B, C, H, W) in the student's normalisation
+        x:torch.Tensor, # Images (B, C, H, W) in the student's normalisation; others stay
     ) -> torch.Tensor:
         "The same images in the teacher's normalisation. Raises `ValueError` if they have another number of channels."
         (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
-        if x.ndim!=s_s.ndim or not x.is_floating_point(): return x
+        if isinstance(x, dict) or x.ndim!=s_s.ndim or not x.is_floating_point(): return x
         if s_s.shape[1] not in (1,x.shape[1]):
             raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are normalised over '
                              f'{s_s.shape[1]}. Pass the bare network, teacher.model, and let teacher_tfm normalise, too.')
@@ -152,8 +156,9 @@ def check_size(
     shape:tuple|None, # Shape (C, H, W) of the images it was trained on
 ) -> str|None:
     "A line to be said, if the images `xb` have another size; ValueError, if `teacher` cannot read them"
+    if shape is None or not isinstance(xb[0], torch.Tensor): return      # a list of images, a dict
     got,by = tuple(xb[0].shape[1:]),lambda s: ' × '.join(map(str, s))
-    if shape is None or got==shape: return
+    if got==shape: return
     try:
         with evaluating(teacher), torch.no_grad(): teacher(*xb)
     except Exception as e:
@@ -162,6 +167,44 @@ def check_size(
                         ) from e
     return (f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as they are; '
             'teacher_tfm= can resize them.')
+
+# %% ../../nbs/11k_distill.adapter.ipynb #7a31c0d2
+def input_codes(
+    dls:DataLoaders, # `DataLoaders`, or None
+) -> dict[str,list]:
+    "What numbers in inputs of `dls` stand for: columns, categories and scales of a table, tokens of a text; {} of others"
+    v,to = getattr(dls, 'vocab', None),getattr(getattr(dls, 'train', None), 'dataset', None)
+    if not hasattr(to, 'cont_names'):
+        several = isinstance(v, (tuple,list,L)) and len(v)>1 and not isinstance(v[0], (str,CategoryMap))
+        return {'tokens': list(map(str, v[0]))} if several and isinstance(v[0], (tuple,list,L)) else {}
+    res = {'columns': list(map(str, [*to.cat_names, *to.cont_names]))}
+    for k in to.cat_names: res[f'categories of {k!r}'] = list(map(str, to.classes[k]))
+    for k in to.cont_names:
+        for p in to.procs.fs:
+            if isinstance(p, Normalize): res[f'scale of {k!r}'] = [float(p.means[k]), float(p.stds[k])]
+    return res
+
+# %% ../../nbs/11k_distill.adapter.ipynb #7a31c0d3
+def _first_unlike(a, b):
+    "Where two lists of `input_codes` differ, in words, `a` being the student's; None if they do not"
+    if all(isinstance(o, float) for o in (*a, *b)):
+        if all(abs(p-q)<=.05*b[1] for p,q in zip(a, b)): return
+        return 'mean and deviation are {:.4g} and {:.4g} for the teacher, {:.4g} and {:.4g} for the student'.format(*b, *a)
+    for i,(p,q) in enumerate(zip_longest(a, b)):
+        if p!=q: return f'number {i} is {q!r} for the teacher, {p!r} for the student'
+
+# %% ../../nbs/11k_distill.adapter.ipynb #7a31c0d4
+def check_codes(
+    dls:DataLoaders, # The student's `DataLoaders`
+    source:DataLoaders, # The teacher's
+) -> None:
+    "Raises `ValueError` if the same number in an input stands for one thing to the student, for another to the teacher."
+    ours,theirs = input_codes(dls),input_codes(source)
+    for k in ours:
+        if k not in theirs or (how := _first_unlike(ours[k], theirs[k])) is None: continue
+        raise ValueError(f'the teacher was trained on inputs that mean something else. Of the {k}, {how}. Make the student\'s loaders '
+                         'from the teacher\'s (for texts: text_vocab=teacher.dls.vocab[0]), or pass teacher_tfm=, a function '
+                         'from the student\'s inputs to the teacher\'s.')
 
 # %% ../../nbs/11k_distill.adapter.ipynb #5596ee73
 class TeacherAdapter:
@@ -223,6 +266,7 @@ def meet(
     "Find out how inputs and answers differ; say so, or ValueError if they do not fit"
     self.feed,self.order,self._index = feed_of(self.source, dls, self.tfm),None,None
     if self.source is None or self.source is dls: return
+    if self.tfm is None: check_codes(dls, self.source)
     if self.feed is not None and self.feed.ours is not None and _far(self.feed.ours, self.feed.theirs):
         self.say('The teacher gets the images in its own normalisation.')
     xb,self._shape = inputs(dls, teacher),self._shape or image_shape(self.source)

@@ -120,7 +120,8 @@ def _kind_of(loss, z, y, yb):
     if unseen=='none' and asks_yes_or_no(loss, z, yb): return 'labels'
 
 # %% ../../nbs/11j_distill.task.ipynb #b5d04ffd
-_terms = 'KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, or LogitsMSE()*.9 for numbers'
+_terms = ('KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, LogitsMSE()*.9 for numbers, or for any '
+          "task one that compares layers, such as FitNet('layer4')")
 
 _uncertain = 'what the loss function {} asks of the outputs is not certain'
 

@@ -51,44 +51,45 @@ def gradual(
     return 1-(1-t)**3
 
 # %% ../../nbs/32_prune.callback.ipynb #32bec37f
+schedules = ('one_shot','gradual','iterative')
+
 def _check_schedule(schedule, sparsity, start, end, rounds, pattern):
     "Refuse what is no course of pruning"
     if not callable(schedule) and schedule not in schedules:
         raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, '
                          'or a function of progress.')
     if not 0 <= start <= end < 1:
-        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not '
-                         'after end, and end before 1, so that the last cut is made.')
+        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, '
+                         'start not after end, and end before 1, so that the last cut is made.')
     if schedule!='one_shot' and (callable(sparsity) or pattern):
-        raise ValueError('a function of the scores, or a pattern, prunes once: schedule="one_shot".')
+        raise ValueError('a function of the scores, or a pattern, prunes once: '
+                         'schedule="one_shot".')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
         raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
     for i in range(1, rounds) if callable(schedule) else ():
         check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
 
 # %% ../../nbs/32_prune.callback.ipynb #cf59827e
-schedules = ('one_shot','gradual','iterative')
-
 class Pruner(TidyCallback):
     """Prune the learner's network while it trains, and show its sparsity
 
     Raises `ValueError` for what it cannot do, before training starts."""
     _put = ()            # names of the masks that it has put on
     _units = None        # the `Scoring` of this fit
-    _report = None       # what warns, behind all other callbacks, if less is pruned than was asked for
+    _report = None       # what warns, behind all others, if less is pruned than was asked for
     _ended = None        # name of the callback that has ended the fit
     def __init__(self,
-        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; or a function of the scores
+        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; a function of scores
         criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
-        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative', or a function of progress
+        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative'; a function of progress
         by:str='weight', # What goes: 'weight' or 'channel'
-        scope:str|None=None, # Units compete in the network ('global', for weights) or in each 'layer' (for channels)
+        scope:str|None=None, # Where units compete: 'global' (for weights) or 'layer' (for channels)
         ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
         start:float=0., # When pruning begins, as a fraction of training
         end:float=.5, # When it is done; the rest of training is for recovering
         rounds:int=10, # Number of cuts, if it is more than one
         pattern:str|None=None, # 'n:m', such as '2:4', instead of a sparsity
-        layers:object=None, # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
+        layers:object=None, # Layers to prune, likewise, or 'all'; linear and convolutions if None
         cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
         round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
     ):
@@ -96,55 +97,38 @@ class Pruner(TidyCallback):
         _check_schedule(schedule, sparsity, start, end, rounds, pattern)
         self.sparsity = sparsity
         self.schedule = gradual if schedule=='gradual' else schedule
-        self.start,self.end = start,end
+        self.start = start
+        self.end = end
         self.rounds = 1 if schedule=='one_shot' else rounds
         self.kwargs = dict(by=by, ignore=ignore, layers=layers)
         self.how = dict(criterion=criterion, scope=scope, pattern=pattern, cap=cap, round_to=round_to)
 
     def columns(self) -> dict[str,Callable]:
         "The column `sparsity`: fraction of the weights that are 0"
-        return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=self.kwargs['layers'])))
+        layers = self.kwargs['layers']
+        return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=layers)))
 
 # %% ../../nbs/32_prune.callback.ipynb #87959310
 @patch
 def before_fit(self:Pruner):
+    "Find what is pruned, and put masks of ones on"
     self.run = is_training(self.learn)   # fastai sets it back
     if not self.run: return
     self.put_back()
-    s,there = Scoring(self.learn, **self.kwargs),masks(self.model)
+    s = Scoring(self.learn, **self.kwargs)
+    there = masks(self.model)
     for given,what in ((self.sparsity,'sparsity'), (self.how['cap'],'cap')):
         if isinstance(given, dict): parts_of(s, given, what)
-    if s.by=='weight': ones = {k: torch.ones_like(w) for k,w in s.weights.items()}
-    else: ones = channel_masks(s.model, {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}, s.groups)
+    ones = {k: torch.ones_like(w) for k,w in s.weights.items()}
+    if s.by=='channel':
+        every = {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}
+        ones = channel_masks(s.model, every, s.groups)
     put = [k for k in ones if k not in there]
     mask_model(self.model, {k: ones[k] for k in put})
     super(Pruner, self).before_fit()      # nothing is left behind by what is refused above
     self.done = 0      # cuts
-    self._put,self._units = put,s
-
-# %% ../../nbs/32_prune.callback.ipynb #63beb873
-@patch
-def before_train(self:Pruner):
-    if not self._trained:
-        s = self._units
-        if self.start>0 or is_warmup(self.learn):
-            with no_random(reproducible=False):
-                Scoring(self.learn, trial=True, **self.kwargs).worth(self.how['criterion'])
-        if s.by=='weight' and not self.kwargs['ignore'] and self.kwargs['layers'] is None:
-            say_share(s.model, s.weights)
-        self._report,self._ended = _Report(self, s),None
-        self.learn.add_cb(self._report)
-    super(Pruner, self).before_train()
-
-# %% ../../nbs/32_prune.callback.ipynb #3d5ae536
-@patch
-def before_batch(self:Pruner):
-    if not self.training or not self._trained or is_warmup(self.learn): return
-    due = [self.start + (self.end-self.start)*i/max(self.rounds-1, 1) for i in range(self.rounds)]
-    last = self.epoch+1==self.n_epoch and self.iter+1==self.n_iter
-    n = self.rounds if last else sum(t <= self.pct_train for t in due)
-    if n > self.done: self.cut(n)
-    self._report.note()
+    self._put = put
+    self._units = s
 
 # %% ../../nbs/32_prune.callback.ipynb #62935e97
 @patch
@@ -153,6 +137,16 @@ def _reached(self:Pruner, sparsity, n):
     if self.schedule=='one_shot' or n==self.rounds: return sparsity
     t = n/self.rounds
     return 1-(1-sparsity)**t if self.schedule=='iterative' else sparsity*self.schedule(t)
+
+# %% ../../nbs/32_prune.callback.ipynb #6ab90125
+def _say_frozen(learn, s):
+    "Warn if weights that are pruned belong to frozen groups of the optimiser"
+    params = [raw(s.model, k) for k in s.weights]
+    n = sum(p is not None and not p.requires_grad for p in params)
+    if n and getattr(learn.opt, 'frozen_idx', 0):
+        warnings.warn(f'{n} of the {len(params)} layers that are pruned are frozen in this fit, '
+                      'and cannot recover. Call learn.unfreeze() before, or give the Pruner to a '
+                      'later fit.')
 
 # %% ../../nbs/32_prune.callback.ipynb #d0363d70
 @patch
@@ -167,14 +161,13 @@ def cut(self:Pruner,
     _cut(Scoring(self.learn, **self.kwargs), s, **self.how)
     self.done = n
 
-# %% ../../nbs/32_prune.callback.ipynb #6ab90125
-def _say_frozen(learn, s):
-    "Warn if weights that are pruned belong to frozen groups of the optimiser"
-    params = [raw(s.model, k) for k in s.weights]
-    n = sum(p is not None and not p.requires_grad for p in params)
-    if n and getattr(learn.opt, 'frozen_idx', 0):
-        warnings.warn(f'{n} of the {len(params)} layers that are pruned are frozen in this fit, and cannot '
-                      'recover. Call learn.unfreeze() before, or give the Pruner to a later fit.')
+# %% ../../nbs/32_prune.callback.ipynb #b1bff4ce
+def _n_to_go(pruner, s):
+    "How many of the units `s` are to go, less what widths in multiples may bring back"
+    scope = pruner.how['scope'] or ('layer' if s.by=='channel' else 'global')
+    n = _n_asked(s, pruner.sparsity, scope, pruner.how['cap'])
+    round_to = pruner.how['round_to']
+    return n-sum(math.lcm(round_to, g.n_blocks)-1 for g in s.groups) if round_to else n
 
 # %% ../../nbs/32_prune.callback.ipynb #e0cf3e9b
 class _Report(QuickCallback):
@@ -183,19 +176,12 @@ class _Report(QuickCallback):
     _most = None      # units pruned and all units, after the last cut
     _done = 0         # cuts that were noted
     def __init__(self, pruner, s):
-        self._pruner,self._units = pruner,s
+        self._pruner = pruner
+        self._units = s
         self._names = list(s.weights)
         self.asked = None      # how many units; None where scores or a pattern decide
-        if not callable(pruner.sparsity) and not pruner.how['pattern']: self.asked = self.count_asked()
+        if not (callable(pruner.sparsity) or pruner.how['pattern']): self.asked = _n_to_go(pruner, s)
         s.weights = dict.fromkeys(s.weights)      # only their names are needed: the tensors may go
-
-    def count_asked(self):
-        "Units that are to go, less what widths in multiples may bring back"
-        p,s = self._pruner,self._units
-        scope = p.how['scope'] or ('layer' if s.by=='channel' else 'global')
-        back = 0
-        if p.how['round_to']: back = sum(math.lcm(p.how['round_to'], g.n_blocks)-1 for g in s.groups)
-        return _n_asked(s, p.sparsity, scope, p.how['cap'])-back
 
     def count(self):
         "Units that are pruned now, and all there are; None if the network is another one by now"
@@ -222,26 +208,58 @@ def call(self:_Report, asked):
     "The call of `prune_model` that does the rest"
     args = ['learn']
     if self.asked is not None: args.append(asked)
-    given = dict(by=self._units.by, **{k: self._pruner.how[k] for k in ('pattern','cap','round_to')})
-    return f'prune_model({", ".join(args + [f"{k}={v!r}" for k,v in given.items() if v not in (None,"weight")])})'
+    given = {k: self._pruner.how[k] for k in ('pattern','cap','round_to')}
+    given = dict(by=self._units.by) | given
+    args += [f'{k}={v!r}' for k,v in given.items() if v not in (None,'weight')]
+    return f'prune_model({", ".join(args)})'
 
 # %% ../../nbs/32_prune.callback.ipynb #b9308c66
 @patch
 def warn(self:_Report, learn, gone, n):
     "Warn if of `n` units only `gone` are pruned"
     p = self._pruner
-    early,lost = p.done<p.rounds,bool(self._most) and gone<self._most[0]
+    early = p.done<p.rounds
+    lost = bool(self._most) and gone<self._most[0]
     if not early and not lost or self.asked is not None and gone>=self.asked: return
-    savers = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, SaveModelCallback)] or ['a callback']
+    savers = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, SaveModelCallback)]
     why = []
-    if early: why.append(f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of {learn.n_epoch}, '
-                         'from 0), before the last cut')
-    if lost: why.append(f'{", ".join(savers)} has loaded weights from before the last cut')
+    if early: why.append(f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of '
+                         f'{learn.n_epoch}, from 0), before the last cut')
+    if lost: why.append(f'{", ".join(savers) or "a callback"} has loaded weights from before the '
+                        'last cut')
     asked = p.how['pattern'] or 'what the function of the scores gives'
-    if self.asked is not None: asked = f'{p.sparsity:g}' if isinstance(p.sparsity, (int,float)) else repr(p.sparsity)
-    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, asked for: '
-                  f'{asked}. {self.call(asked)} prunes the rest; train on after it. To avoid it, let `end` be sooner'
-                  + (', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'))
+    if self.asked is not None: asked = str(p.sparsity) if isinstance(p.sparsity, dict) else f'{p.sparsity:g}'
+    keep = ', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'
+    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, '
+                  f'asked for: {asked}. {self.call(asked)} prunes the rest; train on after it. '
+                  f'To avoid it, let `end` be sooner{keep}')
+
+# %% ../../nbs/32_prune.callback.ipynb #63beb873
+@patch
+def before_train(self:Pruner):
+    "Try the criterion, and add the report"
+    if not self._trained:
+        s = self._units
+        if self.start>0 or is_warmup(self.learn):
+            with no_random(reproducible=False):
+                Scoring(self.learn, trial=True, **self.kwargs).worth(self.how['criterion'])
+        if s.by=='weight' and not self.kwargs['ignore'] and self.kwargs['layers'] is None:
+            say_share(s.model, s.weights)
+        self._report = _Report(self, s)
+        self._ended = None
+        self.learn.add_cb(self._report)
+    super(Pruner, self).before_train()
+
+# %% ../../nbs/32_prune.callback.ipynb #3d5ae536
+@patch
+def before_batch(self:Pruner):
+    "Make the cut that is due; in the last batch the last one"
+    if not self.training or not self._trained or is_warmup(self.learn): return
+    due = [self.start + (self.end-self.start)*i/max(self.rounds-1, 1) for i in range(self.rounds)]
+    last = self.epoch+1==self.n_epoch and self.iter+1==self.n_iter
+    n = self.rounds if last else sum(t <= self.pct_train for t in due)
+    if n > self.done: self.cut(n)
+    self._report.note()
 
 # %% ../../nbs/32_prune.callback.ipynb #a4745ea3
 @patch
@@ -256,12 +274,14 @@ def after_cancel_fit(self:Pruner):
 # %% ../../nbs/32_prune.callback.ipynb #12f6f6a0
 @patch
 def after_fit(self:Pruner):
+    "Leave the masks where they are"
     self._report = None      # it stays until the others are done
     self.put_back()
 
 # %% ../../nbs/32_prune.callback.ipynb #159fa789
 @patch
 def put_back(self:Pruner):
+    "Without a training no mask stays"
     if not self._trained: unmask(self.model, self._put)     # it was a validation
     if self._report: self.learn.remove_cb(self._report)
     self._put = ()

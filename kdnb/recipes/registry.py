@@ -8,7 +8,8 @@ __all__ = ['not_options', 'shipped', 'recipes', 'ask_recipe', 'RecipeOption', 'R
 
 # %% ../../nbs/50a_recipes.registry.ipynb #20eb9968
 import ast,hashlib,importlib.util,inspect,sys
-from collections.abc import Callable,Iterator
+from collections import ChainMap
+from collections.abc import Callable,Iterator,Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -97,15 +98,35 @@ def read_recipes(
         name = given.get('name') or f.name.replace('_', '-')
         yield RecipeSource(name, f'{where}:{f.name}', given.get('help', ''), options, given.get('default', False))
 
+# %% ../../nbs/50a_recipes.registry.ipynb #9da36a19
+class _LazyDict(Mapping):
+    "A dict that cannot be changed, and is made when it is first looked into"
+    def __init__(
+        self,
+        make:Callable, # Function that makes the dict
+    ):
+        self._make = make
+        self._made = None
+    def _dict(self):
+        if self._made is None: self._made = self._make()
+        return self._made
+    def __getitem__(self, k): return self._dict()[k]
+    def __iter__(self): return iter(self._dict())
+    def __len__(self): return len(self._dict())
+    def __repr__(self): return repr(self._dict())
+
 # %% ../../nbs/50a_recipes.registry.ipynb #0ae96133
 def _read_shipped():
     folder = Path(importlib.util.find_spec('kdnb.recipes').submodule_search_locations[0])
-    files = sorted(folder.glob('*.py'))
+    files = [o for o in sorted(folder.glob('*.py')) if '\n@recipe(' in o.read_text(encoding='utf-8')]
     return {o.name: o for file in files for o in read_recipes(file, f'kdnb.recipes.{file.stem}')}
 
 # %% ../../nbs/50a_recipes.registry.ipynb #4749a7c4
-shipped = _read_shipped()     # the package's own recipes, by name
-recipes = {name: o.where for name,o in shipped.items()}     # all that are known: a function, or its place
+shipped = _LazyDict(_read_shipped)     # the package's own recipes, by name
+
+# %% ../../nbs/50a_recipes.registry.ipynb #5d6d4199
+_places = _LazyDict(lambda: {name: o.where for name,o in shipped.items()})
+recipes = ChainMap({}, _places)     # all that are known, by name: a function, or its place
 
 # %% ../../nbs/50a_recipes.registry.ipynb #80979731
 def default_recipe() -> str:

@@ -7,7 +7,6 @@ __all__ = ['vbgs_kd_defaults', 'VbgsKdSettings', 'epochs_for', 'layer_widths', '
 
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #113bc588
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +90,38 @@ def _refuse_sparsity(dls, teacher, student, s, T_log_alpha, *makers):
     t = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
     if s.terms is not None: check_method(s.terms, net, t, dls, 'vbgs_kd')
 
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #dde915b5
+def _stages(run, teacher, student, epochs, s, noisy, prior, singles, limit):
+    "Train the stages of the seed in force; returns log α of the groups after each epoch"
+    t = run.teacher(teacher, epochs[0], s.teacher_lr)
+    terms = KD(T=s.T)*s.lam if s.terms is None else s.terms
+    def taught(net): return KnowledgeDistillation(t, term_for(terms, net, t, run.dls), 1-s.lam, cache=run.cache)
+    net = run.network(student)
+    dense = run.fit('student', run.learner(net), epochs[1], s.lr, cbs=taught(net))
+    sparsify = partial(run.fit, n_epoch=epochs[2], lr=s.lr, fit='fit_flat_cos', of=dense, pct_start=s.pct_start)
+    net = noisy(dense)
+    kl = prior()
+    sparse = sparsify('sparse', run.learner(net, wd=0.), cbs=[taught(net), kl],
+                      result=partial(to_deterministic, limit=limit))
+    small = shrink(sparse, run.dls).eval()
+    run.enter('small', small, of=dense, widths=layer_widths(small))
+    if singles:
+        net = to_variational(small, run.dls, 'weights')
+        sparsify('thin', run.learner(net, wd=0.), cbs=[taught(net), singles()], result=partial(_plain, data=run.dls))
+    return kl.log_alphas
+
+# %% ../../nbs/51_recipes.vbgs_kd.ipynb #9e968b54
+def _show_groups(run, sparse):
+    "The exhibits: log α of the groups during training, and what is left of the weights"
+    groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).numpy() for n in run.log_alphas[0]}
+    run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',
+                'log α of every group of weights while the network was sparsified; the fuller the colour, the more '
+                'groups. Above the dotted threshold noise is larger than signal, and the group goes.')
+    pictures = {n: w.astype('float16') for n,w in weight_pictures(sparse).items()}
+    run.exhibit('weights', 'weights', pictures, 'What was cut (Figure 5)',
+                'The weights: a row is an output, a column one of its inputs; what is left empty is gone. Red is '
+                'positive, blue negative; of kernels the length is shown.')
+
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #1769ec68
 @recipe('vbgs-kd', settings=VbgsKdSettings, default=True,
         help='teach the student, sparsify it variationally, cut what is noise, shrink it (Ming et al. 2020)')
@@ -112,44 +143,17 @@ def vbgs_kd(
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)
-    s,epochs = check_settings('vbgs_kd', settings, VbgsKdSettings),epochs_for(dls, epochs, quick)
+    s = check_settings('vbgs_kd', settings, VbgsKdSettings)
+    epochs = epochs_for(dls, epochs, quick)
     if s.gamma_weight is None: s.gamma_weight = train_size(dls)/135
     noisy = partial(to_variational, data=dls, groups=s.groups, noise=s.noise)
     prior,singles = _sparsifiers(s)
     _refuse_sparsity(dls, teacher, student, s, T_log_alpha, prior, singles, partial(noisy, network_for(dls, student)))
-    terms = KD(T=s.T)*s.lam if s.terms is None else s.terms
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=[*epochs], T_log_alpha=T_log_alpha, quick=quick, **vars(s))
-    for seed in run.each_seed():
-        t = run.teacher(teacher, epochs[0], s.teacher_lr)
-        def taught(student):
-            return KnowledgeDistillation(t, term_for(terms, student, t, dls), 1-s.lam, cache=run.cache)
-        net = run.network(student)
-        dense = run.fit('student', run.learner(net), epochs[1], s.lr, cbs=taught(net))
-        sparsify = partial(run.fit, n_epoch=epochs[2], lr=s.lr, fit='fit_flat_cos', of=dense, pct_start=s.pct_start)
-        net = noisy(dense)
-        kl = prior()
-        sparse = sparsify('sparse', run.learner(net, wd=0.), cbs=[taught(net), kl],
-                          result=partial(to_deterministic, limit=T_log_alpha))
-        small = shrink(sparse, dls).eval()
-        run.enter('small', small, of=dense, widths=layer_widths(small))
-        if singles:
-            net = to_variational(small, dls, 'weights')
-            sparsify('thin', run.learner(net, wd=0.), cbs=[taught(net), singles()], result=partial(_plain, data=dls))
-        if seed==run.seeds[0]: run.log_alphas = kl.log_alphas
+    log_alphas = [_stages(run, teacher, student, epochs, s, noisy, prior, singles, T_log_alpha) for _ in run.each_seed()]
+    run.log_alphas = log_alphas[0]
     named = T_log_alpha is None or isinstance(T_log_alpha, str)
     run.threshold = threshold(run.log_alphas[-1], T_log_alpha or 'valley') if named else T_log_alpha
     _show_groups(run, run.models['sparse'])
     return run.finish(run.models['thin' if singles else 'small'], of=run.models['student'])
-
-# %% ../../nbs/51_recipes.vbgs_kd.ipynb #9e968b54
-def _show_groups(run, sparse):
-    "The exhibits: log α of the groups during training, and what is left of the weights"
-    groups = {n: torch.stack([o[n].flatten() for o in run.log_alphas]).numpy() for n in run.log_alphas[0]}
-    run.exhibit('log_alpha', 'log_alpha', dict(groups=groups, threshold=run.threshold), 'Signal and noise (Figure 4)',
-                'log α of every group of weights while the network was sparsified; the fuller the colour, the more '
-                'groups. Above the dotted threshold noise is larger than signal, and the group goes.')
-    pictures = {n: w.astype('float16') for n,w in weight_pictures(sparse).items()}
-    run.exhibit('weights', 'weights', pictures, 'What was cut (Figure 5)',
-                'The weights: a row is an output, a column one of its inputs; what is left empty is gone. Red is '
-                'positive, blue negative; of kernels the length is shown.')

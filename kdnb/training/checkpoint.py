@@ -45,21 +45,16 @@ class Checkpoint(Attached, QuickCallback):
         restore_method(self.learn, '_do_fit')
     def _files(self): return sorted(self._here.glob('epoch-*.safetensors'))
 
-# %% ../../nbs/06g_training.checkpoint.ipynb #b4a179a3
+# %% ../../nbs/06g_training.checkpoint.ipynb #7a2dc400
 @patch
-def _loop(self:Checkpoint):
-    "As `Learner._do_fit`, from the epoch after that of the newest state"
-    learn = self.learn
-    if not is_training(learn): return type(learn)._do_fit(learn)
-    self._here = self._path/f'fit{self._fits}'
-    self._start = marks_of(learn.cbs)
-    self._fits += 1
-    first = self._take_up()
-    self._on = True
-    try:
-        for learn.epoch in range(first, learn.n_epoch):
-            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-    finally: self._on,self._start = False,None
+def _newest(self:Checkpoint):
+    "The state in the newest whole file, or None"
+    files = self._files()
+    while files:
+        try: return load_state(files.pop())
+        except (ValueError,OSError) as e:
+            how = 'goes on from the checkpoint before it' if files else 'begins anew'
+            warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
 
 # %% ../../nbs/06g_training.checkpoint.ipynb #76849dba
 @patch
@@ -76,34 +71,28 @@ def _take_up(self:Checkpoint):
         raise ValueError(f'{self._here} holds another training: {e} {do}') from None
     return state['epoch']
 
-# %% ../../nbs/06g_training.checkpoint.ipynb #7a2dc400
+# %% ../../nbs/06g_training.checkpoint.ipynb #b4a179a3
 @patch
-def _newest(self:Checkpoint):
-    "The state in the newest whole file, or None"
-    files = self._files()
-    while files:
-        try: return load_state(files.pop())
-        except (ValueError,OSError) as e:
-            how = 'goes on from the checkpoint before it' if files else 'begins anew'
-            warnings.warn(f'{e} Training {self._name!r} {how}.', stacklevel=2)
+def _loop(self:Checkpoint):
+    "As `Learner._do_fit`, from the epoch after that of the newest state"
+    learn = self.learn
+    if not is_training(learn): return type(learn)._do_fit(learn)
+    self._here = self._path/f'fit{self._fits}'
+    self._start = marks_of(learn.cbs)
+    self._fits += 1
+    first = self._take_up()
+    self._on = True
+    try:
+        for learn.epoch in range(first, learn.n_epoch):
+            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+    finally:
+        self._on = False
+        self._start = None
 
 # %% ../../nbs/06g_training.checkpoint.ipynb #94d9ccaa
 def _is_finite(t):
     "Are all numbers of the tensor `t` finite? Their sum is asked first, which is fast"
     return not t.is_floating_point() or t.sum().isfinite().item() or t.isfinite().all().item()
-
-# %% ../../nbs/06g_training.checkpoint.ipynb #01c6dee4
-@patch
-def after_epoch(self:Checkpoint) -> None:
-    "Write the state, unless the last file is too recent"
-    if not self._on or not self._write or (self.share and time.perf_counter()<self._next): return
-    if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
-    start,lost = time.perf_counter(),{}
-    save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn, self._start, lost))
-    if lost: self._warn(lost)
-    for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
-    end = time.perf_counter()
-    self._next = end + (end-start)/(self.share or 1)
 
 # %% ../../nbs/06g_training.checkpoint.ipynb #c4d6cb11
 @patch
@@ -111,9 +100,24 @@ def _warn(self:Checkpoint, lost):
     "Name once what the files do not hold"
     if self._warned: return
     self._warned = True
-    warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: it has changed and is no plain '
-                  'data, or too large. A callback that has state_dict() and load_state_dict() says itself what is kept.',
-                  stacklevel=3)
+    warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: '
+                  'it has changed and is no plain data, or too large. '
+                  'A callback that has state_dict() and load_state_dict() says itself what is '
+                  'kept.', stacklevel=3)
+
+# %% ../../nbs/06g_training.checkpoint.ipynb #01c6dee4
+@patch
+def after_epoch(self:Checkpoint) -> None:
+    "Write the state, unless the last file is too recent"
+    if not self._on or not self._write or (self.share and time.perf_counter()<self._next): return
+    if not all(map(_is_finite, tensors_in(self.learn.model).values())): return
+    start = time.perf_counter()
+    lost = {}
+    save_state(self._here/f'epoch-{self.epoch:05d}.safetensors', training_state(self.learn, self._start, lost))
+    if lost: self._warn(lost)
+    for f in self._files()[:-self._keep]: f.unlink(missing_ok=True)
+    end = time.perf_counter()
+    self._next = end + (end-start)/(self.share or 1)
 
 # %% ../../nbs/06g_training.checkpoint.ipynb #94292e04
 @patch
@@ -125,5 +129,6 @@ def after_loss(self:Checkpoint) -> None:
         total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
     if math.isfinite(total): return
     kept = f'What went before is in {self._here}. ' if self._files() else ''
-    raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
-                             f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')
+    raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, '
+                             f'batch {self.iter} of training {self._name!r} (both count from 0). '
+                             f'{kept}Try a smaller learning rate.')

@@ -36,24 +36,29 @@ def set_tensors(
     with torch.no_grad():
         for k,v in state.items():
             if here[k].shape!=v.shape:
-                raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} in the file.')
+                raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} '
+                                 'in the file.')
             here[k].copy_(v)
 
 # %% ../../nbs/06f_training.state.ipynb #d05c6e02
 def _names(code):
     "All names and identifiers that `code` uses"
-    inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
-    return {*code.co_names}.union((c for c in code.co_consts if isinstance(c, str) and c.isidentifier()), *inner)
+    res = {*code.co_names}
+    for c in code.co_consts:
+        if isinstance(c, CodeType): res |= _names(c)
+        elif isinstance(c, str) and c.isidentifier(): res.add(c)
+    return res
 
 # %% ../../nbs/06f_training.state.ipynb #6ad60e7a
 @lru_cache
 def _library_names(cls):
     "The names that the bases of `cls` in torch, fastai and this package use"
     res = set()
-    theirs = [vars(c).items() for c in cls.__mro__ if not _is_own(c)]
-    for name,f in (o for items in theirs for o in items):
-        fs = (f.fget,f.fset) if isinstance(f, property) else (getattr(f, '__func__', f),)
-        res.update({name}, *(_names(o.__code__) for o in fs if hasattr(o, '__code__')))
+    for c in cls.__mro__:
+        if _is_own(c): continue
+        for name,f in vars(c).items():
+            fs = (f.fget,f.fset) if isinstance(f, property) else (getattr(f, '__func__', f),)
+            res.update({name}, *(_names(o.__code__) for o in fs if hasattr(o, '__code__')))
     return res
 
 # %% ../../nbs/06f_training.state.ipynb #5f83df8f
@@ -63,6 +68,18 @@ def _attributes(o):
     theirs = _library_names(type(o))
     def is_kept(k): return k[0]!='_' or k not in theirs and not k.endswith('__')
     return {k: v for k,v in vars(o).items() if k!='learn' and is_kept(k)}
+
+# %% ../../nbs/06f_training.state.ipynb #4db849b5
+def _rng_state(o):
+    "The state of a generator of random numbers, or None"
+    if isinstance(o, random.Random): return o.getstate()
+    if isinstance(o, np.random.Generator): return o.bit_generator.state
+    if isinstance(o, (np.random.RandomState,torch.Generator)): return o.get_state()
+
+# %% ../../nbs/06f_training.state.ipynb #ed22b1ca
+def _has_state_dict(o):
+    "Has `o` a state of its own to keep? Asked of its class, since callbacks look attributes up in the model"
+    return hasattr(type(o), 'load_state_dict')
 
 # %% ../../nbs/06f_training.state.ipynb #3d866458
 _constant = (FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,torch.dtype,torch.device)
@@ -81,10 +98,12 @@ def _mark_of(o, held, depth):
     held.append(o)
     if isinstance(o, _constant) or not depth: return id(o)
     if isinstance(o, torch.Tensor):
-        return id(o),tuple(o.shape),repr(o.detach().as_subclass(torch.Tensor).sum(dtype=torch.double).item())
+        total = o.detach().as_subclass(torch.Tensor).sum(dtype=torch.double).item()
+        return id(o),tuple(o.shape),repr(total)
     deeper = partial(_mark, held=held, depth=depth-1)
     if isinstance(o, nn.Module): return id(o),[deeper(t) for t in (*o.parameters(), *o.buffers())]
-    if isinstance(o, (io.IOBase,Iterator)) or hasattr(o, '__len__') and len(o)>10_000: return object()
+    if isinstance(o, (io.IOBase,Iterator)) or hasattr(o, '__len__') and len(o)>10_000:
+        return object()
     if isinstance(o, dict): return [(deeper(k), deeper(v)) for k,v in o.items()]
     if isinstance(o, (list,tuple,L,set,frozenset,deque)): return [deeper(v) for v in o]
     return {k: deeper(v) for k,v in vars(o).items() if k!='learn'} if hasattr(o, '__dict__') else object()
@@ -94,24 +113,13 @@ def marks_of(
     cbs:Iterable[Callback], # Callbacks of a learner, when a fit begins
 ) -> tuple[dict,list]:
     "What `callback_memory` compares with later: `{id of callback: {attribute: mark}}`, and what it must not outlive"
-    res,held = {},[]
+    res = {}
+    held = []
     for c in cbs:
         if _has_state_dict(c): continue
         theirs = _library_names(type(c))
         res[id(c)] = {k: _mark(v, held) for k,v in _attributes(c).items() if k not in theirs}
     return res,held
-
-# %% ../../nbs/06f_training.state.ipynb #ed22b1ca
-def _has_state_dict(o):
-    "Has `o` a state of its own to keep? Asked of its class, since callbacks look attributes up in the model"
-    return hasattr(type(o), 'load_state_dict')
-
-# %% ../../nbs/06f_training.state.ipynb #4db849b5
-def _rng_state(o):
-    "The state of a generator of random numbers, or None"
-    if isinstance(o, random.Random): return o.getstate()
-    if isinstance(o, np.random.Generator): return o.bit_generator.state
-    if isinstance(o, (np.random.RandomState,torch.Generator)): return o.get_state()
 
 # %% ../../nbs/06f_training.state.ipynb #a4272ac5
 def _is_plain(o):
@@ -120,19 +128,25 @@ def _is_plain(o):
     except (TypeError,RecursionError): return False
     return True
 
-# %% ../../nbs/06f_training.state.ipynb #9515009e
-def _as_plain(v):
-    "What is stored for the attribute `v`: its own state, that of a generator, or itself"
-    if isinstance(v, Metric) or _has_state_dict(v) and not isinstance(v, nn.Module): return _memory(v)[0]
-    state = _rng_state(v)
-    return v if state is None else state
-
 # %% ../../nbs/06f_training.state.ipynb #f0bb698f
 def _tensors_of(o):
     "The tensors in the plain data `o`"
     tensors = {}
     to_plain(o, tensors)
     return list(tensors.values())
+
+# %% ../../nbs/06f_training.state.ipynb #9515009e
+def _as_plain(v):
+    "What is stored for the attribute `v`: its own state, that of a generator, or itself"
+    if isinstance(v, Metric) or _has_state_dict(v) and not isinstance(v, nn.Module):
+        return _memory(v)[0]
+    state = _rng_state(v)
+    return v if state is None else state
+
+# %% ../../nbs/06f_training.state.ipynb #7f9584cc
+def _is_on_gpu(o):
+    "Is there a tensor on a GPU in the plain data `o`?"
+    return any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(o))
 
 # %% ../../nbs/06f_training.state.ipynb #bf682b63
 def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its attributes; largest private one in bytes
@@ -142,32 +156,26 @@ def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its a
     theirs = _library_names(type(o)) if is_cb else None
     network = tensors_in(o.learn.model).values() if is_cb and o.learn else ()
     networks_own = {t.untyped_storage().data_ptr() for t in network}
-    kept,lost,held = {},{},[]
+    kept,lost = {},{}
     for k,v in _attributes(o).items():
-        changed = not start or k not in start or start[k]!=_mark(v, held)
-        private,users = k[0]=='_',is_cb and k not in theirs
+        changed = not start or k not in start or start[k]!=_mark(v, [])
+        private = k[0]=='_'
+        users = is_cb and k not in theirs
         if private and not changed: continue
-        what,data = type(v).__name__,_as_plain(v)
+        what = type(v).__name__
+        data = _as_plain(v)
         if not isinstance(v, nn.Module) and _is_plain(data):
             ts = _tensors_of(data)
-            if users and any(t.untyped_storage().data_ptr() in networks_own for t in ts if t.numel()): continue
+            if users and any(t.untyped_storage().data_ptr() in networks_own for t in ts if t.numel()):
+                continue
             n = sum(t.nbytes for t in ts)
             if not private or n<=limit:
                 kept[k] = data
                 continue
             what = f'{n/1e6:.0f} MB'
         if changed and users and start is not None: lost[k] = what
-    there = [k for k,v in kept.items() if any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(v))]
+    there = [k for k,v in kept.items() if _is_on_gpu(v)]
     return kept | ({'$cuda': there} if there else {}),lost
-
-# %% ../../nbs/06f_training.state.ipynb #68921d0a
-def _set_memory(o, state):
-    "Give `o` back what `_memory` found"
-    if _has_state_dict(o): return o.load_state_dict(state)
-    there = state.get('$cuda', ()) if torch.cuda.is_available() else ()      # what a file holds comes back on the CPU
-    for k,v in state.items():
-        if k=='$cuda': continue
-        vars(o)[k] = _set_value(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
 
 # %% ../../nbs/06f_training.state.ipynb #b1a83909
 def _set_value(old, new):
@@ -175,7 +183,8 @@ def _set_value(old, new):
     if isinstance(old, random.Random): old.setstate(new)
     elif isinstance(old, np.random.Generator): old.bit_generator.state = new
     elif isinstance(old, (np.random.RandomState,torch.Generator)): old.set_state(new)
-    elif isinstance(old, nn.Parameter) and isinstance(new, torch.Tensor) and old.shape==new.shape: old.data.copy_(new)
+    elif isinstance(old, nn.Parameter) and isinstance(new, torch.Tensor) and old.shape==new.shape:
+        old.data.copy_(new)
     elif isinstance(old, Metric) or _has_state_dict(old): _set_memory(old, new)
     elif isinstance(old, dict) and type(old)!=type(new):
         old.clear()
@@ -185,6 +194,15 @@ def _set_value(old, new):
     elif isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor): return new.to(old.device)
     else: return new
     return old
+
+# %% ../../nbs/06f_training.state.ipynb #68921d0a
+def _set_memory(o, state):
+    "Give `o` back what `_memory` found"
+    if _has_state_dict(o): return o.load_state_dict(state)
+    there = state.get('$cuda', ()) if torch.cuda.is_available() else ()      # what a file holds comes back on the CPU
+    for k,v in state.items():
+        if k=='$cuda': continue
+        vars(o)[k] = _set_value(vars(o).get(k), to_device(v, 'cuda') if k in there else v)     # fastai's setattr warns
 
 # %% ../../nbs/06f_training.state.ipynb #b63792c0
 def callback_memory(
@@ -198,7 +216,8 @@ def callback_memory(
     for c in cbs:
         kept,gone = _memory(c, start and start[0].get(id(c), {}), limit)
         res.append((type(c).__name__, kept))
-        if lost is not None: lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
+        if lost is not None:
+            lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
     return res
 
 # %% ../../nbs/06f_training.state.ipynb #f81d80dd

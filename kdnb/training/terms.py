@@ -30,7 +30,9 @@ class LossTerm(ParamsCallback):
         name:str='term', # Column in the progress table
         task:float|Callable=1., # Weight of the task loss itself
     ):
-        if not isinstance(term, dict): term,weight = {name: term},{name: weight}
+        if not isinstance(term, dict):
+            term = {name: term}
+            weight = {name: weight}
         for k,f in term.items():
             if not callable(f):
                 raise ValueError(f'the term {k!r} is {described(f)}, '
@@ -38,7 +40,8 @@ class LossTerm(ParamsCallback):
         self.terms = term
         self.weights = {k: check_weight(weight[k], f'weight of {k}') for k in term}
         self.task = check_weight(task, 'task')
-        self._sums,self._n = {},{}
+        self._sums = {}      # of each term over the samples of this epoch
+        self._n = {}         # how many samples these were
     def values(self,
         names:Iterable[str], # Some of the terms' names
     ) -> dict[str,torch.Tensor]:
@@ -49,36 +52,6 @@ class LossTerm(ParamsCallback):
         "Of training, from 0 to 1; 0 in `lr_find`"
         return self.learn.pct_train if is_training(self.learn) else 0.
 
-# %% ../../nbs/06d_training.terms.ipynb #8191c16a
-@patch
-def after_loss(self:LossTerm) -> None:
-    "Add the terms that have a weight to the loss of a training batch"
-    learn = self.learn
-    if not learn.training: return
-    pct,labelled = self.progress,len(learn.yb)>0
-    weights = {k: weight_at(o, pct) for k,o in self.weights.items()}
-    weights = {k: w for k,w in weights.items() if w}
-    if not labelled and not weights: return self._pass_over()
-    task = weight_at(self.task, pct)
-    self._steps = True
-    if not weights and task==1: return
-    n = find_bs(learn.yb if labelled else learn.xb)
-    learn.loss_grad = self._sum(task, weights, n)
-    learn.loss = learn.loss_grad.detach().clone()   # no alias: accumulation edits `loss_grad` in place
-    if not labelled: learn.yb = self._blank = (torch.zeros(n, 0),)
-
-# %% ../../nbs/06d_training.terms.ipynb #16e538aa
-@patch
-def _sum(self:LossTerm, task, weights, n):
-    "The loss of a batch of `n` samples: the task's times `task`, and each term, noted for its column, times its weight"
-    loss = self._task_loss()
-    if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
-    for k,v in self.values(weights).items():
-        loss = torch.add(loss, v, alpha=weights[k])
-        self._sums[k] = self._sums.get(k, 0) + v.detach()*n
-        self._n[k] = self._n.get(k, 0) + n
-    return loss
-
 # %% ../../nbs/06d_training.terms.ipynb #7f38e68f
 @patch
 def _task_loss(self:LossTerm):
@@ -86,6 +59,18 @@ def _task_loss(self:LossTerm):
     learn = self.learn
     if not len(learn.yb): return torch.zeros((), device=next(learn.model.parameters()).device)
     return learn.loss_grad.as_subclass(torch.Tensor)   # fastai's own type is slower
+
+# %% ../../nbs/06d_training.terms.ipynb #16e538aa
+@patch
+def _sum(self:LossTerm, task, weights, n):
+    "Loss of a batch of `n` samples: the task's times `task`, and each term, noted for its column, times its weight"
+    loss = self._task_loss()
+    if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
+    for k,v in self.values(weights).items():
+        loss = torch.add(loss, v, alpha=weights[k])
+        self._sums[k] = self._sums.get(k, 0) + v.detach()*n
+        self._n[k] = self._n.get(k, 0) + n
+    return loss
 
 # %% ../../nbs/06d_training.terms.ipynb #eeb7e9f7
 @patch
@@ -106,7 +91,27 @@ def columns(self:LossTerm) -> dict:
 def before_train(self:LossTerm) -> None:
     "Begin the means of this epoch"
     super(LossTerm, self).before_train()
-    self._sums,self._n = {},{}
+    self._sums = {}
+    self._n = {}
+
+# %% ../../nbs/06d_training.terms.ipynb #8191c16a
+@patch
+def after_loss(self:LossTerm) -> None:
+    "Add the terms that have a weight to the loss of a training batch"
+    learn = self.learn
+    if not learn.training: return
+    pct = self.progress
+    labelled = len(learn.yb)>0
+    weights = {k: weight_at(o, pct) for k,o in self.weights.items()}
+    weights = {k: w for k,w in weights.items() if w}
+    if not labelled and not weights: return self._pass_over()
+    task = weight_at(self.task, pct)
+    self._steps = True
+    if not weights and task==1: return
+    n = find_bs(learn.yb if labelled else learn.xb)
+    learn.loss_grad = self._sum(task, weights, n)
+    learn.loss = learn.loss_grad.detach().clone()   # no alias: accumulation edits `loss_grad` in place
+    if not labelled: learn.yb = self._blank = (torch.zeros(n, 0),)
 
 # %% ../../nbs/06d_training.terms.ipynb #607d98a7
 @patch
@@ -121,8 +126,9 @@ def after_batch(self:LossTerm) -> None:
     self.learn.yb = ()
 
 # %% ../../nbs/06d_training.terms.ipynb #0f9f7e80
-_nothing_trained = ('nothing is trained: no batch of this training has targets, and no term has a weight over 0. '
-                    'Give a term a weight, such as KD(T=4)*.9, or a loader whose batches have targets.')
+_nothing_trained = ('nothing is trained: no batch of this training has targets, and no term has a '
+                    'weight over 0. Give a term a weight, such as KD(T=4)*.9, or a loader whose '
+                    'batches have targets.')
 
 # %% ../../nbs/06d_training.terms.ipynb #cd3759fc
 @patch
