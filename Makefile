@@ -51,6 +51,7 @@ bench: $(READY) $(PEERS)  ## what a step costs
 	$(BIN)/python bench/variational_cost.py
 	$(BIN)/python bench/distill_cost.py
 	$(BIN)/python bench/prune_cost.py
+	$(BIN)/python bench/export_cost.py
 	$(BIN)/python bench/run_cost.py
 
 clean:  ## remove what can be made again, but not .venv and runs/

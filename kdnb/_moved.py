@@ -14,11 +14,12 @@ MOVED = {'terms': 'training.terms training.params training.optimizer training.ca
 # modules that are there, and others that hold now some of what stood in them
 SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic', 'channels.trial': 'channels.remove',
          'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
-         'prune.criteria': 'prune.scoring prune.select prune.penalties', 'prune.callback': 'prune.select prune.rewind',
+         'prune.criteria': 'prune.scoring prune.lowest prune.select prune.penalties',
+         'prune.callback': 'prune.lowest prune.select prune.rewind', 'prune.select': 'prune.lowest',
          'distill.callback': 'distill.learner distill.show distill.seen',
          'distill.task': 'distill.adapter',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
-         'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
+         'sweep.worker': 'sweep.trial', 'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 
 def _finds(module, places, warn=False):
     "Let `module` look for what it lacks in the modules `places`"

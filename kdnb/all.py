@@ -52,6 +52,7 @@ from kdnb.variational.callback import *
 from kdnb.variational.show import *
 from kdnb.prune.scoring import *
 from kdnb.prune.criteria import *
+from kdnb.prune.lowest import *
 from kdnb.prune.select import *
 from kdnb.prune.without_data import *
 from kdnb.prune.with_data import *

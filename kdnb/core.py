@@ -42,7 +42,8 @@ def get_layer(
     if path in layers: return layers[path]
     near = get_close_matches(str(path), layers, 3, .3) or list(layers)[:3]
     raise ValueError(f'{type(model).__name__} has no layer {path!r}. '
-                     f'The nearest names are {", ".join(map(repr, near))}; layer_shapes(model, xb) lists them all.')
+                     f'The nearest names are {", ".join(map(repr, near))}; layer_shapes(model, xb) '
+                     'lists them all.')
 
 # %% ../nbs/00_core.ipynb #c0a7753d
 def set_layer(
@@ -112,7 +113,8 @@ def first_samples(
     least:int=1, # Repeat a single sample so often
 ) -> tuple:
     "The first `n` samples of the inputs `xb`; a list holds samples, of sizes of their own"
-    def first(o): return o if not o.ndim else o[:n] if len(o)>=least else o.repeat(least, *[1]*(o.ndim-1))
+    def first(o):
+        return o if not o.ndim else o[:n] if len(o)>=least else o.repeat(least, *[1]*(o.ndim-1))
     def each(o):
         if isinstance(o, torch.Tensor): return first(o).detach().clone()
         if isinstance(o, dict): return {k: each(v) for k,v in o.items()}

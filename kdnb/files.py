@@ -35,7 +35,8 @@ def atomic_write(
         os.replace(tmp, path)
     except (OSError,SafetensorError) as e:
         left = 'What it held before is still there.' if path.exists() else 'Nothing was left there.'
-        raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}). {left}') from None
+        raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}). '
+                      f'{left}') from None
     finally:
         with suppress(OSError): tmp.unlink()     # a drive that can only be read has none
     return path
@@ -70,7 +71,8 @@ def from_plain(
     if not isinstance(o, dict): return o
     kind = next(iter(o), None)
     if kind in _readers: return _readers[kind](o, tensors)
-    raise ValueError(f'it holds {kind!r}, and nothing is registered to read that. Import the module that does.')
+    raise ValueError(f'it holds {kind!r}, and nothing is registered to read that. '
+                     'Import the module that does.')
 
 # %% ../nbs/01_files.ipynb #f2344b43
 @to_plain.register(type(None))
@@ -128,7 +130,8 @@ _sequences = {list: '$list', tuple: '$tuple', L: '$L'}
 @to_plain.register(tuple)
 @to_plain.register(L)
 def _sequence_to_plain(o, tensors):
-    if type(o) not in _sequences: raise TypeError(f'{type(o).__name__} is no plain data')     # a namedtuple
+    if type(o) not in _sequences:
+        raise TypeError(f'{type(o).__name__} is no plain data')     # a namedtuple
     if (long := _one_tensor(o)) is not None:
         return {'$long': to_plain(long, tensors), 'tensors': isinstance(o[0], torch.Tensor)}
     return {_sequences[type(o)]: [to_plain(v, tensors) for v in o]}
@@ -184,7 +187,8 @@ def _set_to_plain(o, tensors):
 
 # %% ../nbs/01_files.ipynb #14f1ccbe
 @to_plain.register(deque)
-def _deque_to_plain(o, tensors): return {'$deque': [to_plain(v, tensors) for v in o], 'maxlen': o.maxlen}
+def _deque_to_plain(o, tensors):
+    return {'$deque': [to_plain(v, tensors) for v in o], 'maxlen': o.maxlen}
 
 @plain_reader('$deque')
 def _deque_from_plain(d, tensors): return deque(_items(d, tensors), d['maxlen'])
@@ -235,7 +239,8 @@ def _frame_from_plain(d, tensors):
 # %% ../nbs/01_files.ipynb #ae43a45a
 def _unshared(tensors):
     "`tensors`, each with memory of its own"
-    seen,res = set(),{}
+    seen = set()
+    res = {}
     for k,t in tensors.items():
         memory = t.untyped_storage()
         shared = memory.data_ptr() in seen or memory.nbytes()!=t.nbytes
@@ -260,7 +265,7 @@ def save_state(
 def load_state(
     path:str|Path, # File to read
 ) -> object:
-    "What `save_state` wrote; tensors are on the CPU. Raises `ValueError` if the file is damaged or not one of these."
+    "What `save_state` wrote, on the CPU. Raises `ValueError` if the file is damaged, or another's."
     try:
         with safe_open(path, 'pt') as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -277,8 +282,10 @@ def _lock(path):
     lock = FileLock(path/'.lock', thread_local=False)
     try: lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f'another process is writing the run in {path}. Wait for it, or choose another folder.') from None
-    except (OSError,NotImplementedError): return      # a folder that can only be read, or a drive without locks
+        raise ValueError(f'another process is writing the run in {path}. '
+                         'Wait for it, or choose another folder.') from None
+    except (OSError,NotImplementedError):
+        return      # a folder that can only be read, or a drive without locks
     _locks[path] = lock
 
 # %% ../nbs/01_files.ipynb #0b5efd2a

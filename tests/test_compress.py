@@ -85,6 +85,18 @@ def test_milliseconds(monkeypatch):
         t = compress(learn, ms=limit, how='uniform').table.ms
         assert t['cut'] <= (most or .5*t['dense'])
 
+def test_milliseconds_of_onnxruntime(monkeypatch):
+    "What runs there decides, and the sentence says so; the dense network is exported once"
+    ready = []
+    monkeypatch.setattr(budgets, 'in_onnxruntime', lambda m, xb: ready.append(m) or m)
+    monkeypatch.setattr(budgets, 'median_ms', lambda ms: [n_params(m)/1e4 for m in ms])
+    learn = learner('lenet5')
+    small = compress(learn, ms=.5, runtime='onnx', how='uniform')
+    assert small.table.ms['cut']<=.5*small.table.ms['dense']==.5*n_params(learn.model)/1e4 and sum(m is ready[0] for m in ready)==1
+    assert f' ms for a batch of {len(inputs(learn.dls)[0])} in onnxruntime on one thread' in small.said
+    for kwargs,said in ((dict(macs=.5, runtime='onnx'), 'ms is no limit here'), (dict(ms=.5, runtime='tflite'), "tflite")):
+        with pytest.raises(ValueError, match=said): compress(learn, **kwargs)
+
 @pytest.mark.parametrize('what,given,value', [('macs',.5,4e7), ('macs','20M',2e7), ('macs','20 000k',None), ('macs','1.5G',None), ('params','12_345',12345),
                                               ('bytes','2MB',2e6), ('bytes','1 KiB',1024), ('ms','3 ms',3), ('ms','.01s',10), ('ms',5,5), ('params','10%',8e6),
                                               *[('macs',o,None) for o in (0,1,1.5,-.5,True,'','20X','0','1e',math.nan,math.inf,'M',[.5],'20MB','100%')]])
@@ -216,6 +228,19 @@ def test_of_an_error_more_is_worse():
     small = compress(learn, params=.5, how='uniform')
     small.table['error_rate'] = [.1,.15]
     assert '10.00 % → 15.00 %, 5.00 points lost' in small.said
+
+def test_metrics_keep_their_units(monkeypatch):
+    "A mean absolute error is no percentage, and what it may lose is in its unit"
+    learn = learner('lenet5')
+    small = compress(learn, params=.5, how='uniform')
+    for name,says in dict(mae='mae on the validation set 0.31 → 0.35, 0.04 worse', r2_score='0.31 → 0.35, 0.04 better', dice='31.00 % → 35.00 %, 4.00 points won').items():
+        small.table = small.table.iloc[:,:5].assign(**{name: [.31,.35]})
+        assert says in small.said and '%,' not in small.said.split('mae on')[-1][:30]
+    learn.metrics = L(AvgMetric(mae))
+    monkeypatch.setattr(compressing, '_compressed', lambda learn, limits, **kw: SimpleNamespace(
+        table=pd.DataFrame(dict(macs=[1000,int(1000*limits['macs'])], valid_loss=[0,0], mae=[4.,4+2*(limits['macs']<.3)])), f=limits['macs']))
+    assert .3<=learn.compress_to(max_drop=1.5, tries=6).f<.35
+    with pytest.raises(ValueError, match='in the unit of mae'): learn.compress_to(max_drop=-1)
 
 def test_a_drop_that_nothing_keeps(monkeypatch):
     monkeypatch.setattr(compressing, '_compressed', fake(lambda f: 5))

@@ -70,6 +70,76 @@ def test_heads_of_tokens_are_small_and_take_them_one_by_one():
         assert torch.isclose(term(o), term(part)) and not torch.isclose(term(o), full, rtol=1e-7)
         o.mask = None
 
+def test_deit_tiny_to_deit_small_at_224_takes_few_bytes():
+    "All twelve blocks, and the three that the name alone takes"
+    import timm
+    set_seed(0)
+    tiny,small = (timm.create_model(f'deit_{k}_patch16_224').eval() for k in ('tiny','small'))
+    blocks = [f'blocks.{i}' for i in range(12)]
+    term, = named_term('FitNet', tiny, small, (torch.zeros(1,3,224,224),)).terms
+    assert term.pairs==[(b,b) for b in blocks[3::4]]
+    o = Seen({b: torch.zeros(1,197,192) for b in blocks}, {b: torch.zeros(1,197,384) for b in blocks})
+    n = [sum(p.numel()*p.element_size() for p in t.prepare(o).parameters()) for t in (term, FitNet(blocks))]
+    assert n==[3*4*(192*384+384), 12*4*(192*384+384)] and n[1]<100e6
+
+# Masks: a term sees what it would see of the tokens that count alone
+
+COUNTS = torch.arange(N).expand(B,N)<9
+def padded():
+    "The same tokens twice: full ones, of which nine count, and those nine alone"
+    full = seen()
+    short = Seen(*({k: v[:,:9].clone() for k,v in fs.items()} for fs in (full.f_s, full.f_t)))
+    for fs in (full.f_s, full.f_t): fs['b'][:,9:] = 1e3
+    for o in (full, short):
+        o.f_s['c'],o.f_t['c'] = o.f_s['b'].sin(),o.f_t['b'].sin()
+        o.z_s,o.z_t = torch.ones(B,3),torch.zeros(B,3)
+        o.index,o.labels = torch.arange(B),torch.arange(20)%3
+    full.mask = COUNTS
+    return full,short
+
+@pytest.mark.parametrize('term', [AT('b'), AT('b', squared=False), NST('b'), SP('b'), PKT('b'), RKD('b'), FSP(['b','c']), FitNet('b'),
+                                  VID('b', norm=False), VIDLP('b'), CRD('b', K=None), LwF('b')], ids=lambda t: repr(t)[:24])
+def test_padding_does_not_count(term):
+    full,short = padded()
+    short.head = full.head = head = term.prepare(short)
+    if head is not None: head.eval()
+    assert torch.isclose(term(full), term(short), rtol=1e-4)
+
+def test_tokens_of_different_length_are_counted_one_by_one():
+    "AT's mean goes over all that count, FSP's flow over those of a sample, in float64"
+    lengths = [3,17,1,8]
+    mask = torch.stack([torch.arange(N)<n for n in lengths])
+    o = Seen(*({k: torch.randn(B,N,6).double() for k in 'bc'} for _ in range(2)), mask=mask)
+    def where(f): q = f.square().mean(1); return q/q.norm()
+    errors = torch.cat([where(o.f_s['b'][i,:n])-where(o.f_t['b'][i,:n]) for i,n in enumerate(lengths)])
+    assert torch.isclose(AT('b')(o), errors.square().mean(), rtol=1e-6)
+    def flow(fs, i, n): return sum(torch.outer(b, c) for b,c in zip(fs['b'][i,:n], fs['c'][i,:n]))/n
+    flows = [(flow(o.f_s, i, n)-flow(o.f_t, i, n)).square() for i,n in enumerate(lengths)]
+    o.head = FSP(['b','c']).prepare(o)
+    assert torch.isclose(FSP(['b','c'])(o), torch.stack(flows).mean(), rtol=1e-6)
+
+def test_where_nothing_counts_nothing_is_lost():
+    o = seen(mask=torch.zeros(B,N).bool())
+    for term in (AT('b'), FitNet('b'), VID('b')):
+        o.head = term.prepare(o)
+        assert term(o)==0
+
+@pytest.mark.parametrize('term', [AT('b'), FSP(['b','b']), FitNet('b'), PKT('b'), CRD('b'), SemCKD('b','b')], ids=lambda t: t.name)
+def test_masks_that_cannot_be(term):
+    o = seen(labels=torch.arange(20)%3, index=torch.arange(B), bs=B)
+    o.head = term.prepare(o)
+    o.mask = torch.ones(B,N-1).bool()
+    assert torch.isfinite(term(o))                                    # all count, whatever is counted
+    o.mask[0,3] = False
+    with pytest.raises(ValueError, match=r'the mask has shape \(4, 16\), expected \(4, 17\)'): term(o)
+    o.mask = torch.ones(B,N).bool()
+    o.mask[0,3] = False
+    if isinstance(term, SemCKD):
+        with pytest.raises(ValueError, match='SemCKD compares whole layers, and some tokens do not count'): term(o)
+    elif isinstance(term, AT):
+        o.f_t = {'b': torch.randn(B,8,4,4)}
+        with pytest.raises(ValueError, match="layers 'b' and 'b' give tokens and maps"): term(o)
+
 @pytest.mark.parametrize('n_s,n_t', [(17,65), (16,65), (65,16), (18,50)])
 def test_grids_of_other_sizes(n_s, n_t):
     o = Seen({'b': torch.randn(2,n_s,6)}, {'b': torch.randn(2,n_t,8)})
@@ -201,7 +271,8 @@ def pixels(size=8, ignored=255):
     return DataLoaders(*[DataLoader([(x,o) for x,o in zip(X[:32].float()/255, y)], bs=16) for _ in range(2)])
 def fcn(c=3, stride=1, seed=0): set_seed(seed); return here(nn.Sequential(nn.Conv2d(1,8,3,stride,1), nn.ReLU(), nn.Conv2d(8,c,1)))
 
-@pytest.mark.parametrize('term', [KD(), BinaryKD(), LogitsMSE(), DIST(), DKD(), KD(standardize=True)], ids=lambda t: repr(t)[:12])
+@pytest.mark.parametrize('term', [KD(), BinaryKD(), LogitsMSE(), DIST(), DKD(), KD(standardize=True), LwF(), DistillToken('2')],
+                         ids=lambda t: repr(t)[:12])
 def test_ignored_pixels_do_not_count(term):
     "What the teacher says there changes nothing"
     class Mad(nn.Module):
@@ -225,15 +296,31 @@ def test_a_mask_of_ones_own():
     with pytest.raises(ValueError, match=r'the mask has shape \(16, 8\), expected \(16, 8, 8\)'): run(mask=lambda xb,yb: yb[0][:,0]==0)
 
 def test_a_teacher_of_another_size_is_resized():
-    learn = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
+    "For every term on logits of pixels"
     t = fcn(stride=2, seed=1)
-    quiet(learn, 1, 1e-2, cbs=KnowledgeDistillation(t, KD(), task=0.))
     class Resized(nn.Module):
         def __init__(self, net): super().__init__(); self.net = net
         def forward(self, x): return F.interpolate(self.net(x), size=x.shape[2:], mode='bilinear', align_corners=False)
-    other = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
-    quiet(other, 1, 1e-2, cbs=KnowledgeDistillation(Resized(t), KD(), task=0.))
-    assert torch.allclose(flat(learn.model), flat(other.model), atol=1e-6)
+    def taught(teacher, term):
+        learn = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1), opt_func=SGD)
+        quiet(learn, 1, 1e-2, cbs=KnowledgeDistillation(teacher, term, task=0.))
+        return flat(learn.model)
+    for term in (KD(), BinaryKD(), LogitsMSE(), DKD(), DIST(), LwF(), DistillToken('2'), DistillToken('2', hard=False)):
+        assert torch.allclose(taught(t, term), taught(Resized(t), term), atol=1e-6), term
+        assert not torch.equal(taught(t, term), flat(fcn())), term
+
+def test_srrl_of_pixels_at_the_size_of_the_mask():
+    "The student's map is half as large as the teacher's, and so are the class maps that the teacher's rest makes of it"
+    s,t = fcn(stride=2),fcn(seed=1)
+    o = probe(s, t, pixels(), ['1'], ['1'])
+    o.head = SRRL('1').prepare(o)
+    f,z = o.head[0](o.f_s['1'])
+    small = F.adaptive_avg_pool2d(o.f_t['1'], 4)
+    z = F.interpolate(z, size=(8,8), mode='bilinear', align_corners=False)
+    features = F.mse_loss(f.mean((2,3)), small.mean((2,3)))
+    assert torch.isclose(SRRL('1')(o), features + F.mse_loss(z, o.z_t))
+    o.mask = torch.arange(8).expand(len(z),8,8).to(z.device)<5
+    assert torch.isclose(SRRL('1')(o), features + F.mse_loss(z[...,:5], o.z_t[...,:5]))
 
 # Each other
 

@@ -1,5 +1,5 @@
 "Evidence: grids, rows and the tables that are computed from them"
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest
 from nbclient import NotebookClient
@@ -8,6 +8,7 @@ from kdnb.evidence.tables import Verdict,printed,read_rows,spread,verdict,with_r
 from kdnb.evidence.rows import add_rows,all_grids,per_seed,results_folder,rows_file,stored_rows
 from kdnb.evidence.work import gather,rounds,state_of,work_through
 from kdnb.evidence import work
+from kdnb.sweep import worker
 from kdnb.sweep.grid import Grid
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,6 +111,22 @@ def test_what_a_grid_asks_for_may_change_while_its_runs_stay(folder, tmp_path):
     work_through(path, tmp_path/'runs', show=False)
     assert len(read_rows('p', 'a', path))==4 and len(stored_rows('p', path))==8
 
+def test_a_folder_copied_in_the_middle_of_a_trial_goes_on(folder, tmp_path, monkeypatch):
+    "Nobody runs the trial here, and its lock is not the one that the journal knows"
+    path = folder('a', [.1], steps=60)
+    work_through(path, tmp_path/'runs', until=time.time()+1, show=False)
+    journal = tmp_path/'runs'/'p'/'a'/'journal.log'
+    p = subprocess.Popen([sys.executable, '-c', 'import sys; from kdnb.evidence import work_through; work_through(*sys.argv[1:])', str(path), str(tmp_path/'runs')])
+    begun = journal.read_text().count('"state":0')
+    for _ in range(600):
+        if journal.read_text().count('"state":0')>begun: break
+        time.sleep(.1)
+    p.kill(), p.wait()
+    shutil.copytree(tmp_path/'runs', tmp_path/'copy')
+    monkeypatch.setattr(worker, '_patience', 1.)
+    work_through(path, tmp_path/'copy', show=False)
+    assert len({o['key'] for o in stored_rows('p', path)})==2
+
 def test_a_failure_is_told_once_and_stops_nothing_else(folder, tmp_path, capsys):
     path = folder('a', [-1,.2])
     work_through(path, tmp_path/'runs', show=False)
@@ -164,6 +181,7 @@ def test_what_is_wrong_with_a_grid_is_said_with_its_name(folder):
 @pytest.mark.parametrize('d,printed,holds,words', [
     ([.006,.004,.005], .7, True, '+0.50 ± 0.10 points over 3 seeds (5.0 spreads), printed +0.70: same direction.'),
     ([-.006,-.004,-.005], .7, False, 'opposite'), ([-.006,-.004,-.005], -.7, True, 'same'), ([-.006,-.004,-.005], None, False, 'worse'),
+    ([.1,.1,.1], .7, True, '+10.00 ± 0.00 points over 3 seeds (the same with every seed)'), ([0.,0.,0.], .7, None, '(0.0 spreads)'),
     ([.02,-.02,.001], .7, None, 'no difference'), ([.02], .7, None, 'one seed')])
 def test_verdicts(d, printed, holds, words):
     v = verdict(d, printed)

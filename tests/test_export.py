@@ -104,6 +104,13 @@ def test_zeros_take_a_bit(saved, tmp_path, zeros):
     left = back.fc1.weight!=0
     assert torch.equal(back.fc1.weight[left], w[left]) and abs(left.float().mean()-(1-zeros))<.02
 
+def test_masks_leave_zeros_not_minus_zeros(tmp_path):
+    "A weight below zero times its mask is minus zero, which would be stored as a value"
+    m = create('lenet300')
+    prune_model(m, .95)
+    path = save_model(m, tmp_path/'m.safetensors')
+    assert path.stat().st_size<.1*n_bytes(plain_copy(m)) and torch.equal(load_model(path).fc1.weight, m.fc1.weight)
+
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float64])
 def test_bits_come_back(tmp_path, dtype):
     m = create('lenet300', in_shape=(1,28,28)).to(dtype)

@@ -1,5 +1,5 @@
 "A file that is written says what torch says, alone and anywhere; what is not proven is not written."
-import json, re, shutil, subprocess, sys
+import itertools, json, re, shutil, subprocess, sys
 from copy import deepcopy
 
 import pytest
@@ -243,3 +243,25 @@ def test_forms_are_written_down_beside_the_run(learn, tmp_path):
     assert all(r[k]>0 for r in (a,b) for k in ('ms 1','× 1','ms 64','× 64')) and form_rows(tmp_path/'none')==[]
     (tmp_path/'exported.json').write_text('[1]')
     with pytest.raises(ValueError, match='is no list of exported files'): form_rows(tmp_path)
+
+def test_what_only_meets_padding_is_left_out():
+    "Every kernel, stride, padding and dilation on small maps: the trimmed convolution computes the same, to the last bit of a sum"
+    torch.manual_seed(0)
+    trimmed = 0
+    for size,k,s,p,d in itertools.product((1,2,3,5), (1,2,3,5), (1,2,3), (0,1,2,3), (1,2)):
+        if size+2*p<d*(k-1)+1: continue
+        x,w = torch.randn(2,2,size,7).double(),torch.randn(3,2,k,3).double()
+        node = onnx.helper.make_node('Conv', ['x','w'], ['y'], kernel_shape=(k,3), strides=(s,1), pads=(p,1,p,1), dilations=(d,1))
+        found = graph._trimmed(node, (size,7), w.numpy())
+        if found is None: continue
+        small,(top,left,bottom,right) = found
+        trimmed += 1
+        y = F.conv2d(F.pad(x, (left,right,top,bottom)), torch.tensor(small), stride=(s,1), dilation=(d,1))
+        torch.testing.assert_close(y, F.conv2d(x, w, stride=(s,1), padding=(p,1), dilation=(d,1)), rtol=1e-12, atol=1e-12)
+    assert trimmed>40
+
+def test_a_stage_of_one_pixel_is_a_matrix(path):
+    net = nn.Sequential(nn.Conv2d(1,4,3,2,1), nn.Conv2d(4,8,3,2,1), nn.Conv2d(8,8,3,2,1), nn.Conv2d(8,8,3,1,1,groups=2), nn.Flatten())
+    found = to_onnx(net, torch.randn(2,*SHAPE), path)
+    dims = {tuple(o.dims[2:]) for o in onnx.load(path).graph.initializer if len(o.dims)==4}
+    assert dims=={(3,3),(2,2),(1,1)} and found.difference<=1e-5 and close(path, net, torch.randn(5,*SHAPE))

@@ -901,7 +901,7 @@ def test_rewinding_the_rate_keeps_the_accuracy(data_dir, mnist_learners):
     "79 % of the weights in seven rounds, each with a schedule of its own"
     learn = mnist_learners[0]
     dense = accuracy_on(learn.model, learn.dls.test)
-    levels = quietly_iterative(learn, .79, n_epoch=2, lr=4e-3)
+    levels = quietly_iterative(learn, .79, n_epoch=1, lr=4e-3)
     assert len(levels)==8 and levels[-1].weights==266_200-math.ceil(.79*266_200)
     assert dense-accuracy_on(learn.model, learn.dls.test) < .002
 

@@ -92,14 +92,19 @@ def test_pruner_warns_of_what_is_missing_of_fractions():
 
 # widths in multiples
 
+@pytest.fixture(scope='module')
+def vgg():
+    "A small VGG, a batch, and the worth of its channels by group"
+    set_seed(0)
+    m,xb = create('vgg8', width=.3),torch.randn(2, 3, 32, 32)
+    return m,xb,scores(m, data=xb, by='channel')
+
 @pytest.mark.parametrize('asked', [.1, .3, .5, .7, .95])
 @pytest.mark.parametrize('scope', ['layer','global'])
-def test_widths_are_multiples_and_never_narrower_than_asked(asked, scope):
-    set_seed(0)
-    m = create('vgg8', width=.3)
-    xb = torch.randn(2, 3, 32, 32)
-    dense = {g.name: g.n for g in channel_groups(m, xb) if not g.stays}
-    plain = {k: int(v.sum()) for k,v in select(scores(m, data=xb, by='channel'), asked, scope=scope, keep_one=True).items()}
+def test_widths_are_multiples_and_never_narrower_than_asked(asked, scope, vgg):
+    m,xb,worth = vgg
+    m,dense = deepcopy(m),{k: len(v) for k,v in worth.items()}
+    plain = {k: int(v.sum()) for k,v in select(worth, asked, scope=scope, keep_one=True).items()}
     prune_model(m, asked, data=xb, by='channel', scope=scope, round_to=8)
     small = {g.name: g.n for g in channel_groups(shrink(m, xb), xb) if not g.stays}
     assert small=={k: min(n, -(-plain[k]//8)*8) for k,n in dense.items()}

@@ -105,6 +105,17 @@ def test_the_folder_is_enough(page, folder):
     body = page[page.index('<h1>'):page.rindex('</div>')].strip()
     assert body in Record(folder)._repr_html_() and '<html' not in Record(folder)._repr_html_()
 
+def test_what_was_exported_is_in_the_page(folder):
+    row = dict(form='ONNX, int8', file='small<1>.onnx', bytes=30_000, accuracy=.9812, ms={'1': [.25,2.], '64': [4.,60.]})
+    (folder/'exported.json').write_text(json.dumps([row]))
+    try:
+        text = str(report(folder))
+        assert 'Without torch' in text and 'small&lt;1&gt;.onnx' in text and '98.12' in text and '0.25 ms, 8.0 ×' in text and '4 ms, 15.0 ×' in text
+        (folder/'exported.json').write_text('{')
+        with pytest.raises(ValueError, match='exported.json is damaged'): report(folder)
+    finally: (folder/'exported.json').unlink()
+    assert 'Without torch' not in str(report(folder))
+
 def test_size_and_time():
     r = fake_record(big=8, n_seeds=5, n_more=20)
     start = time.process_time()

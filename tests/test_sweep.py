@@ -2,7 +2,7 @@
 import multiprocessing, os, random, signal, sys, threading, time
 from collections import Counter
 
-import kdnb.sweep.storage as shared, kdnb.sweep.worker as sw
+import kdnb.sweep.storage as shared, kdnb.sweep.trial as trial, kdnb.sweep.worker as sw
 import pytest
 from kdnb.all import *
 from kdnb.sweep import *
@@ -161,7 +161,7 @@ def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage,
     assert ends==dict.fromkeys(names(g), 1)
 
 def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(sw, '_every', .1)
+    monkeypatch.setattr(trial, '_every', .1)
     monkeypatch.setattr(sw, '_patience', 2.)
     g,storage = grid(lams=[.5], seeds=[0], steps=120),tmp_path/'journal.log'
     here,there = tmp_path/'here',tmp_path/'there'
@@ -396,7 +396,7 @@ def test_processes_of_their_own_train_and_one_is_killed(tmp_path, monkeypatch, c
 
 def test_a_gpu_for_each_worker(quick, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(sw.subprocess, 'Popen', lambda cmd, env: seen.append(env.get('CUDA_VISIBLE_DEVICES')))
+    monkeypatch.setattr(trial.subprocess, 'Popen', lambda cmd, env: seen.append(env.get('CUDA_VISIBLE_DEVICES')))
     w = sw._Worker(Grid(grid()), tmp_path/'journal.log', tmp_path)
     for n,visible in ((0,None), (1,None), (2,None), (8,'3,5')):
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: n)

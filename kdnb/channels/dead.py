@@ -111,6 +111,15 @@ def _silent(model, groups, xb):
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
     return [(g, c & _every(g.readers+_summing(model, g), g.n, lambda p: silent.get(p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu')))) for g,c in asked]
 
+# %% ../../nbs/08i_channels.dead.ipynb #a7317b29
+def _why_left(model, g, gone, zero):
+    "Why channels of zeros stay in group `g`, if there are any; the last one of a layer needs no reason"
+    idle = _constant(model, g) | (_unread(model, g) if g.readers else False)
+    if g.stays: return g.stays if idle.any() and g.n>1 else None
+    if (idle & ~zero).any(): return 'what is constant in them does not arrive as zero'
+    if g.blocks is not None and g.n-gone.sum() > len(g.blocks.unique()) and (zero & ~gone).any():
+        return 'a grouped convolution needs as many from each of its blocks'
+
 # %% ../../nbs/08i_channels.dead.ipynb #766bcc71
 def _dead(model, groups, xb):
     "`{group: mask}` of channels that can go, set to zero in `model`, and `{name: why}` of groups with zeros that stay"
@@ -126,12 +135,3 @@ def _dead(model, groups, xb):
            or any([settle(g, found) for g,found in _silent(model, gone, xb)])): pass
     left = {g.name: why for g in groups if (why := _why_left(model, g, gone.get(g), zero.get(g)))}
     return {g: mask for g,mask in gone.items() if mask.any()},left
-
-# %% ../../nbs/08i_channels.dead.ipynb #a7317b29
-def _why_left(model, g, gone, zero):
-    "Why channels of zeros stay in group `g`, if there are any; the last one of a layer needs no reason"
-    idle = _constant(model, g) | (_unread(model, g) if g.readers else False)
-    if g.stays: return g.stays if idle.any() and g.n>1 else None
-    if (idle & ~zero).any(): return 'what is constant in them does not arrive as zero'
-    if g.blocks is not None and g.n-gone.sum() > len(g.blocks.unique()) and (zero & ~gone).any():
-        return 'a grouped convolution needs as many from each of its blocks'

@@ -74,6 +74,17 @@ def _hold_odd(t, model):
         elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
         elif odd: t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
 
+# %% ../../nbs/08f_channels.groups.ipynb #c3d5e7f7
+def _in_all(cls, blocks):
+    "Is each class as often in each block as in the others?"
+    counts = torch.stack([cls, blocks]).unique(dim=1, return_counts=True)
+    return len(counts[0][0])==len(cls.unique())*len(blocks.unique()) and len(counts[1].unique())==1 and cls.min()>=0
+
+# %% ../../nbs/08f_channels.groups.ipynb #b7d30f1e
+def _whole(cls, blocks):
+    "Is each block of one class, so that it goes as a whole?"
+    return len(torch.stack([cls, blocks]).unique(dim=1)[0])==len(blocks.unique())
+
 # %% ../../nbs/08f_channels.groups.ipynb #b8800f8f
 def _partitions(t, model):
     "`(classes, blocks, why)` for each place of trace `t` where channels are split into blocks that cannot go as a whole"
@@ -95,17 +106,6 @@ def _meeting(t):
     pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')]) for i,l in enumerate(made)]
     comp = components(torch.cat([torch.zeros(2, 0, dtype=torch.long, device='cpu'), *pairs], 1), n+len(made))
     return {c: int(comp[c]) for p in pairs for c in p[0].tolist()}
-
-# %% ../../nbs/08f_channels.groups.ipynb #c3d5e7f7
-def _in_all(cls, blocks):
-    "Is each class as often in each block as in the others?"
-    counts = torch.stack([cls, blocks]).unique(dim=1, return_counts=True)
-    return len(counts[0][0])==len(cls.unique())*len(blocks.unique()) and len(counts[1].unique())==1 and cls.min()>=0
-
-# %% ../../nbs/08f_channels.groups.ipynb #b7d30f1e
-def _whole(cls, blocks):
-    "Is each block of one class, so that it goes as a whole?"
-    return len(torch.stack([cls, blocks]).unique(dim=1)[0])==len(blocks.unique())
 
 # %% ../../nbs/08f_channels.groups.ipynb #2c740c1a
 def _settled(t, model):

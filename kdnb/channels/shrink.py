@@ -108,27 +108,6 @@ def max_difference(a, b, data):
     if not ya: raise ValueError(f'{type(a).__name__} gives no tensors to compare, nor tuples, lists or dicts of them.')
     return max(map(relative_difference, ya, yb), key=lambda d: math.inf if math.isnan(d) else d)
 
-# %% ../../nbs/08j_channels.shrink.ipynb #c81caa7b
-def shrink(model, # A network with zeros; masks may be attached
-    data, # `DataLoaders` or a batch to trace with and to compare on
-    tol=1e-5, # Largest difference allowed, relative to the largest output; usual are 1e-15
-    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, True for all, or a DataLoader
-    "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
-    return _checked(model, inputs(data, model), data, tol, update_bn)[0]
-
-# %% ../../nbs/08j_channels.shrink.ipynb #576c1b79
-@torch.inference_mode(False)
-def _checked(model, xb, data, tol, update_bn):
-    if isinstance(model, torch.jit.ScriptModule): raise ValueError('the network is a TorchScript module, whose layers cannot be cut. Shrink it before torch.jit.script or trace.')
-    xb = first_samples(xb, 16)
-    for positions in (True,False):
-        small,kept,paths = _shrunken(model, xb, positions)
-        try: _prove(model, small, kept, paths, first_samples(xb, 4), tol); break
-        except Exception:      # the network's code may read a linear layer that has an index layer now
-            if not paths: raise
-    if update_bn: _estimate_bn(small, data, update_bn)
-    return small,kept,paths
-
 # %% ../../nbs/08j_channels.shrink.ipynb #30de6df5
 def _check_training(model, small, xb):
     "Raise if `small` does not run in training mode, where `model` does"
@@ -150,3 +129,25 @@ def _prove(model, small, kept, paths, xb, tol):
     diff = max([relative_difference(p, q) for p,q in zip(*ends) if p.shape==q.shape], default=math.nan)
     raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}), first at '
                      f'{where or "its output"}. Please report the architecture; the masked network itself is unchanged and can be used.')
+
+# %% ../../nbs/08j_channels.shrink.ipynb #c81caa7b
+def shrink(model, # A network with zeros; masks may be attached
+    data, # `DataLoaders` or a batch to trace with and to compare on
+    tol=1e-5, # Largest difference allowed, relative to the largest output; usual are 1e-15
+    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, True for all, or a DataLoader
+    "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
+    return _checked(model, inputs(data, model), data, tol, update_bn)[0]
+
+# %% ../../nbs/08j_channels.shrink.ipynb #576c1b79
+@torch.inference_mode(False)
+def _checked(model, xb, data, tol, update_bn):
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('the network is a TorchScript module, whose layers cannot be cut. Shrink it before torch.jit.script or trace.')
+    xb = first_samples(xb, 16)
+    for positions in (True,False):
+        small,kept,paths = _shrunken(model, xb, positions)
+        try: _prove(model, small, kept, paths, first_samples(xb, 4), tol); break
+        except Exception:      # the network's code may read a linear layer that has an index layer now
+            if not paths: raise
+    if update_bn: _estimate_bn(small, data, update_bn)
+    return small,kept,paths

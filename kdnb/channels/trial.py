@@ -87,6 +87,27 @@ def _first_difference(a, b, model, kept, tol, paths={}):
         if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
     return None if len(a)==len(b) else ''
 
+# %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
+@patch
+def traces(self:ChannelGroup,
+    model, # Network in which the group was found
+    dead, # Mask of the group's channels (n,)
+    kinds=('makers','norms','readers')): # Layers that are asked
+    "`(name of a parameter, mask that broadcasts over it)` of all that make, scale or read the channels `dead`"
+    for kind in kinds:
+        for p in getattr(self, kind):
+            m,reads = model.get_submodule(p.path),kind=='readers'
+            mask = torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
+            mask[p.at[dead.cpu()[p.unit]]] = True
+            for name,there in masks_over(m, mask, reads): yield f'{p.path}.{name}'.lstrip('.'),there
+
+
+# %% ../../nbs/08g_channels.trial.ipynb #5ab4746f
+@torch.no_grad()
+def _silence(model, g, dead, kinds=('makers','norms','readers')):
+    "Set the weights to zero with which layers make, scale or read the channels `dead` of group `g`"
+    for name,there in g.traces(model, dead, kinds): model.get_parameter(name).masked_fill_(there, 0)
+
 # %% ../../nbs/08g_channels.trial.ipynb #96f7701a
 def _some(g, order):
     "A third of the channels of `g`, and of each of its blocks: the first and the last, and those that are first in `order`"
@@ -151,27 +172,6 @@ def _halve(model, xb, groups, until):
     _halve(model, xb, groups[:i], until); _halve(model, xb, groups[i:], until)
     if (groups := [g for g in groups if not g.stays]) and (found := _difference(model, xb, groups)):
         for g in groups: g.stays = found[0]
-
-# %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
-@patch
-def traces(self:ChannelGroup,
-    model, # Network in which the group was found
-    dead, # Mask of the group's channels (n,)
-    kinds=('makers','norms','readers')): # Layers that are asked
-    "`(name of a parameter, mask that broadcasts over it)` of all that make, scale or read the channels `dead`"
-    for kind in kinds:
-        for p in getattr(self, kind):
-            m,reads = model.get_submodule(p.path),kind=='readers'
-            mask = torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
-            mask[p.at[dead.cpu()[p.unit]]] = True
-            for name,there in masks_over(m, mask, reads): yield f'{p.path}.{name}'.lstrip('.'),there
-
-
-# %% ../../nbs/08g_channels.trial.ipynb #5ab4746f
-@torch.no_grad()
-def _silence(model, g, dead, kinds=('makers','norms','readers')):
-    "Set the weights to zero with which layers make, scale or read the channels `dead` of group `g`"
-    for name,there in g.traces(model, dead, kinds): model.get_parameter(name).masked_fill_(there, 0)
 
 # %% ../../nbs/08g_channels.trial.ipynb #b08f0662
 def _cast(xb, device, dtype):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/45e_compress.learner.ipynb #c403d56a
-import warnings
+import math,re,warnings
 from collections.abc import Callable
 from numbers import Integral,Real
 import pandas as pd
@@ -16,7 +16,7 @@ from .budget import Budget,_number
 from .cut import cut_to
 from .noise import settled,successor,train_gates
 from .order import hows
-from .result import Compressed,_lost,_metric
+from .result import Compressed,_lost,_metric,_percent
 from ..core import check_choice,inputs,unwrap
 from ..export.quantize import check_drop
 from ..measure.counts import latency
@@ -57,10 +57,10 @@ def _steps(learn, budget, how, n_epoch, steps, lr, terms, task, fit, cbs, distil
     return now,first,cut,seen
 
 # %% ../../nbs/45e_compress.learner.ipynb #fb1144ab
-def _compressed(learn, limits, n_epoch, **kwargs):
+def _compressed(learn, limits, n_epoch, runtime='torch', **kwargs):
     "The `Compressed` within `limits`"
     model = unwrap(learn.model)
-    budget = Budget(model, inputs(learn.dls, model), limits)
+    budget = Budget(model, inputs(learn.dls, model), limits, runtime)
     now,first,cut,seen = _steps(learn, budget, n_epoch=n_epoch, **kwargs)
     both = budget.dense,cut.cost
     if 'ms' not in limits: both = [o | dict(ms=float(ms)) for o,ms in zip(both, latency([model, unwrap(now.model)], budget.xb))]
@@ -69,7 +69,9 @@ def _compressed(learn, limits, n_epoch, **kwargs):
     now.model.eval()
     df = pd.DataFrame.from_dict(rows, orient='index').astype({k: int for k in ('macs','params','bytes')})
     after = cut.widths.after.reindex(first.widths.index).fillna(first.widths.after)
-    return Compressed(now, df, first.widths.assign(after=after.astype(int)), budget.limits, n_epoch, first.sensitivity)
+    res = Compressed(now, df, first.widths.assign(after=after.astype(int)), budget.limits, n_epoch, first.sensitivity)
+    if 'ms' in limits: res.timed = budget.timed
+    return res
 
 # %% ../../nbs/45e_compress.learner.ipynb #f080af00
 @patch
@@ -77,13 +79,14 @@ def compress_to(self:Learner,
     macs:float|str|None=None, # Limit on multiply-accumulates: a fraction such as .5, or a number with a unit, '20M'
     params:float|str|None=None, # Limit on parameters, likewise
     bytes:float|str|None=None, # Limit on parameters and buffers in bytes, likewise
-    ms:float|str|None=None, # Limit on the time for a validation batch, a fraction or '3ms', as `latency` measures it
-    max_drop:float|None=None, # Instead: fraction of the first metric on the validation set that may be lost (.005: half a point); the smallest network is searched
+    ms:float|str|None=None, # Limit on the time for a validation batch, a fraction or '3ms': a median on one thread
+    runtime:str='torch', # Where `ms` is measured: 'torch', or 'onnx' for onnxruntime
+    max_drop:float|None=None, # Instead: what the first metric on the validation set may lose, .005 for half a point; the smallest network is searched
     how:str='sensitivity', # Which channels go: by 'sensitivity', 'uniform', 'global' or 'variational'
     n_epoch:int=5, # Epochs of distillation from the dense network, all in all
     steps:int=1, # In how many cuts
     round_to:int|None=None, # Widths are multiples of it, or those of now
-    lr:float|None=None, # Largest learning rate; if None the learner's
+    lr:float|None=None, # Largest learning rate; if None the learner's, which is little: about twice that of the dense network is good
     terms:object=None, # What is distilled, a term or a sum of them; if None what the task asks for
     task:float|None=None, # Weight of the task loss, see `KnowledgeDistillation`
     criterion:str|Callable='magnitude', # What the least worthy channels of a group go by
@@ -103,22 +106,26 @@ def compress_to(self:Learner,
     check_data(self)
     limits = {k: v for k,v in dict(macs=macs, params=params, bytes=bytes, ms=ms).items() if v is not None}
     args = dict(how=how, n_epoch=n_epoch, steps=steps, round_to=round_to, lr=lr, terms=terms, task=task, criterion=criterion, ignore=ignore, n=n,
-                update_bn=update_bn, fit=fit, cbs=cbs, show=show, distil=kwargs)
+                update_bn=update_bn, fit=fit, cbs=cbs, show=show, runtime=runtime, distil=kwargs)
     if max_drop is None: return _compressed(self, limits, **args)
     return _smallest(self, limits, max_drop, tries, args)
 
 # %% ../../nbs/45e_compress.learner.ipynb #9698fb2d
 def _check_max_drop(learn, limits, max_drop):
-    "Raise if `max_drop` is no fraction that may be lost"
+    "Raise if `max_drop` is nothing that may be lost"
     if limits:
         raise ValueError(f'max_drop={max_drop!r} and {", ".join(f"{k}={v!r}" for k,v in limits.items())} may contradict each other: a '
                          'budget is met whatever it costs, a drop is kept however large the network. Give one of them.')
-    if isinstance(max_drop, Real) and not isinstance(max_drop, bool) and .5<=max_drop<=1:
+    if not learn.metrics: raise ValueError('max_drop needs a metric: Learner(..., metrics=accuracy).')
+    number = isinstance(max_drop, Real) and not isinstance(max_drop, bool) and 0<=max_drop<math.inf
+    if not re.search(_percent, name := learn.metrics[0].name):
+        if not number: raise ValueError(f'max_drop is {max_drop!r}, expected a number in the unit of {name}, 0 or more.')
+        return
+    if number and .5<=max_drop<=1:
         raise ValueError(f'max_drop is {max_drop:g}: half of the samples or more. For {max_drop:g} points write {max_drop/100:g}.')
     check_drop(max_drop)
     if max_drop>.05: warnings.warn(f'max_drop={max_drop:g} allows {100*max_drop:g} points, from 90 % to {90-100*max_drop:g} %. '
                                    f'If points are meant, write {max_drop/100:g}.', stacklevel=4)
-    if not learn.metrics: raise ValueError('max_drop needs a metric: Learner(..., metrics=accuracy).')
 
 # %% ../../nbs/45e_compress.learner.ipynb #45d00011
 def _smallest(learn, limits, max_drop, tries, args):

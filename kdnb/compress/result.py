@@ -29,6 +29,7 @@ class Compressed:
     n_epoch:int # Epochs of training after the dense network
     sensitivity:pd.DataFrame|None=None # What the decision came from, if it was that
     tries:pd.DataFrame|None=None # Budgets that were tried for `max_drop`
+    timed:str='' # How milliseconds were measured, if they were limited
     @property
     def model(self) -> nn.Module:
         "The small network"
@@ -41,20 +42,25 @@ def _metric(df):
     return names[0] if len(names) else 'valid_loss'
 
 # %% ../../nbs/45d_compress.result.ipynb #45d00005
+_percent = r'acc|error_rate|precision|recall|f1|fbeta|dice|jaccard|iou|hamming|^top_?\d'      # names of fractions of samples, pixels or classes
+_error = r'err|loss|mse|mae|msle|mspe|perplexity|brier|hamming'
+
 def _lost(metric, a, b):
-    "By how much `b` is worse than `a`, a fraction"
-    return b-a if re.search('err|loss|mse|mae|perplexity', metric) else a-b
+    "By how much `b` is worse than `a`"
+    return b-a if re.search(_error, metric) else a-b
 
 # %% ../../nbs/45d_compress.result.ipynb #45d00008
 def _shown(metric, v):
     "A value of the metric in words"
-    return f'{v:.4g}' if metric=='valid_loss' or not 0<=v<=1 else f'{100*v:.2f} %'
+    return f'{100*v:.2f} %' if re.search(_percent, metric) else f'{v:.4g}'
 
 # %% ../../nbs/45d_compress.result.ipynb #45d00009
 def _change(metric, a, b):
     "What `b` has lost of `a`, in words"
-    if metric=='valid_loss' or not 0<=a<=1: return ''
-    return f', {100*abs(a-b):.2f} points {"lost" if _lost(metric, a, b)>0 else "won"}' if a!=b else ', nothing lost'
+    if a==b: return ', nothing lost'
+    lost = _lost(metric, a, b)
+    if re.search(_percent, metric): return f', {100*abs(lost):.2f} points {"lost" if lost>0 else "won"}'
+    return f', {abs(lost):.3g} {"worse" if lost>0 else "better"}'
 
 # %% ../../nbs/45d_compress.result.ipynb #45d0000b
 @patch(as_prop=True)
@@ -62,7 +68,7 @@ def said(self:Compressed) -> str:
     "What was saved, and what was lost"
     t = self.table
     metric = _metric(t)
-    kinds = dict(macs='MACs', params='parameters', bytes='bytes', ms='ms')
+    kinds = dict(macs='MACs', params='parameters', bytes='bytes', ms=f'ms {self.timed}')
     shown = [k for k in kinds if k in self.limits or k in ('macs','params') and 'ms' not in self.limits]
     def part(k):
         a,b = t[k].iloc[0],t[k].iloc[-1]

@@ -38,8 +38,9 @@ class ArrayDataset:
     def set_split_idx(self,
         i:int, # 0 or 1
     ) -> Iterator['ArrayDataset']:
-        "Be a training (0) or validation set (1) until exit, which switches random transforms; `learn.tta` asks for it"
-        was,self.split_idx = self.split_idx,i
+        "Be a training (0) or validation set (1) until exit, as `learn.tta` asks: it switches transforms"
+        was = self.split_idx
+        self.split_idx = i
         try: yield self
         finally: self.split_idx = was
     def decode(self, o, full=True):
@@ -73,7 +74,8 @@ class TensorDL(TfmdDL):
         index:bool=False, # Add the samples' places in the dataset to the batch
         **kwargs,
     ):
-        if not isinstance(dataset, ArrayDataset): dataset = ArrayDataset(_stack(dataset))   # `Learner.predict`
+        if not isinstance(dataset, ArrayDataset):
+            dataset = ArrayDataset(_stack(dataset))   # `Learner.predict`
         self.index = index
         super().__init__(dataset, bs=bs, shuffle=shuffle, **merge(kwargs, dict(num_workers=0)))
     def new(self, dataset=None, cls=None, **kwargs):
@@ -87,13 +89,14 @@ class TensorDL(TfmdDL):
         return any(isinstance(t, RandTransform) for t in self.after_batch)
     def shuffle_fn(self, idxs):
         "A permutation that follows the loader's own generator"
-        return torch.randperm(len(idxs), generator=torch.Generator().manual_seed(self.rng.getrandbits(63)))
+        rng = torch.Generator().manual_seed(self.rng.getrandbits(63))
+        return torch.randperm(len(idxs), generator=rng)
     def __iter__(self):
         self.randomize()
         self.before_iter()
-        ds,n = self.dataset.to(self.device),len(self)
+        ds = self.dataset.to(self.device)
         places = torch.as_tensor(self.get_idxs(), dtype=torch.long, device=ds.x.device)
-        for i in list(places.split(self.bs))[:n]:
+        for i in list(places.split(self.bs))[:len(self)]:
             yield self.after_batch(ds[i] + ((i,) if self.index else ()))
         self.after_iter()
 
@@ -115,7 +118,7 @@ class SampleIndex(Callback):
 
 # %% ../../nbs/02_data.arrays.ipynb #b31f4242
 class CropFlip(RandTransform):
-    "Shift each image by up to `pad` pixels (zeros come in) and mirror every second one if `flip`; training only"
+    "In training, shift each image by up to `pad` pixels (zeros come in), and mirror every second if `flip`"
     split_idx = 0
     order = 5  # on the bytes, before `IntToFloatTensor`
     def __init__(self,
@@ -140,11 +143,12 @@ class CropFlip(RandTransform):
 def views(self:TensorDL,
     n:int, # How many
 ) -> tuple[list[ArrayDataset],Pipeline]:
-    "The first `n` of a fixed series of augmented copies of the dataset, and the transforms that are not random"
+    "The first `n` of a fixed series of augmented copies of the dataset, and the steady transforms"
     steady = Pipeline([t for t in self.after_batch if not isinstance(t, RandTransform)])
     shaky = Pipeline([t for t in self.after_batch if isinstance(t, RandTransform)])
     dl = self.new(shuffle=False, drop_last=False, index=False, after_batch=shaky)
-    ds,views = self.dataset,[]
+    ds = self.dataset
+    views = []
     for i in range(n):
         with torch.random.fork_rng():
             torch.manual_seed(i)
@@ -157,8 +161,9 @@ def views(self:TensorDL,
 def test(self:DataLoaders) -> DataLoader:
     "The third loader. Raises `ValueError` if there is none."
     if len(self.loaders)>2: return self.loaders[2]
-    raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`, or a third loader, '
-                     '`DataLoaders(train, valid, test)`; `dls.test_dl(items, with_labels=True)` makes one from files.')
+    raise ValueError('these DataLoaders hold no test set. Pass `test=(x, y)` to `from_arrays`, or '
+                     'a third loader, `DataLoaders(train, valid, test)`; `dls.test_dl(items, '
+                     'with_labels=True)` makes one from files.')
 
 # %% ../../nbs/02_data.arrays.ipynb #577c2fb9
 class ArrayDataLoaders(DataLoaders):
@@ -178,40 +183,59 @@ class ArrayDataLoaders(DataLoaders):
 
 # %% ../../nbs/02_data.arrays.ipynb #a1d3048f
 def _as_images(x, y, what):
-    "Images (N, C, H, W) and labels (N,) as tensors. Raises `ValueError` with the name `what` if they are none."
+    "Images (N, C, H, W) and labels (N,) as tensors. Raises `ValueError`, with `what`, if they are none."
     try: x = torch.as_tensor(x)
     except (TypeError,ValueError) as e:
-        raise ValueError(f'{what} images must be one array (N, C, H, W) or (N, H, W), all of one size: {e}') from None
+        raise ValueError(f'{what} images must be one array (N, C, H, W) or (N, H, W), all of one '
+                         f'size: {e}') from None
     try: y = torch.as_tensor(y).long()
     except (TypeError,ValueError) as e:
-        raise ValueError(f'{what} labels must be class numbers (N,), and `vocab` their names: {e}') from None
+        raise ValueError(f'{what} labels must be class numbers (N,), and `vocab` their names: '
+                         f'{e}') from None
     if y.ndim!=1:
-        raise ValueError(f'{what} labels have shape {tuple(y.shape)}, expected one class number per image (N,).')
+        raise ValueError(f'{what} labels have shape {tuple(y.shape)}, expected one class number '
+                         'per image (N,).')
     if x.ndim==3: x = x[:,None]
-    if x.ndim!=4: raise ValueError(f'{what} images have shape {tuple(x.shape)}, expected (N, C, H, W) or (N, H, W).')
+    if x.ndim!=4:
+        raise ValueError(f'{what} images have shape {tuple(x.shape)}, '
+                         'expected (N, C, H, W) or (N, H, W).')
     if not len(x): raise ValueError(f'there are no {what} images.')
-    if len(x)!=len(y): raise ValueError(f'{len(x)} {what} images but {len(y)} labels: one label per image is needed.')
+    if len(x)!=len(y):
+        raise ValueError(f'{len(x)} {what} images but {len(y)} labels: '
+                         'one label per image is needed.')
     return x,y
 
 # %% ../../nbs/02_data.arrays.ipynb #7c959b65
 def _check_alike(sets, vocab):
-    "Raise `ValueError` if a set of `{name: (images, labels)}` has images of another size, or unknown labels"
+    "Raise `ValueError` if one of `{name: (images, labels)}` has another size, or unknown labels"
     shape = sets['training'][0].shape[1:]
     for what,(x,y) in sets.items():
         if x.shape[1:]!=shape:
-            raise ValueError(f'{what} images are {tuple(x.shape[1:])}, training images {tuple(shape)}: '
-                             'resize one of them.')
+            raise ValueError(f'{what} images are {tuple(x.shape[1:])}, training images '
+                             f'{tuple(shape)}: resize one of them.')
         if y.min()<0 or y.max()>=len(vocab):
             raise ValueError(f'{what} labels lie between {y.min()} and {y.max()}, '
                              f'expected 0 to {len(vocab)-1} for {len(vocab)} classes.')
 
+# %% ../../nbs/02_data.arrays.ipynb #a94bb58b
+def _sets(x, y, test, valid, vocab):
+    "`{name: (images, labels)}` of the sets that are given, and the names of their classes"
+    given = dict(training=(x,y), test=test, validation=valid)
+    sets = {what: _as_images(*o, what) for what,o in given.items() if o}
+    n_classes = int(sets['training'][1].max())+1
+    vocab = CategoryMap(list(range(n_classes)) if vocab is None else vocab, sort=False)
+    _check_alike(sets, vocab)
+    return sets,vocab
+
 # %% ../../nbs/02_data.arrays.ipynb #d9930216
 def _spread(y, n, rng):
-    "Places of `n` samples of each class (an int), or of the fraction `n` of each class, in random order"
+    "Places of `n` samples (an int) or the fraction `n` of each class, in random order"
     picks = [rng.permutation(np.flatnonzero(y==c)) for c in np.unique(y)]
-    if isinstance(n, float): return rng.permutation(np.concatenate([p[:round(n*len(p))] for p in picks]))
+    if isinstance(n, float):
+        return rng.permutation(np.concatenate([p[:round(n*len(p))] for p in picks]))
     least = min(map(len, picks))
-    if least<n: raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
+    if least<n:
+        raise ValueError(f'{n} samples per class asked for, but the smallest class has {least}.')
     return rng.permutation(np.concatenate([p[:n] for p in picks]))
 
 # %% ../../nbs/02_data.arrays.ipynb #977c8c58
@@ -219,8 +243,9 @@ def _cut_valid(y, valid_pct, rng):
     "Places of the validation set. Raises `ValueError` if it would be empty."
     cut = _spread(y, float(valid_pct), rng)
     if len(cut): return cut
-    raise ValueError(f'{valid_pct} of each class is less than half an image: nothing would be left to validate on. '
-                     'Pass valid=(x, y), a larger valid_pct or more images.')
+    raise ValueError(f'{valid_pct} of each class is less than half an image: '
+                     'nothing would be left to validate on. Pass valid=(x, y), a larger valid_pct '
+                     'or more images.')
 
 # %% ../../nbs/02_data.arrays.ipynb #649d97f1
 def _mean_std(x, scale):
@@ -246,25 +271,27 @@ def from_arrays(
     device:torch.device|str|None=None, # Where batches go; fastai's default device if None
 ) -> ArrayDataLoaders:
     "Loaders of a user's own images and labels. Raises `ValueError` if these do not fit together."
-    x,y = _as_images(x, y, 'training')
-    if test: test = _as_images(*test, 'test')
-    if valid: valid = _as_images(*valid, 'validation')
-    if not 0<valid_pct<1: raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
-    vocab = CategoryMap(list(range(int(y.max())+1)) if vocab is None else vocab, sort=False)
-    given = dict(training=(x,y), test=test, validation=valid)
-    _check_alike({k: o for k,o in given.items() if o}, vocab)
-    rng,train = np.random.default_rng(seed),np.arange(len(y))
+    sets,vocab = _sets(x, y, test, valid, vocab)
+    if not 0<valid_pct<1:
+        raise ValueError(f'valid_pct is {valid_pct}, expected a fraction between 0 and 1.')
+    x,y = sets['training']
+    test,valid = map(sets.get, ('test','validation'))
+    rng = np.random.default_rng(seed)
+    train = np.arange(len(y))
     if not valid:
         cut = _cut_valid(y.numpy(), valid_pct, rng)
-        train,valid = np.setdiff1d(train, cut),(x[cut],y[cut])
+        train = np.setdiff1d(train, cut)
+        valid = x[cut],y[cut]
     if n_per_class: train = train[_spread(y[train].numpy(), n_per_class, rng)]
     scale = 255. if x.dtype==torch.uint8 else 1.
-    tfms = [IntToFloatTensor(div=scale), Normalize.from_stats(*(stats or _mean_std(x[train], scale)), cuda=False)]
+    stats = stats or _mean_std(x[train], scale)
+    tfms = [IntToFloatTensor(div=scale), Normalize.from_stats(*stats, cuda=False)]
     aug = [CropFlip(pad, flip)] if pad or flip else []
-    train = TensorDL(ArrayDataset(x[train], y[train], vocab, 0), bs, True, index, drop_last=drop_last,
-                     after_batch=Pipeline(aug+tfms))
-    others = [TensorDL(ArrayDataset(*o, vocab), bs, after_batch=Pipeline(tfms)) for o in (valid,test) if o]
-    return ArrayDataLoaders(train, *others, device=device or default_device())
+    own = ArrayDataset(x[train], y[train], vocab, 0)
+    loaders = [TensorDL(own, bs, True, index, drop_last=drop_last, after_batch=Pipeline(aug+tfms))]
+    for o in (valid,test):
+        if o: loaders.append(TensorDL(ArrayDataset(*o, vocab), bs, after_batch=Pipeline(tfms)))
+    return ArrayDataLoaders(*loaders, device=device or default_device())
 
 # %% ../../nbs/02_data.arrays.ipynb #368b73f8
 @patch
@@ -275,7 +302,8 @@ def few(self:ArrayDataLoaders,
     "The same data with a smaller training set. Raises `ValueError` if a class has not so many."
     dl = self.train
     ds = dl.dataset
-    i = torch.from_numpy(_spread(ds.y.cpu().numpy(), int(n_per_class), np.random.default_rng(seed))).to(ds.x.device)
+    i = _spread(ds.y.cpu().numpy(), int(n_per_class), np.random.default_rng(seed))
+    i = torch.from_numpy(i).to(ds.x.device)
     small = ArrayDataset(ds.x[i], ds.y[i], ds.vocab, ds.split_idx)
     train = dl.new(small, bs=min(dl.bs, len(small)), index=dl.index)
     return type(self)(train, *self.loaders[1:], device=self.device)

@@ -42,12 +42,13 @@ def _in_classes(root):
     for folder in (o for o in here if o.is_dir()):
         files = sorted(o for o in folder.rglob('*') if o.is_file() and _is_visible(o))
         images = [o for o in files if _is_image(o)]
-        if not images: raise ValueError(f'the class folder {folder} holds no image. Fill it or remove it.')
+        if not images:
+            raise ValueError(f'the class folder {folder} holds no image. Fill it or remove it.')
         items += [(o, folder.name) for o in images]
         odd += [o for o in files if not _is_image(o)]
     if not items:
-        raise ValueError(f'{root} holds neither class folders, nor train/ and test/, nor labels.csv with name,label: '
-                         'nothing says what its images show.')
+        raise ValueError(f'{root} holds neither class folders, nor train/ and test/, nor '
+                         'labels.csv with name,label: nothing says what its images show.')
     _warn_left_out(odd, root, 'are no images in class folders')
     return items
 
@@ -55,15 +56,19 @@ def _in_classes(root):
 def _read_table(f):
     "The table `f` of names and labels, whose files are there. Raises `ValueError` if it is none."
     try: df = pd.read_csv(f, dtype=str, keep_default_na=False)
-    except (ValueError,pd.errors.ParserError) as e: raise ValueError(f'{f} is no readable table: {e}') from None
+    except (ValueError,pd.errors.ParserError) as e:
+        raise ValueError(f'{f} is no readable table: {e}') from None
     if missing := {'name','label'}-set(df):
-        raise ValueError(f'{f} has the columns {", ".join(df)}, but no {" and no ".join(sorted(missing))}. '
-                         'Its first line must be name,label or name,label,split.')
-    if len(twice := df.name[df.name.duplicated()]): raise ValueError(f'{f} names {twice.iloc[0]} more than once.')
+        raise ValueError(f'{f} has the columns {", ".join(df)}, but no '
+                         f'{" and no ".join(sorted(missing))}. Its first line must be name,label '
+                         'or name,label,split.')
+    if len(twice := df.name[df.name.duplicated()]):
+        raise ValueError(f'{f} names {twice.iloc[0]} more than once.')
     if len(gone := [o for o in df.name if not (f.parent/o).is_file()]):
         raise ValueError(f'{len(gone)} of the {len(df)} files in {f} are not there: {_few(gone)}. '
                          f'Names are taken from the folder {f.parent}.')
-    if len(blank := df.name[df.label.str.strip()=='']): raise ValueError(f'{f} has no label for {blank.iloc[0]}.')
+    if len(blank := df.name[df.label.str.strip()=='']):
+        raise ValueError(f'{f} has no label for {blank.iloc[0]}.')
     return df
 
 # %% ../../nbs/02a_data.folders.ipynb #8b211e6d
@@ -84,7 +89,8 @@ def _folder_items(path):
     "`{split: [(file, class)]}` of a user's folder; the split is 'all' where nothing says what is for what"
     csv = path if path.suffix=='.csv' else path/'labels.csv'
     if csv.is_file(): return _in_csv(csv)
-    if not path.is_dir(): raise ValueError(f'{path} is no folder. Pass a folder of images, or its labels.csv.')
+    if not path.is_dir():
+        raise ValueError(f'{path} is no folder. Pass a folder of images, or its labels.csv.')
     splits = {_splits[o.name]: o for o in sorted(path.iterdir()) if o.is_dir() and o.name in _splits}
     if splits: return {k: _in_classes(o) for k,o in splits.items()}
     return dict(all=_in_classes(path))
@@ -94,21 +100,25 @@ def _look(f, see):
     "`see` of the image in file `f`, or the error if it cannot be read"
     try:
         with Image.open(f) as im: return see(im)
-    except (UnidentifiedImageError,OSError,SyntaxError,ValueError,Image.DecompressionBombError) as e: return e
+    except (UnidentifiedImageError,OSError,SyntaxError,ValueError,Image.DecompressionBombError) as e:
+        return e
 
 # %% ../../nbs/02a_data.folders.ipynb #dc05735b
 def _refuse_corrupt(files, seen):
     "Raise `ValueError` with the names of `files` for which `_look` gave an error in `seen`"
     bad = [(f, str(e).replace(repr(str(f)), 'the file')) for f,e in zip(files, seen) if isinstance(e, Exception)]
     if not bad: return
-    if len(bad)==1: raise ValueError(f'{bad[0][0]} is corrupt or no image: {bad[0][1]}. Replace or remove it.')
+    if len(bad)==1:
+        raise ValueError(f'{bad[0][0]} is corrupt or no image: {bad[0][1]}. Replace or remove it.')
     named = '; '.join(f'{f} ({e})' for f,e in bad[:20]) + f' and {len(bad)-20} more'*(len(bad)>20)
-    raise ValueError(f'{len(bad)} of {len(files)} files are corrupt or no images: {named}. Replace or remove them.')
+    raise ValueError(f'{len(bad)} of {len(files)} files are corrupt or no images: {named}. '
+                     'Replace or remove them.')
 
 # %% ../../nbs/02a_data.folders.ipynb #e34e5291
 def _size_and_grey(im):
     "`((width, height), is it grey?)` of a PIL image, upright. Raises `OSError` if it has more than 8 bit a channel."
-    if im.mode[0] in 'IF': raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
+    if im.mode[0] in 'IF':
+        raise OSError(f'its pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel')
     turned = im.getexif().get(0x112, 1)>4    # a camera held upright
     return im.size[::-1 if turned else 1],im.mode in ('1','L','LA','La')
 
@@ -117,7 +127,8 @@ def _edges(size):
     "`(height, width)` of a `size` that is a number of pixels or already two"
     hw = [size]*2 if np.ndim(size)==0 else size
     if len(hw)==2 and all(isinstance(o, (int,np.integer)) and o>0 for o in hw): return tuple(hw)
-    raise ValueError(f'size is {size!r}, expected the pixels of an edge, such as 14, or (height, width).')
+    raise ValueError(f'size is {size!r}, expected the pixels of an edge, such as 14, '
+                     'or (height, width).')
 
 # %% ../../nbs/02a_data.folders.ipynb #c050c6b7
 def _common_size(files, sizes, size):
@@ -126,8 +137,9 @@ def _common_size(files, sizes, size):
     first = dict(reversed([*zip(sizes, files)]))     # a file of each size
     if len(first)>1:
         (a,f),*_,(b,g) = sorted(first.items())
-        raise ValueError(f'the images have {len(first)} sizes, from {a[0]}×{a[1]} ({f.name}) to {b[0]}×{b[1]} '
-                         f'({g.name}). Pass the one they are to have, such as size=64.')
+        raise ValueError(f'the images have {len(first)} sizes, from {a[0]}×{a[1]} ({f.name}) to '
+                         f'{b[0]}×{b[1]} ({g.name}). Pass the one they are to have, such as '
+                         'size=64.')
     return sizes[0][::-1]
 
 # %% ../../nbs/02a_data.folders.ipynb #dac8383b
@@ -153,12 +165,15 @@ def _read_images(files, size=None):
 # %% ../../nbs/02a_data.folders.ipynb #1373fa01
 def _vocab_of(items, path):
     "The classes of `{split: [(file, class)]}`. Raises `ValueError` if they are few, or not all trained on."
-    if not items.keys() & {'train','all'}: raise ValueError(f'{path} has {", ".join(items)} but no images to train on.')
+    if not items.keys() & {'train','all'}:
+        raise ValueError(f'{path} has {", ".join(items)} but no images to train on.')
     vocab = sorted({c for _,c in items.get('train') or items['all']})
-    if len(vocab)<2: raise ValueError(f'{path} has images of {vocab[0]!r} only: there is nothing to tell apart.')
+    if len(vocab)<2:
+        raise ValueError(f'{path} has images of {vocab[0]!r} only: there is nothing to tell apart.')
     for k,o in items.items():
         if odd := {c for _,c in o}-set(vocab):
-            raise ValueError(f'the class {sorted(odd)[0]!r} is in {k} but not in train. Train on all classes.')
+            raise ValueError(f'the class {sorted(odd)[0]!r} is in {k} but not in train. '
+                             'Train on all classes.')
     return vocab
 
 # %% ../../nbs/02a_data.folders.ipynb #a0172bbf

@@ -28,7 +28,8 @@ def _checked_bytes(f, md5):
     b = Path(f).read_bytes()
     got = hashlib.md5(b).hexdigest()
     if got==md5: return b
-    raise ValueError(f'{f} is corrupt: its MD5 is {got}, expected {md5}. Delete it and get it again.')
+    raise ValueError(f'{f} is corrupt: its MD5 is {got}, expected {md5}. '
+                     'Delete it and get it again.')
 
 # %% ../../nbs/02b_data.readers.ipynb #6b56b710
 def _missing(name, root, e=None, archive=None):
@@ -170,7 +171,8 @@ def _tiny_imagenet(path):
     "Tiny ImageNet, the names of its classes, and ImageNet's mean and standard deviation"
     with zipfile.ZipFile(_fetch(path, **_tiny_imagenet_zip)) as z:
         train,test,words = _tiny_imagenet_lists(z)
-        def pixels(f): return np.asarray(Image.open(io.BytesIO(z.read(f))).convert('RGB')).transpose(2,0,1)
+        def pixels(f):
+            return np.asarray(Image.open(io.BytesIO(z.read(f))).convert('RGB')).transpose(2,0,1)
         def fill(x):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for i,o in enumerate(pool.map(pixels, [*train,*test])): x[i] = o

@@ -56,15 +56,17 @@ def image_dls(
     Raises `ValueError` if there is no such set, `FileNotFoundError` if its files are not there."""
     if name not in image_sets:
         if Path(name).exists(): return folder_dls(name, size, bs=bs, **kwargs)
-        raise ValueError(f'no image set is called {str(name)!r}, and no folder either. The sets are '
-                         f'{", ".join(image_sets)}; for your own images pass a folder, or use `from_arrays`.')
+        raise ValueError(f'no image set is called {str(name)!r}, and no folder either. '
+                         f'The sets are {", ".join(image_sets)}; for your own images pass a '
+                         'folder, or use `from_arrays`.')
     read,vocab = image_sets[name]
     x,y,xt,yt,*more = read(data_path(path))
     if size is not None: x,xt = _resize(x, size),_resize(xt, size)
     return from_arrays(x, y, test=(xt,yt), bs=bs, **merge(dict(vocab=vocab), *more, kwargs))
 
 # %% ../../nbs/02c_data.sets.ipynb #e6735c17
-_about = dict(digits='1,797 grey, 8×8', mnist='70,000 grey, 28×28', fashion_mnist='70,000 grey, 28×28',
+_about = dict(digits='1,797 grey, 8×8', mnist='70,000 grey, 28×28',
+              fashion_mnist='70,000 grey, 28×28',
               cifar10='60,000 colour, 32×32', cifar10_jpeg='60,000 colour, 32×32 (JPEG)',
               cifar100='60,000 colour, 32×32', tiny_imagenet='110,000 colour, 64×64')
 
@@ -75,7 +77,8 @@ def _files_of(name, root):
     if name in ('cifar10','cifar100'):
         cls = _tv(name.upper())
         return {root/cls.base_folder/f: md5 for f,md5 in [*cls.train_list,*cls.test_list]}
-    if name=='tiny_imagenet': return {root/Path(_tiny_imagenet_zip['url']).name: _tiny_imagenet_zip['md5']}
+    if name=='tiny_imagenet':
+        return {root/Path(_tiny_imagenet_zip['url']).name: _tiny_imagenet_zip['md5']}
     if name=='cifar10_jpeg':
         sums = _md5sums(root) if (root/'MD5SUMS').exists() else {}
         return {root/o: sums.get(o) for o in ('cifar10-jpeg.tar.xz','cifar10-labels-original-order.npz')}

@@ -40,6 +40,31 @@ class _Fit:
     judged:set = field(default_factory=set)              # terms that have seen what they compare
     after:list = field(default_factory=list)             # functions to be called after the backward pass
 
+# %% ../../nbs/13_distill.callback.ipynb #e4c119a9
+def answering(teacher, tfm=None, cache=False, logits=None, i=None):
+    "What answers for `teacher`, the `i`-th of several: live, cached (in the folder `cache`), or stored logits"
+    net,adapter = as_teacher(teacher),TeacherAdapter(teacher, tfm)
+    if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, logits)
+    if not cache: return LiveTeacher(net, adapter, logits)
+    folder = None if cache is True else Path(cache) if i is None else Path(cache)/f'teacher{i}'
+    return CachedTeacher(net, adapter, logits, folder)
+
+# %% ../../nbs/13_distill.callback.ipynb #8ef85bc3
+def check_arguments(named, by_task, task, cache, n_views, logits, mask):
+    "Raise `ValueError` for what cannot be meant"
+    if isinstance(task, (Term,Terms)):
+        raise ValueError('task is a term, expected the weight of the task loss. Add terms up: KD() + AT(...).')
+    if n_views and not cache:
+        raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
+    if not named and not by_task:
+        raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
+    if not (logits is None or callable(logits) or isinstance(logits, (str,int))):
+        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what the networks '
+                         'return.')
+    if not (mask is None or callable(mask)):
+        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as '
+                         'lambda xb,yb: yb[0]!=255.')
+
 # %% ../../nbs/13_distill.callback.ipynb #d7279ca0
 class KnowledgeDistillation(LossTerm):
     """Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss
@@ -48,19 +73,19 @@ class KnowledgeDistillation(LossTerm):
     raised when training begins: an error while callbacks are added would leave fastai half way."""
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
-        teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list of such
+        teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
         terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
-        task:float|Callable|None=None, # Weight of the task loss, a number or schedule; if None .1 with the default terms, else 1 (SimKD: 0)
-        cache:bool|str|Path=False, # Ask the teacher once per sample, not per epoch: True (in memory), or a folder (memory-mapped files)
+        task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
+        cache:bool|str|Path=False, # Ask the teacher once per sample: True (in memory), or a folder (files)
         n_views:int|None=None, # With `cache` and random augmentation: train on so many fixed views of each image
-        logits:str|int|Callable|None=None, # Where the logits are in what the networks return, if that is unusual, see `as_logits`
-        teacher_tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants, such as a resize
-        shares:list|None=None, # With several teachers: the weight of each in the mean of their answers; equal if None
-        mask:Callable|None=None, # Function of inputs and targets: True where a pixel or token counts, (B, H, W) or (B, N)
+        logits:str|int|Callable|None=None, # Where the logits are in what the networks return, see `as_logits`
+        teacher_tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants, as a resize
+        shares:list|None=None, # With several teachers: the weight of each in the mean of their answers; else equal
+        mask:Callable|None=None, # Function of inputs and targets: True where a place counts, (B, H, W) or (B, N)
     ):
         self.by_task = terms is None
         named = {} if self.by_task else named_terms(terms)
-        self._check_arguments(named, task, cache, n_views, logits, mask)
+        check_arguments(named, self.by_task, task, cache, n_views, logits, mask)
         if task is None: task = .1 if self.by_task else min(t.task for t in named.values())
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.cache = cache
@@ -68,7 +93,8 @@ class KnowledgeDistillation(LossTerm):
         self.logits = logits
         self.mask = mask
         several = list(teacher) if isinstance(teacher, (tuple,list)) and len(teacher) else [teacher]
-        self.teachers = [self._as_teacher(o, teacher_tfm, i if len(several)>1 else None) for i,o in enumerate(several)]
+        numbers = range(len(several)) if len(several)>1 else [None]
+        self.teachers = [answering(o, teacher_tfm, cache, logits, i) for o,i in zip(several, numbers)]
         self.shares = check_shares(shares, len(several))
         check_teachers(named, len(several))
         self.heads = Heads()
@@ -79,30 +105,6 @@ class KnowledgeDistillation(LossTerm):
         self._decided = None    # loss, data and model by which terms were chosen,
         self._unsure = None     # or why they could not
         self._replaced = None   # what SimKD took out
-
-# %% ../../nbs/13_distill.callback.ipynb #a98200c6
-@patch
-def _check_arguments(self:KnowledgeDistillation, named, task, cache, n_views, logits, mask):
-    "Raise `ValueError` for what cannot be meant"
-    if isinstance(task, (Term,Terms)):
-        raise ValueError('task is a term, expected the weight of the task loss. Add terms up: KD() + AT(...).')
-    if n_views and not cache:
-        raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
-    if not named and not self.by_task: raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
-    if not (logits is None or callable(logits) or isinstance(logits, (str,int))):
-        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what the networks return.')
-    if not (mask is None or callable(mask)):
-        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as lambda xb,yb: yb[0]!=255.')
-
-# %% ../../nbs/13_distill.callback.ipynb #d185a381
-@patch
-def _as_teacher(self:KnowledgeDistillation, o, tfm, i):
-    "What answers for the teacher `o`, the `i`-th of several"
-    net,adapter = as_teacher(o),TeacherAdapter(o, tfm)
-    if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, self.logits)
-    if not self.cache: return LiveTeacher(net, adapter, self.logits)
-    folder = None if self.cache is True else Path(self.cache) if i is None else Path(self.cache)/f'teacher{i}'
-    return CachedTeacher(net, adapter, self.logits, folder)
 
 # %% ../../nbs/13_distill.callback.ipynb #6f24ae51
 @patch(as_prop=True)
@@ -293,7 +295,8 @@ def _body_and_projector(model):
 def _undo_replace(self:KnowledgeDistillation):
     "Put the student back that `_replace` has taken out, if its successor was not trained"
     if self._replaced is None: return
-    (was,splitter,new),self._replaced = self._replaced,None
+    was,splitter,new = self._replaced
+    self._replaced = None
     if self.model is not new: return
     (self.splitter if isinstance(self.splitter, TermSplitter) else self.learn).splitter = splitter
     vars(self.learn).update(was)
@@ -418,30 +421,6 @@ def _mask(self:KnowledgeDistillation):
     y = self.yb[0].as_subclass(torch.Tensor)
     if y.ndim>1 and not y.is_floating_point() and (y==ignored).any(): return y!=ignored
 
-# %% ../../nbs/13_distill.callback.ipynb #674491f8
-@patch
-def values(self:KnowledgeDistillation,
-    names:list, # Names of the terms that count now
-) -> dict[str,torch.Tensor]:
-    "The terms called `names`, scalars by name. Raises `ValueError` if answers or targets are not what a term compares."
-    fit = self._fit
-    f_s = fit.capture.take()
-    asked = sorted({i for k in names for i in self.whom(self.terms[k])})
-    answers = {i: self.teachers[i].answer(self.xb, fit.places) for i in asked}
-    for i in asked: self._check_first(i, *answers[i])
-    found = {}
-    def raw(i):
-        if i not in found: found[i] = as_logits(self._logits_of(i, answers[i][0]), who='the teacher')
-        return found[i]
-    z_s = lambda: as_logits(self.pred, self.logits, 'the student')
-    res = {}
-    for k in names:
-        y = lambda t=self.terms[k]: self._targets(t)
-        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, index=fit.places)
-        self._judge(k, o, raw)
-        res[k] = self.terms[k](o)
-    return res
-
 # %% ../../nbs/13_distill.callback.ipynb #250576f1
 @patch
 def _logits_of(self:KnowledgeDistillation, i, z):
@@ -468,6 +447,30 @@ def _judge(self:KnowledgeDistillation, name, o, raw):
         adapter = self.teachers[i].adapter
         if adapter.compares(term): adapter.check(term, o.z_s, raw(i), o.y if len(self.yb) else None)
 
+# %% ../../nbs/13_distill.callback.ipynb #674491f8
+@patch
+def values(self:KnowledgeDistillation,
+    names:list, # Names of the terms that count now
+) -> dict[str,torch.Tensor]:
+    "The terms called `names`, scalars by name. Raises `ValueError` if answers or targets are not what a term compares."
+    fit = self._fit
+    f_s = fit.capture.take()
+    asked = sorted({i for k in names for i in self.whom(self.terms[k])})
+    answers = {i: self.teachers[i].answer(self.xb, fit.places) for i in asked}
+    for i in asked: self._check_first(i, *answers[i])
+    found = {}
+    def raw(i):
+        if i not in found: found[i] = as_logits(self._logits_of(i, answers[i][0]), who='the teacher')
+        return found[i]
+    z_s = lambda: as_logits(self.pred, self.logits, 'the student')
+    res = {}
+    for k in names:
+        y = lambda t=self.terms[k]: self._targets(t)
+        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, index=fit.places)
+        self._judge(k, o, raw)
+        res[k] = self.terms[k](o)
+    return res
+
 # %% ../../nbs/13_distill.callback.ipynb #ba5a53ef
 @patch
 def after_backward(self:KnowledgeDistillation) -> None:
@@ -480,5 +483,6 @@ def after_backward(self:KnowledgeDistillation) -> None:
 def put_back(self:KnowledgeDistillation) -> None:
     "Leave learner, loader and teachers as they were found"
     LossTerm.put_back(self)
-    fit,self._fit = self._fit,None
+    fit = self._fit
+    self._fit = None
     if fit is not None: fit.undo.close()

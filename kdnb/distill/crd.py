@@ -8,10 +8,10 @@ __all__ = ['ContrastHead', 'CRD']
 # %% ../../nbs/11e_distill.crd.ipynb #407d6d15
 import torch, torch.distributed as tdist
 from torch import nn
-from ..core import check_choice
+from fastcore.basics import patch
 from .heads import HeadTerm
 from .losses.features import crd,vectors
-from .losses.shared import at_least_float32,check_T,in_float32,unit
+from .losses.shared import at_least_float32,check_batch,check_T,in_float32,unit
 from .seen import Seen
 from .terms import on_both
 from ..features.layers import penultimate
@@ -69,43 +69,54 @@ class ContrastHead(nn.Module):
         self._of_data = list(of_data)
         vars(self).update(of_data)
 
-    def _apply(self, fn, recurse=True):
-        "Also move what is known of the data, which is no buffer: no file holds the labels"
-        vars(self).update({k: fn(getattr(self, k)) for k in self._of_data})
-        return super()._apply(fn, recurse)
+# %% ../../nbs/11e_distill.crd.ipynb #90489db6
+@patch
+def _apply(self:ContrastHead, fn, recurse=True):
+    "Also move what is known of the data, which is no buffer"
+    vars(self).update({k: fn(getattr(self, k)) for k in self._of_data})
+    return nn.Module._apply(self, fn, recurse)
 
-    def negatives(self,
-        y:torch.Tensor, # Labels (B,)
-    ) -> torch.Tensor:
-        "Places of `K` samples of other classes for each of the labels `y` (B, K), or the mask of all of them (B, N)"
-        if self.K is None: return self.labels!=y[:,None]
-        n,start = self.count[y][:,None],self.start[y][:,None]
-        i = (torch.rand(len(y), self.K, device=y.device)*(len(self.labels)-n)).long()
-        return self.by_class[i + n*(i>=start)]      # jump over the own class
+# %% ../../nbs/11e_distill.crd.ipynb #610d5598
+@patch
+def negatives(self:ContrastHead,
+    y:torch.Tensor, # Labels (B,)
+) -> torch.Tensor:
+    "Places of `K` samples of other classes for each of the labels `y` (B, K), or the mask of all of them (B, N)"
+    if self.K is None: return self.labels!=y[:,None]
+    n,start = self.count[y][:,None],self.start[y][:,None]
+    i = (torch.rand(len(y), self.K, device=y.device)*(len(self.labels)-n)).long()
+    return self.by_class[i + n*(i>=start)]      # jump over the own class
 
-    def forward(self,
-        f_s:torch.Tensor, # The student's features (B, …)
-        f_t:torch.Tensor, # The teacher's
-        index:torch.Tensor, # Places of the samples in the training set (B,)
-    ) -> torch.Tensor:
-        "`crd` in both directions"
-        vs = [unit(at_least_float32(e(vectors(f)))) for e,f in ((self.embed_s,f_s), (self.embed_t,f_t))]
-        others,memories = self.negatives(self.labels[index]),(self.memory_t,self.memory_s)
-        if not self.Z.any():
-            self.Z.copy_(average(torch.stack([normaliser(v, m, others, self.T) for v,m in zip(vs, memories)])))
-        if self.training: self._new = [gather(o) for o in (index, *(v.detach() for v in vs))]
-        return sum(crd(v, m, index, others, z, self.T) for v,m,z in zip(vs, memories, self.Z))
+# %% ../../nbs/11e_distill.crd.ipynb #1ffd2c35
+@patch
+def forward(self:ContrastHead,
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+    index:torch.Tensor, # Places of the samples in the training set (B,)
+) -> torch.Tensor:
+    "`crd` in both directions"
+    vs = [unit(at_least_float32(e(vectors(f)))) for e,f in ((self.embed_s,f_s), (self.embed_t,f_t))]
+    others,memories = self.negatives(self.labels[index]),(self.memory_t,self.memory_s)
+    if not self.Z.any():
+        self.Z.copy_(average(torch.stack([normaliser(v, m, others, self.T) for v,m in zip(vs, memories)])))
+    if self.training: self._new = [gather(o) for o in (index, *(v.detach() for v in vs))]
+    return sum(crd(v, m, index, others, z, self.T) for v,m,z in zip(vs, memories, self.Z))
 
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        "Take the embeddings of the last batch into the memories"
-        if self._new is None: return
-        (index,*vs),self._new = self._new,None
-        for m,v in zip((self.memory_s,self.memory_t), vs): m[index] = unit(self.momentum*m[index] + (1-self.momentum)*v)
+# %% ../../nbs/11e_distill.crd.ipynb #ffde1b48
+@patch
+@torch.no_grad()
+def after_backward(self:ContrastHead) -> None:
+    "Take the embeddings of the last batch into the memories"
+    if self._new is None: return
+    index,*vs = self._new
+    self._new = None
+    for m,v in zip((self.memory_s,self.memory_t), vs): m[index] = unit(self.momentum*m[index] + (1-self.momentum)*v)
 
 # %% ../../nbs/11e_distill.crd.ipynb #6ea5e154
 class CRD(HeadTerm):
-    "Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8"
+    """Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8
+
+    Raises `ValueError` if `T` is no temperature."""
     needs_index = True
     usual = .8
     usual_layers = on_both(penultimate)
@@ -124,10 +135,23 @@ class CRD(HeadTerm):
         self.K = K
         self.T = T
         self.momentum = momentum
-    def prepare(self,
-        o:Seen, # What the term sees of a batch
-    ) -> nn.Module:
-        "Embeddings and memories for each pair"
-        def head(f_s, f_t): return ContrastHead(f_s.shape[1], f_t.shape[1], o.labels, self.dim, self.K, self.T, self.momentum)
-        return nn.ModuleList([head(*map(vectors, f)) for f in self.features(o)])
     def __call__(self, o): return sum(h(*f, o.index) for h,f in zip(o.head, self.features(o)))
+
+# %% ../../nbs/11e_distill.crd.ipynb #97d4c5ce
+@patch
+def features(self:CRD,
+    o:Seen, # What the term sees of a batch
+) -> list:
+    "Vectors (B, D) of student and teacher, for each pair. Raises `ValueError` if they are not of the same samples."
+    mask = getattr(o, 'mask', None)
+    for s,t in self.pairs: check_batch(o.f_s[s], o.f_t[t])
+    return [(vectors(o.f_s[s], mask=mask),vectors(o.f_t[t], mask=mask)) for s,t in self.pairs]
+
+# %% ../../nbs/11e_distill.crd.ipynb #6fdc0e51
+@patch
+def prepare(self:CRD,
+    o:Seen, # What the term sees of a batch
+) -> nn.Module:
+    "Embeddings and memories for each pair"
+    kwargs = dict(dim=self.dim, K=self.K, T=self.T, momentum=self.momentum)
+    return nn.ModuleList([ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs) for v_s,v_t in self.features(o)])

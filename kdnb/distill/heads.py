@@ -10,30 +10,28 @@ import math
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .layers import LayerTerm
-from .losses.features import as_maps,fsp,same_size,token_grid
+from .losses.features import as_maps,fsp,same_size,shared_mask,token_grid
 from .losses.shared import in_float32
 from .seen import Seen
 
 # %% ../../nbs/11c_distill.heads.ipynb #f4102db5
 class HeadTerm(LayerTerm, abstract=True):
-    "A term on pairs of layers, with a trainable part for each pair"
+    "A term on pairs of layers, with a trainable part for each pair; only tokens that count are compared"
     def prepare(self,
         o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "A head for each pair"
         return nn.ModuleList([self.head(*f) for f in self.features(o)])
-    def features(self,
-        o:Seen, # What the term sees of a batch
-    ) -> list:
-        "Features of each pair; of tokens that are masked those that count, as samples (n, C)"
-        mask = getattr(o, 'mask', None)
-        res = []
-        for f_s,f_t in super().features(o):
-            tokens = mask is not None and f_s.ndim==f_t.ndim==3 and f_s.shape[:2]==f_t.shape[:2]==mask.shape and mask.any()
-            res.append((f_s[mask.bool()],f_t[mask.bool()]) if tokens else (f_s,f_t))
+    def __call__(self, o):
+        res = 0
+        for h,(f_s,f_t) in zip(o.head, self.features(o)):
+            mask = shared_mask(f_s, f_t, getattr(o, 'mask', None))
+            if mask is None: res = res + self.compare(h, f_s, f_t)
+            elif mask.any(): res = res + self.compare(h, f_s[mask], f_t[mask])      # samples (n, C)
+            else: res = res + 0*self.compare(h, f_s, f_t)
         return res
-    def __call__(self, o): return sum(self.compare(h, *f) for h,f in zip(o.head, self.features(o)))
 
 # %% ../../nbs/11c_distill.heads.ipynb #08d9b6d6
 mse = in_float32(F.mse_loss)
@@ -60,9 +58,9 @@ def batch_norm(c, size):
 
 # %% ../../nbs/11c_distill.heads.ipynb #614725c9
 class FSP(HeadTerm):
-    """Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next; usual weight 50
+    """Flow of the solution procedure (Yim et al. 2017), between each pair of layers and the next
 
-    Raises `ValueError` if there is only one pair."""
+    Its usual weight is 50. Raises `ValueError` if there is only one pair."""
     usual = 50.
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
@@ -72,11 +70,6 @@ class FSP(HeadTerm):
         super().__init__(layers, teacher_layers, teacher)
         if len(self.pairs)<2:
             raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks from layer to layer.')
-    def features(self,
-        o:Seen, # What the term sees of a batch
-    ) -> list:
-        "Maps of each pair; of tokens a row of them"
-        return [as_maps(*f) for f in LayerTerm.features(self, o)]
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W)
         f_t:torch.Tensor, # The teacher's
@@ -87,6 +80,22 @@ class FSP(HeadTerm):
     def __call__(self, o):
         fs = [(h(f_s),f_t) for h,(f_s,f_t) in zip(o.head, self.features(o))]
         return sum(fsp((a_s,b_s), (a_t,b_t)) for (a_s,a_t),(b_s,b_t) in zip(fs, fs[1:]))
+
+# %% ../../nbs/11c_distill.heads.ipynb #52810f0f
+@patch
+def features(self:FSP,
+    o:Seen, # What the term sees of a batch
+) -> list:
+    "Maps of each pair; of tokens a row of them, scaled so that the mean over all is that over those that count"
+    mask = getattr(o, 'mask', None)
+    res = []
+    for f_s,f_t in LayerTerm.features(self, o):
+        counts = shared_mask(f_s, f_t, mask)
+        if counts is not None:
+            scale = (counts.shape[1]/counts.sum(1).clamp(min=1)).sqrt()[:,None,None]      # once of either layer
+            f_s,f_t = f_s*scale,f_t*scale
+        res.append(as_maps(f_s, f_t))
+    return res
 
 # %% ../../nbs/11c_distill.heads.ipynb #67d5fc61
 def resizing(c_s, c_t, size_s, size_t):
@@ -111,17 +120,6 @@ class FitNet(HeadTerm):
         super().__init__(layers, teacher_layers, teacher)
         self.norm = norm
         self.relu = relu
-    def head(self,
-        f_s:torch.Tensor, # The student's features (B, …)
-        f_t:torch.Tensor, # The teacher's
-    ) -> nn.Module:
-        "The regressor from one to the other"
-        tokens = f_t.ndim==3
-        f_s,f_t = map_pair(f_s, f_t)
-        (c_s,*size_s),(c_t,*size_t) = f_s.shape[1:],f_t.shape[1:]
-        pool = nn.AdaptiveAvgPool2d(tuple(size_t))
-        if tokens: return nn.Sequential(nn.Conv2d(c_s, c_t, 1))
-        return nn.Sequential(resizing(c_s, c_t, size_s, size_t), pool, *batch_norm(c_t, size_t)*self.norm, *[nn.ReLU()]*self.relu)
     def compare(self,
         head:nn.Module, # The regressor
         f_s:torch.Tensor, # The student's features (B, …)
@@ -130,3 +128,19 @@ class FitNet(HeadTerm):
         "Mean squared error of the regressor"
         f_s,f_t = map_pair(f_s, f_t)
         return mse(*same_size(head(f_s), f_t))
+
+# %% ../../nbs/11c_distill.heads.ipynb #f5f8152d
+@patch
+def head(self:FitNet,
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> nn.Module:
+    "The regressor from one to the other"
+    tokens = f_t.ndim==3
+    f_s,f_t = map_pair(f_s, f_t)
+    (c_s,*size_s),(c_t,*size_t) = f_s.shape[1:],f_t.shape[1:]
+    if tokens: return nn.Sequential(nn.Conv2d(c_s, c_t, 1))
+    layers = [resizing(c_s, c_t, size_s, size_t), nn.AdaptiveAvgPool2d(tuple(size_t))]
+    if self.norm: layers += batch_norm(c_t, size_t)
+    if self.relu: layers.append(nn.ReLU())
+    return nn.Sequential(*layers)

@@ -10,9 +10,10 @@ import re
 from collections import defaultdict
 import torch
 from torch import nn
+from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..core import check_choice
-from .losses.features import attention,nst,pkt,rkd,similarity,vectors
+from .losses.features import attention,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
 from .losses.shared import check_batch
 from .seen import Seen
 from .terms import on_both,Term
@@ -22,7 +23,8 @@ from ..features.layers import as_pairs,last_map,match_stages,penultimate
 # %% ../../nbs/11b_distill.layers.ipynb #4e99609d
 def blank_out(f, mask):
     "Tokens `f` (B, N, C) with zeros where `mask` (B, N) is False; other features as they are"
-    return f if mask is None or f.ndim!=3 or mask.shape!=f.shape[:2] else f*mask[...,None]
+    mask = token_mask(f, mask)
+    return f if mask is None else f*mask[...,None]
 
 # %% ../../nbs/11b_distill.layers.ipynb #a92bdd80
 class LayerTerm(Term, abstract=True):
@@ -42,30 +44,44 @@ class LayerTerm(Term, abstract=True):
     def teacher_layers(self) -> list[str]:
         "The teacher's layers, in the order of the pairs"
         return [t for _,t in self.pairs]
-    @classmethod
-    def usual_layers(cls,
-        student:nn.Module, # Network whose layers are looked up
-        teacher:nn.Module, # The other one
-        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
-        layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
-    ) -> tuple:
-        "The pairs `layers`, or those of `stage_pairs`"
-        return layers or stage_pairs(student, teacher, data),
-    def features(self,
-        o:Seen, # What the term sees of a batch
-    ) -> list:
-        "Features of student and teacher of each pair (B, …). Raises `ValueError` if they are not of the same samples."
-        fs = [(o.f_s[s],o.f_t[t]) for s,t in self.pairs]
-        for f in fs: check_batch(*f)
-        return [tuple(blank_out(f, getattr(o, 'mask', None)) for f in pair) for pair in fs]
     def __call__(self, o): return sum(self.compare(*f) for f in self.features(o))
+
+# %% ../../nbs/11b_distill.layers.ipynb #64279d59
+@patch
+def features(self:LayerTerm,
+    o:Seen, # What the term sees of a batch
+) -> list:
+    """Features of student and teacher of each pair (B, …)
+
+    Raises `ValueError` if they are not of the same samples, or if tokens that do not count stand beside maps."""
+    mask = getattr(o, 'mask', None)
+    res = []
+    for s,t in self.pairs:
+        f_s,f_t = o.f_s[s],o.f_t[t]
+        check_batch(f_s, f_t)
+        if f_s.ndim!=f_t.ndim and 4 in (f_s.ndim,f_t.ndim) and any(token_mask(f, mask) is not None for f in (f_s, f_t)):
+            raise ValueError(f'layers {s!r} and {t!r} give tokens and maps, and some tokens do not count. '
+                             'Choose two layers of tokens, or train without a mask.')
+        res.append((blank_out(f_s, mask),blank_out(f_t, mask)))
+    return res
+
+# %% ../../nbs/11b_distill.layers.ipynb #0f69adda
+@patch(cls_method=True)
+def usual_layers(cls:LayerTerm,
+    student:nn.Module, # Network whose layers are looked up
+    teacher:nn.Module, # The other one
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
+) -> tuple:
+    "The pairs `layers`, or those of `stage_pairs`"
+    return layers or stage_pairs(student, teacher, data),
 
 # %% ../../nbs/11b_distill.layers.ipynb #ca9e0b12
 def token_blocks(
     model:nn.Module, # Any module
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
 ) -> list[str]:
-    "Paths of the blocks of a transformer, in their order: the numbered layers that give tokens (B, N, C); none, if there are no such"
+    "Paths of a transformer's blocks in their order: the numbered layers that give tokens (B, N, C); none, if there are no such"
     found = defaultdict(list)
     for path,shape in layer_shapes(model, data)['shape'].items():
         if len(shape)==3 and (m := re.match(r'(.*?)\d+$', path)): found[m[1]].append(path)
@@ -112,6 +128,16 @@ class AT(LayerTerm):
     ) -> torch.Tensor:
         "`attention` of one pair"
         return attention(f_s, f_t, self.p, self.squared)
+
+# %% ../../nbs/11b_distill.layers.ipynb #0597bfdf
+@patch
+def __call__(self:AT, o):
+    res = 0
+    for f_s,f_t in self.features(o):
+        loss = self.compare(f_s, f_t)
+        mask = shared_mask(f_s, f_t, getattr(o, 'mask', None)) if self.squared else None
+        res = res + (loss if mask is None else loss*(mask.numel()/mask.sum().clamp(min=1)))
+    return res
 
 # %% ../../nbs/11b_distill.layers.ipynb #786980b6
 class NST(LayerTerm):

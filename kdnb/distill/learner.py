@@ -29,28 +29,29 @@ def _fit_method(learn, name, kwargs):
     method = getattr(type(learn), name, None) if isinstance(name, str) else None
     if method is None:
         near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
-        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.'
-                         + (f' Did you mean {near[0]!r}?' if near else ''))
+        did_you_mean = f' Did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.{did_you_mean}')
     takes = inspect.signature(method).parameters
-    if 'lr' in kwargs and 'lr' not in takes and (own := [k for k in ('base_lr','lr_max','max_lr') if k in takes]):
-        if own[0] in kwargs: raise ValueError(f'lr and {own[0]} are both given, and {name} has one learning rate.')
-        kwargs = {own[0] if k=='lr' else k: v for k,v in kwargs.items()}
+    own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
+    if 'lr' in kwargs and 'lr' not in takes and own:
+        if own in kwargs: raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
+        kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
     return partial(method, learn, **kwargs)
 
 # %% ../../nbs/15_distill.learner.ipynb #a668c992
 @patch
 def distill(self:Learner,
-    teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list of such
+    teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
     n_epoch:int, # Epochs
     terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
-    task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
+    task:float|Callable|None=None, # Weight of the task loss; None: .1 with the default terms, else 1 (SimKD: 0)
     fit:str='fit_one_cycle', # Which method of the learner trains
     cbs:list|None=None, # More callbacks
     cache:bool|str|Path=False, # Ask the teacher once per sample, see `KnowledgeDistillation`
     n_views:int|None=None, # With `cache`: number of fixed views of each image
     logits:str|int|Callable|None=None, # Where the logits are in what the networks return, see `as_logits`
-    teacher_tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants, such as a resize
-    shares:list|None=None, # With several teachers: the weight of each in the mean of their answers; equal if None
+    teacher_tfm:Callable|None=None, # Function from the student's inputs to what the teacher wants, as a resize
+    shares:list|None=None, # With several teachers: the weight of each in the mean of their answers; else equal
     mask:Callable|None=None, # Function of inputs and targets: True where a pixel or token counts
     **kwargs, # Passed on to the fit method; `lr` is the learning rate, whatever that calls it
 ) -> KnowledgeDistillation:
@@ -92,9 +93,11 @@ def teacher_assistant(
 ) -> Learner:
     "Distil along a chain of learners; returns the last. Raises `ValueError` if it is no chain."
     if bad := [o for o in learners if not isinstance(o, Learner)]:
-        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one before it.')
+        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one '
+                         'before it.')
     if len(learners)<2:
-        raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at least.')
+        raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at '
+                         'least.')
     epochs = [n_epoch]*(len(learners)-1) if isinstance(n_epoch, int) else list(n_epoch)
     if len(epochs)!=len(learners)-1:
         raise ValueError(f'{len(epochs)} numbers of epochs are given for {len(learners)-1} trainings: '

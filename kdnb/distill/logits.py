@@ -9,9 +9,11 @@ __all__ = ['LogitTerm', 'KD', 'BinaryKD', 'LogitsMSE', 'DKD', 'DIST', 'LwF', 'Di
 from collections.abc import Callable
 import torch
 from torch import nn
+from fastcore.basics import patch
 from .losses.features import vectors
-from .losses.logits import binary_kd,counted,dist,dkd,kd,logits_mse,lwf,mix_sigmoid,mix_softmax,standardize
-from .losses.shared import in_float32
+from .losses.logits import binary_kd,counted,dist,dkd,kd,logits_mse,lwf
+from .losses.logits import mix_sigmoid,mix_softmax,standardize
+from .losses.shared import class_dim,in_float32
 from .seen import Seen
 from .terms import check_temperature,on_student,Term
 from ..features.layers import penultimate
@@ -21,6 +23,7 @@ class LogitTerm(Term, abstract=True):
     "A term on the logits of student and teacher, at temperature `T`"
     standardize = False     # give both sides' logits mean 0 and deviation 1 first
     by_class = True
+    yes_or_no = False       # is each output a yes or no of its own?
     T = 1.
     def __init__(self,
         standardize:bool=False, # Standardise the logits
@@ -29,26 +32,32 @@ class LogitTerm(Term, abstract=True):
         super().__init__(teacher)
         self.standardize = standardize
 
-    def logits(self,
-        o:Seen, # What the term sees of a batch
-    ) -> tuple[torch.Tensor,torch.Tensor]:
-        "Logits of student and teacher (B, C), or of the places that count (n, C); standardised if that is wanted"
-        z_s,z_t = o.z_s,o.z_t
-        if self.standardize:
-            z_s = standardize(z_s)
-            if not getattr(o, 'mixed', False): z_t = standardize(z_t)      # of a mixture each was
-        mask = getattr(o, 'mask', None)
-        return counted(z_s, mask),counted(z_t, mask)
+# %% ../../nbs/11a_distill.logits.ipynb #a87dbc5d
+@patch
+def logits(self:LogitTerm,
+    o:Seen, # What the term sees of a batch
+    z_s:torch.Tensor|None=None, # The student's logits; those of its output if None
+) -> tuple[torch.Tensor,torch.Tensor]:
+    "Logits of student and teacher (B, C), or of the places that count (n, C); `ValueError` for a mask of another shape"
+    z_s,z_t = o.z_s if z_s is None else z_s,o.z_t
+    if self.standardize:
+        z_s = standardize(z_s)
+        if not getattr(o, 'mixed', False): z_t = standardize(z_t)      # of a mixture each was
+    mask = getattr(o, 'mask', None)
+    return counted(z_s, mask),counted(z_t, mask)
 
-    def mix(self,
-        zs:list[torch.Tensor], # Logits of each teacher, of one shape
-        shares:list[float], # The weight of each, of sum 1
-        pct:float=0., # Training progress
-    ) -> torch.Tensor:
-        "The mean of what several teachers answer, softened as this term compares it"
-        if self.standardize: zs = [standardize(z) for z in zs]
-        if not self.softmax: return super().mix(zs, shares, pct)
-        return mix_softmax(zs, shares, self.at(self.T, Seen(pct=pct)))
+# %% ../../nbs/11a_distill.logits.ipynb #d4596739
+@patch
+def mix(self:LogitTerm,
+    zs:list[torch.Tensor], # Logits of each teacher, of one shape
+    shares:list[float], # The weight of each, of sum 1
+    pct:float=0., # Training progress
+) -> torch.Tensor:
+    "The mean of what several teachers answer, softened as this term compares it"
+    if self.standardize: zs = [standardize(z) for z in zs]
+    if not self.softmax and not self.yes_or_no: return Term.mix(self, zs, shares, pct)
+    mean = mix_softmax if self.softmax else mix_sigmoid
+    return mean(zs, shares, self.at(self.T, Seen(pct=pct)))
 
 # %% ../../nbs/11a_distill.logits.ipynb #8f60f2fe
 class KD(LogitTerm):
@@ -72,6 +81,7 @@ class BinaryKD(LogitTerm):
 
     Raises `ValueError` if `T` is no number above 0 and no schedule."""
     usual = .9
+    yes_or_no = True
     def __init__(self,
         T:float|Callable=1., # Temperature, > 0, or a schedule
         standardize:bool=False, # Standardise the logits
@@ -80,20 +90,18 @@ class BinaryKD(LogitTerm):
         self.T = check_temperature(T)
         super().__init__(standardize, teacher)
     def __call__(self, o): return binary_kd(*self.logits(o), self.at(self.T, o))
-    def mix(self,
-        zs:list[torch.Tensor], # Logits of each teacher, of one shape
-        shares:list[float], # The weight of each, of sum 1
-        pct:float=0., # Training progress
-    ) -> torch.Tensor:
-        "The mean of several teachers' probabilities of yes, softened as they are compared"
-        if self.standardize: zs = [standardize(z) for z in zs]
-        return mix_sigmoid(zs, shares, self.at(self.T, Seen(pct=pct)))
 
 # %% ../../nbs/11a_distill.logits.ipynb #48e16f1f
 class LogitsMSE(LogitTerm):
     "Squared distance of the logits (Ba and Caruana 2014)"
     aliases = 'logits',
     def __call__(self, o): return logits_mse(*self.logits(o))
+
+# %% ../../nbs/11a_distill.logits.ipynb #10bf413f
+def counted_labels(y, mask):
+    "The targets `y` of the places that count; all, if they are not of places"
+    if mask is None or y.ndim!=mask.ndim: return y
+    return y[mask.bool()] if mask.any() else 0*y
 
 # %% ../../nbs/11a_distill.logits.ipynb #91bda042
 class DKD(LogitTerm):
@@ -113,7 +121,7 @@ class DKD(LogitTerm):
         self.T = check_temperature(T)
         super().__init__(standardize, teacher)
     def __call__(self, o):
-        y = o.y if getattr(o, 'mask', None) is None or o.y.ndim!=o.mask.ndim else o.y[o.mask] if o.mask.any() else 0*o.y
+        y = counted_labels(o.y, getattr(o, 'mask', None))
         return dkd(*self.logits(o), y, self.alpha, self.beta, self.at(self.T, o))
 
 # %% ../../nbs/11a_distill.logits.ipynb #aafa9c46
@@ -136,18 +144,18 @@ class DIST(LogitTerm):
     def __call__(self, o): return dist(*self.logits(o), self.beta, self.gamma, self.at(self.T, o))
 
 # %% ../../nbs/11a_distill.logits.ipynb #a5b21cd1
-class LwF(Term):
-    """Learning without forgetting (Li and Hoiem 2016): keep the teacher's answers to an old task; usual weight 1
+class LwF(LogitTerm):
+    """Learning without forgetting (Li and Hoiem 2016): keep the teacher's answers to an old task
 
-    Raises `ValueError` if `T` is no number above 0 and no schedule."""
+    Its usual weight is 1. Raises `ValueError` if `T` is no number above 0 and no schedule."""
     softmax = True
     usual_layers = on_student(penultimate)
     def __init__(self,
-        layer:str|None=None, # Its layer that gives the old task's logits, or its penultimate one; its output if None
+        layer:str|None=None, # Of the student: the old task's logits, or the penultimate one; its output if None
         T:float|Callable=2., # Temperature, > 0, or a schedule
         teacher:int|None=None, # Which of several teachers; the mean of their answers if None
     ):
-        super().__init__(teacher)
+        Term.__init__(self, teacher)
         self.layer = layer
         self.T = check_temperature(T)
     @property
@@ -158,31 +166,29 @@ class LwF(Term):
     def by_class(self) -> bool:
         "Are the student's outputs compared, or those of a layer?"
         return not self.layer
-    def mix(self,
-        zs:list[torch.Tensor], # Logits of each teacher, of one shape
-        shares:list[float], # The weight of each, of sum 1
-        pct:float=0., # Training progress
-    ) -> torch.Tensor:
-        "The mean of what several teachers answer, softened as it is compared"
-        return mix_softmax(zs, shares, self.at(self.T, Seen(pct=pct)))
-    def prepare(self,
-        o:Seen, # What the term sees of a batch
-    ) -> nn.Module|None:
-        "A new last layer for the old task, if `layer` does not give its logits"
-        if not self.layer or (d := vectors(o.f_s[self.layer]).shape[1])==o.z_t.shape[1]: return
-        return nn.Linear(d, o.z_t.shape[1])
     def __call__(self, o):
-        z = vectors(o.f_s[self.layer]) if self.layer else o.z_s
-        return lwf(o.head(z) if getattr(o, 'head', None) else z, o.z_t, self.at(self.T, o))
+        z_s = None
+        if self.layer: z_s = vectors(o.f_s[self.layer], mask=getattr(o, 'mask', None))
+        if getattr(o, 'head', None): z_s = o.head(z_s)
+        return lwf(*self.logits(o, z_s), self.at(self.T, o))
+
+# %% ../../nbs/11a_distill.logits.ipynb #bb0d6991
+@patch
+def prepare(self:LwF,
+    o:Seen, # What the term sees of a batch
+) -> nn.Module|None:
+    "A new last layer for the old task, if `layer` does not give its logits"
+    if not self.layer or (d := vectors(o.f_s[self.layer]).shape[1])==o.z_t.shape[1]: return
+    return nn.Linear(d, o.z_t.shape[1])
 
 # %% ../../nbs/11a_distill.logits.ipynb #0046aaec
 cross_entropy = in_float32(nn.functional.cross_entropy)
 
 # %% ../../nbs/11a_distill.logits.ipynb #047817dc
 class DistillToken(LogitTerm):
-    """The teacher's answer for a token of its own (Touvron et al. 2021, eq. 2 and 3); usual weight .5, task .5
+    """The teacher's answer for a token of its own (Touvron et al. 2021, eq. 2 and 3)
 
-    Raises `ValueError` if `T` is no number above 0 and no schedule."""
+    Its usual weight is .5, the task's .5. Raises `ValueError` if `T` is no number above 0 and no schedule."""
     usual = .5
     softmax = True
     def __init__(self,
@@ -200,6 +206,7 @@ class DistillToken(LogitTerm):
         "The classifier of the distillation token"
         return [self.layer]
     def __call__(self, o):
-        z = o.f_s[self.layer]
-        if self.hard: return cross_entropy(z, o.z_t.argmax(1))
-        return kd(z, o.z_t, self.at(self.T, o))
+        z_s,z_t = self.logits(o, o.f_s[self.layer])
+        if not self.hard: return kd(z_s, z_t, self.at(self.T, o))
+        d = class_dim(z_s)
+        return cross_entropy(z_s.movedim(d, 1), z_t.argmax(d))

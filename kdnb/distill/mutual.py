@@ -54,14 +54,6 @@ def before_train(self:MutualLearning) -> None:
     peer.model.to(next(self.model.parameters()).device).train()
     if peer.opt is None: peer.create_opt()
 
-# %% ../../nbs/14_distill.mutual.ipynb #759d63e5
-@patch
-def after_loss(self:MutualLearning) -> None:
-    "Ask the peer, train it, and add its answers to the loss of a training batch"
-    if self.learn.training: self._teach()
-    LossTerm.after_loss(self)
-    self._z = None
-
 # %% ../../nbs/14_distill.mutual.ipynb #b3d5b3d6
 @patch
 def _teach(self:MutualLearning):
@@ -92,13 +84,22 @@ def values(self:MutualLearning,
     "The distance from the peer's answers"
     return {'mutual': kd(as_logits(self.pred, who='the student'), self._z, weight_at(self.T, self.progress))}
 
+# %% ../../nbs/14_distill.mutual.ipynb #759d63e5
+@patch
+def after_loss(self:MutualLearning) -> None:
+    "Ask the peer, train it, and add its answers to the loss of a training batch"
+    if self.learn.training: self._teach()
+    LossTerm.after_loss(self)
+    self._z = None
+
 # %% ../../nbs/14_distill.mutual.ipynb #e32c4e66
 @patch
 def put_back(self:MutualLearning) -> None:
     "Leave the peer in the modes in which it was found"
     LossTerm.put_back(self)
-    modes,self._modes = self._modes,None
-    for m,mode in modes or (): m.training = mode
+    modes = self._modes or ()
+    self._modes = None
+    for m,mode in modes: m.training = mode
 
 # %% ../../nbs/14_distill.mutual.ipynb #3624f06b
 @patch

@@ -18,13 +18,17 @@ def method_names(
     name:str, # Name of a term, such as 'SimKD', or a sum such as 'KD + VID-I'
 ) -> list[str]:
     "The names of the terms of a method, as in `usual_weights`. Raises `ValueError` if no term is called so."
-    known = {o.lower(): k for k,cls in _terms.items() for o in vars(cls).get('aliases', ())} | {k.lower(): k for k in _terms}
+    known = {}
+    for k,cls in _terms.items():
+        for alias in vars(cls).get('aliases', ()): known[alias.lower()] = k
+    known |= {k.lower(): k for k in _terms}
     parts = [o.strip() for o in str(name).split('+')]
     for o in parts:
         if o.lower() in known: continue
         near = get_close_matches(o.lower(), known, 1)
-        raise ValueError(f'no method is called {o!r}.{f" Did you mean {known[near[0]]!r}?" if near else ""} '
-                         f'There are {", ".join(_terms)}, and sums such as \'KD + AT\'.')
+        did_you_mean = f' Did you mean {known[near[0]]!r}?' if near else ''
+        raise ValueError(f'no method is called {o!r}.{did_you_mean} There are {", ".join(_terms)}, '
+                         'and sums such as \'KD + AT\'.')
     return [known[o.lower()] for o in parts]
 
 # %% ../../nbs/11i_distill.names.ipynb #820b6df2

@@ -8,10 +8,11 @@ __all__ = ['CrossLayerHead', 'SemCKD']
 # %% ../../nbs/11g_distill.semckd.ipynb #1a144c61
 import torch, torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from .heads import as_map,batch_norm
 from .layers import stage_pairs
-from .losses.features import same_size
+from .losses.features import same_size,token_mask
 from .losses.shared import at_least_float32,check_batch,unit
 from .seen import Seen
 from .terms import Term
@@ -42,37 +43,45 @@ class CrossLayerHead(nn.Module):
         self.keys = nn.ModuleList([embed() for _ in fs_t])
         def row(a): return nn.ModuleList([projector(a, b) for b in fs_t])
         self.project = nn.ModuleList(map(row, fs_s))
-    def forward(self,
-        fs_s:list, # Maps of the S layers of the student (B, C, H, W)
-        fs_t:list, # Maps of the T layers of the teacher
-    ) -> tuple[torch.Tensor,torch.Tensor]:
-        "Weights (B, S, T), and squared errors of the projections (B, S, T)"
-        q,k = (torch.stack([self._embed(e, f) for e,f in zip(es, fs)], 1)
-               for es,fs in ((self.queries,fs_s), (self.keys,fs_t)))
-        def row(ps, a): return torch.stack([self._error(p, a, b) for p,b in zip(ps, fs_t)], 1)
-        errors = torch.stack([row(ps, a) for ps,a in zip(self.project, fs_s)], 1)
-        return (q@k.mT).softmax(2),errors
-    def _embed(self, e, f):
-        f = at_least_float32(f).flatten(1)
-        return unit(at_least_float32(e(F.pad(f@f.T, (0,self.bs-len(f))))))
-    def _error(self, p, a, b):
-        a,b = same_size(a, b)
-        return (at_least_float32(p(a)) - at_least_float32(b)).square().flatten(1).mean(1)
+
+# %% ../../nbs/11g_distill.semckd.ipynb #9b3af595
+@patch
+def embedded(self:CrossLayerHead,
+    embed:nn.Module, # What makes a query or a key
+    f:torch.Tensor, # Maps of a layer (B, C, H, W), B up to `bs`
+) -> torch.Tensor:
+    "The query or key of each sample (B, width), of length 1"
+    f = at_least_float32(f).flatten(1)
+    return unit(at_least_float32(embed(F.pad(f@f.T, (0,self.bs-len(f))))))
+
+# %% ../../nbs/11g_distill.semckd.ipynb #491bc1bb
+@patch
+def error(self:CrossLayerHead,
+    project:nn.Module, # From the student's layer to the teacher's
+    f_s:torch.Tensor, # Maps of the student's layer
+    f_t:torch.Tensor, # Maps of the teacher's
+) -> torch.Tensor:
+    "Mean squared error of the projection, of each sample (B,)"
+    f_s,f_t = same_size(f_s, f_t)
+    return (at_least_float32(project(f_s)) - at_least_float32(f_t)).square().flatten(1).mean(1)
+
+# %% ../../nbs/11g_distill.semckd.ipynb #2120137e
+@patch
+def forward(self:CrossLayerHead,
+    fs_s:list, # Maps of the S layers of the student (B, C, H, W)
+    fs_t:list, # Maps of the T layers of the teacher
+) -> tuple[torch.Tensor,torch.Tensor]:
+    "Weights (B, S, T), and squared errors of the projections (B, S, T)"
+    q = torch.stack([self.embedded(e, f) for e,f in zip(self.queries, fs_s)], 1)
+    k = torch.stack([self.embedded(e, f) for e,f in zip(self.keys, fs_t)], 1)
+    def row(ps, a): return torch.stack([self.error(p, a, b) for p,b in zip(ps, fs_t)], 1)
+    errors = torch.stack([row(ps, a) for ps,a in zip(self.project, fs_s)], 1)
+    return (q@k.mT).softmax(2),errors
 
 # %% ../../nbs/11g_distill.semckd.ipynb #e0bb137f
 class SemCKD(Term):
     "Semantic calibration across layers (Chen et al. 2021), on the ends of the stages; usual weight 400"
     usual = 400.
-    @classmethod
-    def usual_layers(cls,
-        student:nn.Module, # Network whose layers are looked up
-        teacher:nn.Module, # The other one
-        data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
-        layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
-    ) -> tuple:
-        "The layers of both sides, ends of stages"
-        pairs = layers or stage_pairs(student, teacher, data)
-        return list(pairs),list(pairs.values())
     def __init__(self,
         layers:list|str, # Layers of the student
         teacher_layers:list|str, # Layers of the teacher; any number
@@ -81,21 +90,54 @@ class SemCKD(Term):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(teacher)
-        self.student_layers,self.teacher_layers = ([p for p,_ in as_pairs(l)] for l in (layers, teacher_layers))
+        self.student_layers = [p for p,_ in as_pairs(layers)]
+        self.teacher_layers = [p for p,_ in as_pairs(teacher_layers)]
         self.bs = bs
         self.factor = factor
-    def features(self,
-        o:Seen, # What the term sees of a batch
-    ) -> tuple:
-        "Features of all layers of the student, and of the teacher"
-        return [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
-    def prepare(self,
-        o:Seen, # What the term sees of a batch
-    ) -> nn.Module:
-        "Projections between all layers, and attention"
-        for f in self.features(o)[1]: check_batch(o.f_s[self.student_layers[0]], f)
-        return CrossLayerHead(*([as_map(f) for f in fs] for fs in self.features(o)), self.bs or o.bs, self.factor)
-    def __call__(self, o):
-        fs_s,fs_t = ([as_map(f) for f in fs] for fs in self.features(o))
-        parts = zip(*(zip(*(f.split(o.head.bs) for f in fs)) for fs in (fs_s, fs_t)))
-        return sum((w*e).sum() for w,e in (o.head(*part) for part in parts))/(len(fs_s[0])*len(fs_s))
+
+# %% ../../nbs/11g_distill.semckd.ipynb #85026ef1
+@patch(cls_method=True)
+def usual_layers(cls:SemCKD,
+    student:nn.Module, # Network whose layers are looked up
+    teacher:nn.Module, # The other one
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
+    layers:dict|None=None, # `{student's layer: teacher's layer}`, if somebody has chosen
+) -> tuple:
+    "The layers of both sides, ends of stages"
+    pairs = layers or stage_pairs(student, teacher, data)
+    return list(pairs),list(pairs.values())
+
+# %% ../../nbs/11g_distill.semckd.ipynb #54c805c7
+@patch
+def maps(self:SemCKD,
+    o:Seen, # What the term sees of a batch
+) -> tuple[list,list]:
+    """Maps (B, C, H, W) of all layers of the student, and of the teacher
+
+    Raises `ValueError` if they are not of the same samples, or if there are tokens that do not count."""
+    fs_s,fs_t = [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
+    mask = getattr(o, 'mask', None)
+    for f in (*fs_s,*fs_t):
+        check_batch(fs_s[0], f)
+        if (m := token_mask(f, mask)) is not None and not m.all():
+            raise ValueError('SemCKD compares whole layers, and some tokens do not count. Use FitNet, VID or AT, which '
+                             'leave them out, or train without a mask.')
+    return [as_map(f) for f in fs_s],[as_map(f) for f in fs_t]
+
+# %% ../../nbs/11g_distill.semckd.ipynb #8aad0c81
+@patch
+def prepare(self:SemCKD,
+    o:Seen, # What the term sees of a batch
+) -> nn.Module:
+    "Projections between all layers, and attention"
+    return CrossLayerHead(*self.maps(o), self.bs or o.bs, self.factor)
+
+# %% ../../nbs/11g_distill.semckd.ipynb #ea17bec4
+@patch
+def __call__(self:SemCKD, o):
+    fs_s,fs_t = self.maps(o)
+    total = 0
+    for part in zip(*(f.split(o.head.bs) for f in (*fs_s,*fs_t))):
+        weights,errors = o.head(part[:len(fs_s)], part[len(fs_s):])
+        total = total + (weights*errors).sum()
+    return total/(len(fs_s[0])*len(fs_s))

@@ -58,9 +58,10 @@ def show_distilled(self:Learner,
         draw(x, axs[0,i], str(*y[:1]))
         top = (probs[0][i]+probs[1][i]).topk(min(k, probs[0].shape[1])).indices
         ax = axs[1,i]
-        for j,(p,name) in enumerate(zip(probs, ('teacher','student'))):
-            ax.barh(np.arange(len(top))+.2-.4*j, p[i][top], .4, label=name, color=f'C{j}')
-        ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=[str(dl.vocab[c]) for c in top])
+        for j,(p,who) in enumerate(zip(probs, ('teacher','student'))):
+            ax.barh(np.arange(len(top))+.2-.4*j, p[i][top], .4, label=who, color=f'C{j}')
+        names = [str(dl.vocab[c]) for c in top]
+        ax.set(xlim=(0,1), xticks=(0,1), yticks=range(len(top)), yticklabels=names)
         ax.invert_yaxis()
     axs[1,0].legend(fontsize=6, loc='lower right')
     return axs
@@ -68,9 +69,12 @@ def show_distilled(self:Learner,
 # %% ../../nbs/16_distill.show.ipynb #b56bedaf
 def gaussians(kd):
     "`(student's layer, teacher's layer, head)` of every pair of layers that VID has compared"
-    found = [(s,t,h) for k,term in kd.terms.items() if k in kd.heads and hasattr(term, 'pairs')
-             for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
-    if not found: raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
+    found = []
+    for k,term in kd.terms.items():
+        if k not in kd.heads or not hasattr(term, 'pairs'): continue
+        found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
+    if not found:
+        raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
     return found
 
 # %% ../../nbs/16_distill.show.ipynb #26dd4a4a
@@ -89,7 +93,8 @@ def likelihood_maps(
     xb = inputs(b[:1], model)
     f_s = hear(model, [s for s,_,_ in found], xb)[1]
     with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
-    res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x,*_ in dl.decode_batch(tuple(b), max_n=n)])}
+    images = [x for x,*_ in dl.decode_batch(tuple(b), max_n=n)]
+    res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x in images])}
     for s,t,head in found:
         with evaluating(head): known = -head(f_s[s], f_t[t]).sum(1, keepdim=True)
         active = f_t[t].abs().mean(1, keepdim=True) if f_t[t].ndim==4 else known
@@ -113,7 +118,7 @@ def plot_log_likelihood(
     dl:DataLoader|None=None, # The validation set if None
     figsize:tuple|None=None, # In inches
 ) -> np.ndarray:
-    "Images, log q(t|s) at each place, and the teacher's activity there (Ahn et al. 2019, Figures 2, 4); returns the axes"
+    "Images, log q(t|s) at each place, the teacher's activity there (Ahn et al. 2019, Figures 2, 4); returns the axes"
     maps = likelihood_maps(kd, learn.model, dl or learn.dls.valid, n)
     size = figsize or (1.4*len(maps),1.5*n)
     axs = plt.subplots(n, len(maps), figsize=size, squeeze=False, layout='constrained')[1]

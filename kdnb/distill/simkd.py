@@ -9,6 +9,7 @@ __all__ = ['SimKD', 'simkd_student']
 from collections import OrderedDict
 import torch
 from torch import fx,nn
+from fastcore.basics import patch
 from ..core import evaluating
 from .heads import mse
 from .layers import LayerTerm
@@ -77,41 +78,47 @@ class SimKD(LayerTerm):
         model.head.eval()
     def __call__(self, o): return mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
 
-    def rebuild(self,
-        o:Seen, # What the term sees of a batch
-    ) -> nn.Module:
-        """The plain module student's body → projector → rest of the teacher
+# %% ../../nbs/11h_distill.simkd.ipynb #cdede3ab
+@patch
+def projector(self:SimKD,
+    c_s:int, # Channels of the student's map
+    c_t:int, # Channels of the teacher's
+) -> list[nn.Module]:
+    "1×1, 3×3 and 1×1 convolutions from one to the other"
+    mid = max(c_t//self.factor, 1)
+    layers = []
+    for a,b,k in ((c_s,mid,1), (mid,mid,3), (mid,c_t,1)):
+        layers.append(nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm))
+        if self.norm: layers.append(nn.BatchNorm2d(b))
+        layers.append(nn.ReLU())
+    return layers
 
-        Raises `ValueError` if a copy of the student's body would do other things in training than the body."""
-        (s,t), = self.pairs
-        f_s,f_t = o.f_s[s],o.f_t[t]
-        rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
-        order = getattr(o, 'order', None)
-        if order is not None: reorder(rest, order)
-        small = same_size(f_s, f_t)[0]
-        pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
-        with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
-        if bodies[0].code!=bodies[1].code:
-            raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy cannot. '
-                             'Use layers that know, such as nn.Dropout, instead of functions.')
-        new = chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
-        archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
-        if all(archs):
-            more = {} if order is None else dict(order=order)
-            kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more)
-            new.arch = dict(name='simkd_student', kwargs=kwargs)
-        return new
+# %% ../../nbs/11h_distill.simkd.ipynb #f7d86b0c
+@patch
+def rebuild(self:SimKD,
+    o:Seen, # What the term sees of a batch
+) -> nn.Module:
+    """The plain module student's body → projector → rest of the teacher
 
-    def projector(self,
-        c_s:int, # Channels of the student's map
-        c_t:int, # Channels of the teacher's
-    ) -> list[nn.Module]:
-        "1×1, 3×3 and 1×1 convolutions from one to the other"
-        mid = max(c_t//self.factor, 1)
-        layers = []
-        for a,b,k in ((c_s,mid,1), (mid,mid,3), (mid,c_t,1)):
-            layers += [nn.Conv2d(a, b, k, padding=k//2, bias=not self.norm), *[nn.BatchNorm2d(b)]*self.norm, nn.ReLU()]
-        return layers
+    Raises `ValueError` if a copy of the student's body would do other things in training than the body."""
+    (s,t), = self.pairs
+    f_s,f_t = o.f_s[s],o.f_t[t]
+    rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
+    order = getattr(o, 'order', None)
+    if order is not None: reorder(rest, order)
+    small = same_size(f_s, f_t)[0]
+    pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
+    with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
+    if bodies[0].code!=bodies[1].code:
+        raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy '
+                         'cannot. Use layers that know, such as nn.Dropout, instead of functions.')
+    new = chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
+    archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
+    if all(archs):
+        more = {} if order is None else dict(order=order)
+        kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more)
+        new.arch = dict(name='simkd_student', kwargs=kwargs)
+    return new
 
 # %% ../../nbs/11h_distill.simkd.ipynb #5bf029f1
 @architecture
@@ -125,6 +132,7 @@ def simkd_student(
 ) -> nn.Module:
     "The network that `SimKD` makes of two others"
     s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
-    xb,(pair,) = torch.zeros(2, *student['kwargs']['in_shape']),as_pairs(layers)
-    f_s,f_t = (hear(m, [p], xb)[1] for m,p in zip((s, t), pair))
+    xb = torch.zeros(2, *student['kwargs']['in_shape'])
+    (layer_s,layer_t), = as_pairs(layers)
+    f_s,f_t = hear(s, [layer_s], xb)[1],hear(t, [layer_t], xb)[1]
     return SimKD(layers, factor=factor, norm=norm).rebuild(Seen(f_s, f_t, student=s, teacher=t, order=order))

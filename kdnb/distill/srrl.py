@@ -9,9 +9,12 @@ __all__ = ['ConnectorHead', 'rest_of', 'SRRL']
 from copy import deepcopy
 import torch
 from torch import nn
+import torch.nn.functional as F
+from fastcore.basics import patch
 from ..core import evaluating
 from .heads import HeadTerm,mse
 from .losses.features import same_size,vectors
+from .losses.logits import counted
 from .layers import last_features
 from .seen import Seen
 from .terms import on_both
@@ -82,16 +85,29 @@ class SRRL(HeadTerm):
         o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "A connector for each pair"
-        def head(t, f_s, f_t):
+        heads = []
+        for (_,t),(f_s,f_t) in zip(self.pairs, self.features(o)):
             rest = rest_of(o.teacher, t, f_s, f_t, getattr(o, 'logits', None))
-            if f_s.ndim==3: return ConnectorHead(f_s.shape[2], f_t.shape[2], rest, tokens=True)
-            return ConnectorHead(f_s.shape[1], f_t.shape[1], rest)
-        return nn.ModuleList([head(t, *f) for (_,t),f in zip(self.pairs, self.features(o))])
-    def __call__(self, o):
-        res = 0
-        for h,(f_s,f_t) in zip(o.head, self.features(o)):
-            if f_s.ndim==4: f_s,f_t = same_size(f_s, f_t)
-            f,z = h(f_s)
-            mask = getattr(o, 'mask', None)
-            res = res + mse(vectors(f, mask=mask), vectors(f_t, mask=mask)) + mse(z, o.z_t)
-        return res
+            dim = 2 if f_s.ndim==3 else 1
+            heads.append(ConnectorHead(f_s.shape[dim], f_t.shape[dim], rest, tokens=f_s.ndim==3))
+        return nn.ModuleList(heads)
+
+# %% ../../nbs/11f_distill.srrl.ipynb #a8081049
+def same_places(z, z_t, mask):
+    "The logits `z` and the teacher's, of the places that count; class maps at the size of `mask`, or of the teacher's"
+    if z.ndim==z_t.ndim==4:
+        size = mask.shape[1:] if mask is not None and mask.ndim==3 else z_t.shape[2:]
+        def fit(z): return z if z.shape[2:]==size else F.interpolate(z, size=size, mode='bilinear', align_corners=False)
+        z,z_t = fit(z),fit(z_t)
+    return counted(z, mask),counted(z_t, mask)
+
+# %% ../../nbs/11f_distill.srrl.ipynb #d3d9dfaf
+@patch
+def __call__(self:SRRL, o):
+    mask = getattr(o, 'mask', None)
+    res = 0
+    for h,(f_s,f_t) in zip(o.head, self.features(o)):
+        if f_s.ndim==4: f_s,f_t = same_size(f_s, f_t)
+        f,z = h(f_s)
+        res = res + mse(vectors(f, mask=mask), vectors(f_t, mask=mask)) + mse(*same_places(z, o.z_t, mask))
+    return res

@@ -31,12 +31,14 @@ def _register(cls):
 # %% ../../nbs/11_distill.terms.ipynb #961ab2c6
 def on_both(find):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"
-    return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),find(teacher, data)))
+    def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),find(teacher, data)
+    return classmethod(usual_layers)
 
 # %% ../../nbs/11_distill.terms.ipynb #e0a41d1d
 def on_student(find):
     "`usual_layers`: the layer that `find(network, data)` gives, of the student"
-    return classmethod(lambda cls, student, teacher, data, layers=None: (find(student, data),))
+    def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),
+    return classmethod(usual_layers)
 
 # %% ../../nbs/11_distill.terms.ipynb #7c0c786a
 def _product(a, b, pct):
@@ -57,27 +59,35 @@ class Term:
     by_class = False             # are answers compared class by class (or output by output)?
     softmax = False              # … as probabilities of classes, of which one is right?
     def __init__(self,
-        teacher:int|None=None, # Which of several teachers, from 0; the mean of their answers if None
+        teacher:int|None=None, # Which of several teachers, from 0; None: the mean of their answers
     ):
         if teacher is None: return
         if not isinstance(teacher, int) or isinstance(teacher, bool) or teacher<0:
-            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of teachers, counted from 0.')
+            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of teachers, '
+                             'counted from 0.')
         self.teacher = teacher
 
     def __init_subclass__(cls, abstract=False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract: _register(cls)
 
-    def __mul__(self, w):
-        o,w = copy(self),check_weight(w)
-        if callable(self.weight) or callable(w): o.weight = w if self.weight==1. else partial(_product, self.weight, w)
-        else: o.weight = self.weight*w
-        return o
-    __rmul__ = __mul__
     def __add__(self, o): return Terms(self) + o
     def __repr__(self):
         args = ', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k!='weight')
         return f'{type(self).__name__}({args})' + ('' if self.weight==1. else f'*{self.weight}')
+
+# %% ../../nbs/11_distill.terms.ipynb #d1eb802a
+@patch
+def __mul__(self:Term, w):
+    o = copy(self)
+    w = check_weight(w)
+    if not callable(self.weight) and not callable(w): o.weight = self.weight*w
+    else: o.weight = w if self.weight==1. else partial(_product, self.weight, w)
+    return o
+
+# %% ../../nbs/11_distill.terms.ipynb #77312f42
+@patch
+def __rmul__(self:Term, w): return self*w
 
 # %% ../../nbs/11_distill.terms.ipynb #b9f8ed9a
 @patch(as_prop=True)
@@ -148,8 +158,8 @@ class _UsualWeights(MutableMapping):
     def __getitem__(self, name): return _terms[name].usual
     def __setitem__(self, name, weight):
         if name not in _terms:
-            raise ValueError(f'there is no term {name!r}. Write it as a class {name}(LogitTerm) or {name}(LayerTerm), with '
-                             'its `usual` weight.')
+            raise ValueError(f'there is no term {name!r}. Write it as a class {name}(LogitTerm) or '
+                             f'{name}(LayerTerm), with its `usual` weight.')
         _terms[name].usual = check_weight(weight)
     def __delitem__(self, name): del _terms[name]
     def __iter__(self): return iter(_terms)
@@ -161,17 +171,22 @@ usual_weights = _UsualWeights()
 
 # %% ../../nbs/11_distill.terms.ipynb #8f00201f
 def term(
-    f:Callable|type|None=None, # Function of what a term sees that returns a scalar, or a class derived from `Term`
+    f:Callable|type|None=None, # Function of what a term sees that returns a scalar, or a class of a term
     usual:float|None=None, # Its usual weight; that of the class, or 1, if None
     aliases:tuple=(), # Other names
 ) -> type:
-    "Make a term of `f`, known by its name everywhere; a decorator. Raises `ValueError` if `f` is no function and no term."
+    """Make a term of `f`, known by its name everywhere; a decorator
+
+    Raises `ValueError` if `f` is no function and no term."""
     if f is None: return partial(term, usual=usual, aliases=aliases)
     if isinstance(f, type) and issubclass(f, Term): cls = f
     elif callable(f) and not isinstance(f, type):
-        own = dict(__call__=lambda self, o: f(o), __doc__=f.__doc__, __module__=f.__module__, by_class=True)
+        def call(self, o): return f(o)
+        own = dict(__call__=call, __doc__=f.__doc__, __module__=f.__module__, by_class=True)
         cls = type(f.__name__, (Term,), own)
-    else: raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a class derived from Term.')
+    else:
+        raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a class derived from '
+                         'Term.')
     if usual is not None: cls.usual = check_weight(usual)
     if aliases: cls.aliases = aliases
     _register(cls)
@@ -193,7 +208,8 @@ class Terms:
     __rmul__ = __mul__
     def named(self) -> dict[str,Term]:
         "Terms by name; the second of a kind is called `kd_2`"
-        names,res = [t.name for t in self.terms],{}
+        names = [t.name for t in self.terms]
+        res = {}
         for i,t in enumerate(self.terms):
             same = names[:i].count(t.name)
             res[f'{t.name}_{same+1}' if same else t.name] = t

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .heads import batch_norm,HeadTerm,map_pair
 from .losses.features import same_size,vectors
 from .losses.shared import at_least_float32
@@ -32,20 +33,25 @@ class GaussianHead(nn.Module):
         self.eps = eps
         self.grows = grows
         self.alpha = nn.Parameter(torch.full((channels,), math.log(math.expm1(variance-eps))))
-    @property
-    def variance(self) -> torch.Tensor:
-        "σ² of each channel (C,)"
-        return F.softplus(at_least_float32(self.alpha)) + self.eps
-    def forward(self,
-        f_s:torch.Tensor, # The student's features (B, …)
-        f_t:torch.Tensor, # The teacher's
-    ) -> torch.Tensor:
-        "-log q(t|s) of each element (B, C, H, W), without its constant"
-        f_s,f_t = map_pair(f_s, f_t)
-        if not self.grows: f_s,f_t = same_size(f_s, f_t)
-        mean,t = at_least_float32((self.mean(f_s), f_t))
-        var = self.variance[:,None,None]
-        return .5*(var.log() + (t-mean)**2/var)
+
+# %% ../../nbs/11d_distill.vid.ipynb #ed640daa
+@patch(as_prop=True)
+def variance(self:GaussianHead) -> torch.Tensor:
+    "σ² of each channel (C,)"
+    return F.softplus(at_least_float32(self.alpha)) + self.eps
+
+# %% ../../nbs/11d_distill.vid.ipynb #b5f29e03
+@patch
+def forward(self:GaussianHead,
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> torch.Tensor:
+    "-log q(t|s) of each element (B, C, H, W), without its constant"
+    f_s,f_t = map_pair(f_s, f_t)
+    if not self.grows: f_s,f_t = same_size(f_s, f_t)
+    mean,t = at_least_float32((self.mean(f_s), f_t))
+    var = self.variance[:,None,None]
+    return .5*(var.log() + (t-mean)**2/var)
 
 # %% ../../nbs/11d_distill.vid.ipynb #4693c082
 def growing(c_s, c_t, size):
@@ -59,7 +65,9 @@ def growing(c_s, c_t, size):
 
 # %% ../../nbs/11d_distill.vid.ipynb #5ca75892
 class VID(HeadTerm):
-    "Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100, task .1 or 1"
+    """Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100, task .1 or 1
+
+    Raises `ValueError` for a depth below 1 or a variance that does not lie above `eps`."""
     usual = 10.
     aliases = 'VID-I',
     def __init__(self,
@@ -73,33 +81,14 @@ class VID(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
+        if depth<1: raise ValueError(f'depth is {depth}, expected the number of convolutions of the mean, 1 or more.')
+        if not 0<eps<variance:
+            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above eps, and eps above 0.')
         self.depth = depth
         self.hidden = hidden
         self.norm = norm
         self.variance = variance
         self.eps = eps
-    def head(self,
-        f_s:torch.Tensor, # The student's features (B, …)
-        f_t:torch.Tensor, # The teacher's
-    ) -> nn.Module:
-        "q(t|s) of one pair"
-        f_s,f_t = map_pair(f_s, f_t)
-        grows = f_s.shape[2:]==(1,1) and f_t.shape[2:]!=(1,1)
-        if grows: mean = growing(f_s.shape[1], f_t.shape[1], tuple(f_t.shape[2:]))
-        else: mean = self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, f_s.shape[2:], f_t.shape[2:])))
-        return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
-    def mean(self,
-        c_s:int, # Channels of the student's map
-        c_t:int, # Channels of the teacher's
-        size:tuple, # Height and width
-    ) -> nn.Module:
-        "The network for the mean"
-        widths = [c_s] + [round(self.hidden*c_t)]*(self.depth-1) + [c_t]
-        layers = []
-        for i,(a,b) in enumerate(zip(widths, widths[1:])):
-            if i: layers += [*batch_norm(a, size)*self.norm, nn.ReLU()]
-            layers.append(nn.Conv2d(a, b, 1))
-        return nn.Sequential(*layers)
     def compare(self,
         head:nn.Module, # q(t|s)
         f_s:torch.Tensor, # The student's features (B, …)
@@ -107,6 +96,37 @@ class VID(HeadTerm):
     ) -> torch.Tensor:
         "Mean of -log q(t|s)"
         return head(f_s, f_t).mean()
+
+# %% ../../nbs/11d_distill.vid.ipynb #b0f0bbe6
+@patch
+def mean(self:VID,
+    c_s:int, # Channels of the student's map
+    c_t:int, # Channels of the teacher's
+    size:tuple, # Height and width
+) -> nn.Module:
+    "The network for the mean"
+    widths = [c_s] + [round(self.hidden*c_t)]*(self.depth-1) + [c_t]
+    layers = []
+    for i,(a,b) in enumerate(zip(widths, widths[1:])):
+        if i:
+            if self.norm: layers += batch_norm(a, size)
+            layers.append(nn.ReLU())
+        layers.append(nn.Conv2d(a, b, 1))
+    return nn.Sequential(*layers)
+
+# %% ../../nbs/11d_distill.vid.ipynb #7d09c37c
+@patch
+def head(self:VID,
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> nn.Module:
+    "q(t|s) of one pair"
+    f_s,f_t = map_pair(f_s, f_t)
+    size_s,size_t = tuple(f_s.shape[2:]),tuple(f_t.shape[2:])
+    grows = size_s==(1,1) and size_t!=(1,1)
+    if grows: mean = growing(f_s.shape[1], f_t.shape[1], size_t)
+    else: mean = self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, size_s, size_t)))
+    return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
 
 # %% ../../nbs/11d_distill.vid.ipynb #41136708
 class VIDLP(VID):
@@ -121,11 +141,6 @@ class VIDLP(VID):
         teacher:int|None=None, # Which of several teachers; the mean of their logits if None
     ):
         super().__init__({layer: ''}, depth=1, variance=variance, eps=eps, teacher=teacher)
-    def features(self,
-        o:object, # What the term sees of a batch
-    ) -> list:
-        "The student's vectors (B, D) and the teacher's logits (B, C)"
-        return [(vectors(o.f_s[self.pairs[0][0]]),o.z_t)]
     def mean(self,
         c_s:int, # Length of the student's vectors
         c_t:int, # Number of logits
@@ -133,3 +148,11 @@ class VIDLP(VID):
     ) -> nn.Module:
         "One linear layer"
         return nn.Conv2d(c_s, c_t, 1, bias=False)
+
+# %% ../../nbs/11d_distill.vid.ipynb #072e46f1
+@patch
+def features(self:VIDLP,
+    o:Seen, # What the term sees of a batch
+) -> list:
+    "The student's vectors (B, D) and the teacher's logits (B, C)"
+    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'mask', None)),o.z_t)]

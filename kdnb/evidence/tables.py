@@ -121,8 +121,9 @@ class Verdict:
 
     @property
     def spreads(self) -> float:
-        "The mean difference in units of its spread"
-        return abs(self.mean)/self.std if self.std else math.inf
+        "The mean difference in units of its spread: 0 if there is none, infinite if it is the same with every seed"
+        if abs(self.mean)<1e-9: return 0.
+        return math.inf if self.std<1e-9 else abs(self.mean)/self.std
 
     @property
     def holds(self) -> bool|None:
@@ -143,7 +144,7 @@ def __repr__(self:Verdict) -> str:
     text += f'{self.mean:+.2f}'
     if self.n>1: text += f' ± {self.std:.2f}'
     text += f' points over {self.n} seed{"s"*(self.n>1)}'
-    if self.n>1: text += f' ({self.spreads:.1f} spreads)'
+    if self.n>1: text += f' ({self.spreads:.1f} spreads)' if math.isfinite(self.spreads) else ' (the same with every seed)'
     if self.printed is not None: text += f', printed {self.printed:+.2f}'
     return f'{text}: {self._ends()}.'
 

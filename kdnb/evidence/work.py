@@ -69,14 +69,15 @@ def work_through(
     wanted = {k: g for k,g in all_grids(path).items() if not papers or k[0] in papers}
     grids = {k: g for k,g in wanted.items() if runs_here(g)}
     reported = set()
-    for paper,table,grid,first in rounds(grids):
+    order = rounds(grids)
+    for i,(paper,table,grid,first) in enumerate(order+order):
         if time.time()>=until or parent and os.getppid()!=parent: return
         done = {o['key'] for o in stored_rows(paper, path, table)}
         if done.issuperset(list(grid.combinations())[:first]): continue
         limits = dict(parent=parent, first=first, until=until, done=done)
         worker = _worker(paper, table, grid, out, **limits)
         def write(): _write_rows(worker, paper, table, path, show)
-        worker.work(wait=False, then=write)
+        worker.work(wait=i>=len(order), then=write)    # a second time: what others began and never end
         write()
         for key,t in worker.current().items():
             if 'error' not in t.user_attrs or (table,key) in reported: continue

@@ -9,16 +9,24 @@ __all__ = []
 import math
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from ..channels.layers import index_layer,set_sizes
 from ..core import set_layer
 from ..layers import makers,weighted
 
+# %% ../../nbs/40b_export.build.ipynb #a4c9e4ae
+class _NoDraws(TorchFunctionMode):
+    "Meta tensors are not filled with random numbers"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.normal_,torch.Tensor.uniform_) and args[0].is_meta: return args[0]
+        return func(*args, **kwargs or {})
+
 # %% ../../nbs/40b_export.build.ipynb #c41f7a02
 def _built(dense):
     "The network of `dense()`: on the meta device, or with data if it cannot be built without"
     try:
-        with torch.device('meta'): model = dense()
+        with _NoDraws(),torch.device('meta'): model = dense()
         loose = [tree_leaves({k: v for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules')}) for m in model.modules()]
         if not any(isinstance(t, torch.Tensor) and t.is_meta for ts in loose for t in ts): return model
     except Exception as e:
@@ -76,7 +84,7 @@ def _cut(model, tensors, path):
             or any(not 0<a<=b for a,b in zip(t.shape, d.shape))):
             raise ValueError(f'{path}: {key} is {t.dtype} {tuple(t.shape)}, '
                              f'the architecture allows at most {d.dtype} {tuple(d.shape)}.')
-        _resize(model, key, t)
+        if (t.shape,t.dtype)!=(d.shape,d.dtype): _resize(model, key, t)
     return [ks for ks in twins.values() if len(ks)>1]
 
 # %% ../../nbs/40b_export.build.ipynb #62385562

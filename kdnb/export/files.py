@@ -33,6 +33,11 @@ def tensors_of(
     "The state of `model` as safetensors takes it: on the CPU, contiguous, nothing shared"
     return {k: v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
 
+# %% ../../nbs/40c_export.files.ipynb #92992b01
+def _sha256(tensors):
+    "Checksum of what is saved"
+    return hashlib.sha256(st.save(tensors)).hexdigest()
+
 # %% ../../nbs/40c_export.files.ipynb #9770884f
 def save_model(
     model:nn.Module|Learner, # Plain network, shrunken or not, or the `Learner` that holds it; masks are multiplied in
@@ -58,9 +63,6 @@ def save_model(
                   **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
     if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
     return atomic_write(path, st.save(tensors, metadata=dict(kdnb=json.dumps(header))))
-
-# %% ../../nbs/40c_export.files.ipynb #92992b01
-def _sha256(tensors): return hashlib.sha256(st.save(tensors)).hexdigest()
 
 # %% ../../nbs/40c_export.files.ipynb #40a00008
 def _shapes(header, stored, path):
@@ -96,11 +98,22 @@ def read_header(
             raise ValueError(f'{path} does not name its architecture.')
         return header,_shapes(header, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}, path)
 
+# %% ../../nbs/40c_export.files.ipynb #1c6c3099
+def _checksum(path, stored):
+    "`_sha256` of the tensors `stored`, which were read from `path`"
+    with open(path, 'rb') as f: names = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    names.pop('__metadata__', None)
+    head = json.dumps(names, separators=(',',':'), ensure_ascii=False).encode()
+    head += b' '*(-len(head)%8)
+    res = hashlib.sha256(len(head).to_bytes(8, 'little')+head)
+    for k in names: res.update(stored[k].reshape(-1).view(torch.uint8).numpy())
+    return res.hexdigest()
+
 # %% ../../nbs/40c_export.files.ipynb #40a0000b
 def _read(path, header, shapes):
     "Tensors of the file, those that are packed without data; `{name: (mask, values)}` of the latter"
     with safe_open(path, 'pt') as f: stored = OrderedDict((k, f.get_tensor(k).clone()) for k in f.keys())
-    if _sha256(stored)!=header.get('sha256'):
+    if _checksum(path, stored)!=header.get('sha256'):
         raise ValueError(f'{path} is corrupt: the checksum of its tensors is not the one in its header.')
     packed = {k: (stored[f'{k}:mask'],stored[f'{k}:values']) for k in shapes if k not in stored}
     if odd := [k for k,(mask,values) in packed.items() if mask.dtype!=torch.uint8 or values.dtype not in _floats]:

@@ -80,6 +80,7 @@ def _graph(model, xb, opset, **kwargs):
         raise ValueError(f'{type(model).__name__} cannot be exported: its code fixes the number of samples in a batch.')
     layers = _layers(graph.graph)
     _bare(graph)
+    _trim(graph)
     if opset<=18: graph.ir_version = 8      # as old as that opset
     onnx.checker.check_model(graph)
     return graph,layers,_logits_at(out)
@@ -158,3 +159,45 @@ def _layers(graph):
         noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes')
         if noted: said[(['']+ast.literal_eval(noted))[-2]] = n.output[0]
     return said
+
+# %% ../../nbs/41_export.graph.ipynb #a39c9b69
+def _met(n, k, stride, before, after, dilation):
+    "The first tap of a kernel of `k` that meets one of `n` pixels, and the one behind the last; `before` and `after` are padded"
+    starts = range(0, n+before+after-dilation*(k-1), stride)
+    met = [t for t in range(k) if any(0<=s+t*dilation-before<n for s in starts)]
+    return (met[0],met[-1]+1) if met else (0,k)
+
+# %% ../../nbs/41_export.graph.ipynb #3c274718
+def _trimmed(node, size, w):
+    "Of a convolution on a map of `size`: the kernel `w` without the rim that only meets padding, and its padding then; or None"
+    one,given = [1]*len(size),{o.name: list(o.ints) for o in node.attribute}
+    pads = given.get('pads', 2*len(size)*[0])
+    axes = zip(size, w.shape[2:], given.get('strides', one), pads[:len(size)], pads[len(size):], given.get('dilations', one))
+    parts,before,after = [],[],[]
+    for n,k,stride,p,q,d in axes:
+        a,b = _met(n, k, stride, p, q, d)
+        parts.append(slice(a, b))
+        before.append(p-a*d)
+        after.append(q-(k-b)*d)
+    small = w[:,:,*parts]
+    if small.shape!=w.shape and min(before+after)>=0: return small,before+after
+
+# %% ../../nbs/41_export.graph.ipynb #f1f88ece
+def _trim(graph):
+    "Take from the convolutions of `graph` what only meets padding"
+    onnx,g = _onnx()[0],graph.graph
+    known = onnx.shape_inference.infer_shapes(graph).graph
+    shapes = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in [*known.input, *known.value_info]}
+    weights = {o.name: o for o in g.initializer}
+    for i,n in enumerate(g.node):
+        size = shapes.get(n.input[0], [])[2:]
+        asked = any(o.name=='auto_pad' and o.s!=b'NOTSET' for o in n.attribute)      # padding that is computed when it runs
+        if n.op_type!='Conv' or n.input[1] not in weights or not size or 0 in size or asked: continue
+        if (found := _trimmed(n, size, onnx.numpy_helper.to_array(weights[n.input[1]]))) is None: continue
+        small,pads = found
+        g.initializer.append(onnx.numpy_helper.from_array(small.copy(), f'{n.input[1]}_{i}'))
+        n.input[1] = g.initializer[-1].name
+        for o in [o for o in n.attribute if o.name in ('pads','kernel_shape')]: n.attribute.remove(o)
+        n.attribute.extend([onnx.helper.make_attribute('pads', pads), onnx.helper.make_attribute('kernel_shape', small.shape[2:])])
+    used = {k for n in g.node for k in n.input} | {o.name for o in g.output}
+    for o in [o for o in g.initializer if o.name not in used]: g.initializer.remove(o)

@@ -62,6 +62,16 @@ class Preprocess:
         def show(vs): return f'{vs[0]:.4g}' if len(vs)==1 else f'[{", ".join(f"{v:.4g}" for v in vs)}]'
         return f'(pixels{f"/{self.div:g}" if self.div!=1 else ""} - {show(self.mean)})/{show(self.std)}'
 
+# %% ../../nbs/40_export.images.ipynb #75cb897c
+@patch
+def _fitted(self:Preprocess, im):
+    "Bytes (C, H, W) of the middle of a PIL image"
+    c,h,w = self.shape
+    if c not in (1,3): raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
+    if im.mode[0] in 'IF': raise ValueError(f'the pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel.')
+    im = im.convert('L' if c==1 else 'RGB')
+    return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
+
 # %% ../../nbs/40_export.images.ipynb #c41f7a05
 @patch
 def _scaled(self:Preprocess, o):
@@ -86,13 +96,3 @@ def _scaled(self:Preprocess, o):
     if t.shape==self.shape: return t.float()/self.div
     if t.ndim!=3 or len(t) not in (1,3,4): raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}.')
     return self._scaled(Image.fromarray(t.byte().permute(1,2,0).squeeze(2).cpu().numpy())).to(t.device)
-
-# %% ../../nbs/40_export.images.ipynb #75cb897c
-@patch
-def _fitted(self:Preprocess, im):
-    "Bytes (C, H, W) of the middle of a PIL image"
-    c,h,w = self.shape
-    if c not in (1,3): raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
-    if im.mode[0] in 'IF': raise ValueError(f'the pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel.')
-    im = im.convert('L' if c==1 else 'RGB')
-    return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)

@@ -150,7 +150,7 @@ def fold_masks(self:Masked) -> None:
         computed = {n: acting(self, n) for n in masks if n not in self._parameters}
         for n,mask in masks.items():
             del self._buffers[f'{n}_mask']
-            if n in self._parameters: self._parameters[n].mul_(mask)
+            if n in self._parameters: self._parameters[n].mul_(mask).add_(0)      # minus zero is zero: it saves on disk
     self.__class__ = _plain_class(self)
     for k in [k for k,h in self._forward_pre_hooks.items() if isinstance(h, _Adopted)]: del self._forward_pre_hooks[k]
     for n,value in computed.items():

@@ -15,10 +15,12 @@ def _levels(curve):
     size = next((o for o in ('weights','params') if o in curve), 'weights')
     missing = [o for o in ('sparsity',size,'accuracy') if o not in curve]
     if missing or not len(curve):
-        raise ValueError(f'the curve has {len(curve)} rows and the columns {", ".join(map(str, curve))}. '
-                         'It needs sparsity, weights (or params) and accuracy, and a row for each network.')
+        raise ValueError(f'the curve has {len(curve)} rows and the columns '
+                         f'{", ".join(map(str, curve))}. It needs sparsity, weights (or params) '
+                         'and accuracy, and a row for each network.')
     if not np.isfinite(curve[['sparsity',size,'accuracy']].to_numpy(float)).all():
-        raise ValueError('the curve holds numbers that are not finite. Drop the rows of runs that failed.')
+        raise ValueError('the curve holds numbers that are not finite. '
+                         'Drop the rows of runs that failed.')
     g = curve.groupby(curve.groupby(curve['sparsity'].round(6))[size].transform('mean').rename('level'))
     acc = g['accuracy']
     levels = g.mean(numeric_only=True).assign(low=acc.min(), high=acc.max())[::-1].reset_index(drop=True)
@@ -33,7 +35,8 @@ def find_breakpoint(
     Raises `ValueError` if columns are missing or a number is not finite."""
     size,levels = _levels(curve)
     best = levels['accuracy'][::-1].cummax()[::-1]   # of all that are as sparse or sparser: a dip is no fall
-    lost,saved = -best.diff()*levels[size][0],-levels[size].diff()*levels['accuracy'][0]
+    lost = -best.diff()*levels[size][0]
+    saved = -levels[size].diff()*levels['accuracy'][0]
     falls = lost > saved*(1+1e-9)                    # a straight line does not fall faster
     return levels.drop(columns=['low','high']).iloc[falls.idxmax()-1 if falls.any() else -1]
 
@@ -49,10 +52,13 @@ def plot_breakpoint(
         at = find_breakpoint(curve)
         x = levels[size]
         line, = ax.plot(x, 100*levels['accuracy'], '.-', lw=1,
-                        label=f'{name}{", " if name else ""}breakpoint at {100*at.sparsity:.0f} % sparsity')
+                        label=f'{name}{", " if name else ""}breakpoint at {100*at.sparsity:.0f} % '
+                              'sparsity')
         ax.fill_between(x, 100*levels['low'], 100*levels['high'], color=line.get_color(), alpha=.2, lw=0)
         ax.plot(at[size], 100*at['accuracy'], 'o', ms=9, color=line.get_color(), mec='k')
     ax.xaxis.set_major_formatter(EngFormatter(sep=' '))
-    ax.set(xlabel=dict(params='remaining parameters', weights='remaining weights')[size], ylabel='accuracy (%)')
-    ax.grid(alpha=.3); ax.legend()
+    names = dict(params='remaining parameters', weights='remaining weights')
+    ax.set(xlabel=names[size], ylabel='accuracy (%)')
+    ax.grid(alpha=.3)
+    ax.legend()
     return ax

@@ -128,7 +128,8 @@ def _calls(model, xb):
 def _counts(m, mac):
     "Columns of `cost` for the module `m`, which takes `mac` multiply-accumulates"
     acting = {}      # parameters as they act, under a mask; what is shared once
-    for o in m.modules(): acting.update({p: getattr(o, n) for n,p in o._parameters.items() if p is not None})
+    for o in m.modules():
+        acting.update({p: getattr(o, n) for n,p in o._parameters.items() if p is not None})
     nonzero = sum(int(p.count_nonzero()) for p in acting.values())
     return dict(weights=n_weights(m), params=n_params(m), nonzero=nonzero, macs=mac, bytes=n_bytes(m))
 

@@ -25,7 +25,8 @@ def in_order(
 
     Raises `ValueError` if `dl` is `DataLoaders`."""
     if isinstance(dl, DataLoaders):
-        raise ValueError(f'dl is {type(dl).__name__}, expected one loader. Pass one of its loaders, such as dls.valid.')
+        raise ValueError(f'dl is {type(dl).__name__}, expected one loader. '
+                         'Pass one of its loaders, such as dls.valid.')
     as_valid = getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)   # no random transforms
     with no_random(reproducible=False),as_valid(1):
         yield from dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
@@ -38,11 +39,12 @@ def split_batch(
     "Inputs and labels (B,) of a batch. Raises `ValueError` if there are no class numbers (B,)."
     n = len(b)-1 if n_inp is None else n_inp
     if not isinstance(b, (tuple,list)) or not 0 < n < len(b):
-        raise ValueError(f'a batch is {type(b).__name__} of length {len(b)}, expected (inputs, labels). '
-                         'Pass a loader that has labels.')
+        raise ValueError(f'a batch is {type(b).__name__} of length {len(b)}, expected (inputs, '
+                         'labels). Pass a loader that has labels.')
     y = torch.as_tensor(b[n]).as_subclass(torch.Tensor).cpu()
     if y.is_floating_point() or y.numel()!=len(y):
-        raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}, expected one class number for each sample.')
+        raise ValueError(f'labels are {y.dtype} of shape {tuple(y.shape)}, expected one class '
+                         'number for each sample.')
     return tuple(b[:n]),y.flatten().long()
 
 # %% ../../nbs/04a_measure.outputs.ipynb #0988074d
@@ -50,11 +52,13 @@ def _logits_for(model, xb, y):
     "Logits of `model` for `xb`, (B, C), on the CPU. Raises `ValueError` if they are none for the labels `y`."
     z = model(*inputs(xb, model))
     if not isinstance(z, torch.Tensor) or z.shape[:-1]!=y.shape:
-        raise ValueError(f'{type(model).__name__} gives {getattr(z, "shape", type(z).__name__)} for {len(y)} labels, '
-                         f'expected logits of shape ({len(y)}, C). Pass a classifier.')
+        raise ValueError(f'{type(model).__name__} gives {getattr(z, "shape", type(z).__name__)} '
+                         f'for {len(y)} labels, expected logits of shape ({len(y)}, C). '
+                         'Pass a classifier.')
     if not 0 <= y.min() <= y.max() < z.shape[1]:
-        raise ValueError(f'labels go from {y.min()} to {y.max()}, but {type(model).__name__} gives {z.shape[1]} '
-                         'outputs, one for each class from 0. Pass the network or the labels that fit.')
+        raise ValueError(f'labels go from {y.min()} to {y.max()}, but {type(model).__name__} gives '
+                         f'{z.shape[1]} outputs, one for each class from 0. '
+                         'Pass the network or the labels that fit.')
     return z.as_subclass(torch.Tensor).cpu()
 
 # %% ../../nbs/04a_measure.outputs.ipynb #eca0d19e
@@ -75,7 +79,9 @@ def predictions(
             xb,y = split_batch(b, getattr(dl, 'n_inp', None))
             o = *(_logits_for(m, xb, y) for m in models),y
             kept.append(tuplify(f(*o)) if f else o)
-    if not kept: raise ValueError('dl gives no batch: there is nothing to measure. Pass a loader that holds samples.')
+    if not kept:
+        raise ValueError('dl gives no batch: there is nothing to measure. '
+                         'Pass a loader that holds samples.')
     return tuple(torch.cat(o) for o in zip(*kept))
 
 # %% ../../nbs/04a_measure.outputs.ipynb #ac5c8c99
@@ -145,12 +151,17 @@ def embed_predictions(
     Raises `ValueError` if fewer than 4 samples are there."""
     from sklearn.manifold import TSNE
     models = _by_name(models)
-    *probs,y = predictions(models.values(), dl, lambda *o: (*(z.double().softmax(1) for z in o[:-1]), o[-1]))
-    here = torch.arange(len(y)) if classes is None else torch.isin(y, torch.tensor(classes)).nonzero()[:,0]
-    if len(here)<4: raise ValueError(f'{len(here)} samples of the classes {classes} are there, t-SNE needs at least 4.')
+    def probabilities(*o): return *(z.double().softmax(1) for z in o[:-1]),o[-1]
+    *probs,y = predictions(models.values(), dl, probabilities)
+    here = torch.arange(len(y))
+    if classes is not None: here = here[torch.isin(y, torch.tensor(classes))]
+    if len(here)<4:
+        raise ValueError(f'{len(here)} samples of the classes {classes} are there, t-SNE needs at '
+                         'least 4.')
     here = here[torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))[:n]]
     def panel(name, p):
-        xy = TSNE(perplexity=min(30, (len(here)-1)/3), init='random', random_state=seed).fit_transform(p[here].numpy())
+        tsne = TSNE(perplexity=min(30, (len(here)-1)/3), init='random', random_state=seed)
+        xy = tsne.fit_transform(p[here].numpy())
         return pd.DataFrame(dict(panel=name, x=xy[:,0], y=xy[:,1], label=y[here]))
     return pd.concat(map(panel, models, probs), ignore_index=True)
 
@@ -174,6 +185,7 @@ def plot_predictions(
     for ax,(name,model) in zip(axs, models.items()):
         for k,o in df[df.panel==name].groupby('label'):
             ax.scatter(o.x, o.y, s=8, color=cmap(k), label=str(names[k]) if names is not None else k)
-        ax.set(title=f'{name}\nuncertainty {100*uncertainty(model, dl):.2f} · 10⁻²', xticks=[], yticks=[])
+        title = f'{name}\nuncertainty {100*uncertainty(model, dl):.2f} · 10⁻²'
+        ax.set(title=title, xticks=[], yticks=[])
     if c<=20: axs[-1].legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False, markerscale=2)
     return axs

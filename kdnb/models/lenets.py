@@ -37,8 +37,10 @@ def _convs(in_shape, widths, pads):
     if min(h, w) < 20: pads = (2,)*len(pads)
     layers = []
     for i,(n,p) in enumerate(zip(widths, pads), 1):
-        layers += [(f'conv{i}', nn.Conv2d(c, n, 5, padding=p)), (f'cact{i}', nn.ReLU()), (f'pool{i}', nn.MaxPool2d(2))]
-        c,h,w = n,(h+2*p-4)//2,(w+2*p-4)//2
+        layers += [(f'conv{i}', nn.Conv2d(c, n, 5, padding=p)), (f'cact{i}', nn.ReLU()),
+                   (f'pool{i}', nn.MaxPool2d(2))]
+        c = n
+        h,w = ((o+2*p-4)//2 for o in (h,w))
     return layers + [('flat', nn.Flatten())],c*h*w
 
 # %% ../../nbs/03a_models.lenets.ipynb #a6eca0b4
@@ -67,7 +69,8 @@ def mlp(
     hidden:int=1024, # Units of each hidden layer
 ) -> nn.Sequential:
     "MLP-`hidden` with three bottleneck layers (Ahn et al. 2019)"
-    def bottleneck(): return nn.Sequential(nn.Linear(hidden, hidden//4), nn.Linear(hidden//4, hidden))
+    def bottleneck():
+        return nn.Sequential(nn.Linear(hidden, hidden//4), nn.Linear(hidden//4, hidden))
     layers = [('flat', nn.Flatten())]
     for i in range(1, 5):
         layers += [(f'fc{i}', bottleneck() if i>1 else nn.Linear(math.prod(in_shape), hidden)),

@@ -30,6 +30,7 @@ def create(
     if build is None:
         near = get_close_matches(str(name), architectures, 4)
         raise ValueError(f'no network is called {name!r}. {"Near it" if near else "There"} are '
-                         f'{", ".join(near or architectures)}; a module of your own works everywhere too.')
+                         f'{", ".join(near or architectures)}; a module of your own works '
+                         'everywhere too.')
     if dls is not None: kwargs = dict(c=n_classes(dls), in_shape=in_shape(dls)) | kwargs
     return build(**kwargs)

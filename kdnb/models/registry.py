@@ -32,7 +32,7 @@ def _remembering(f, name, fixed):
 
 # %% ../../nbs/03_models.registry.ipynb #9d19d3cb
 def architecture(
-    f:Callable[...,nn.Module], # Builds a network from `c`, `in_shape` and arguments of its own, all of them plain data
+    f:Callable[...,nn.Module], # Builds a network from `c`, `in_shape` and other plain data
     name:str|None=None, # Name in the register; that of `f` if None
     **fixed, # Arguments that make this one network of a family
 ) -> Callable[...,nn.Module]:

@@ -68,8 +68,10 @@ class _PreAct(nn.Module):
 
 # %% ../../nbs/03b_models.resnets.ipynb #4c76be53
 def _he_init(model):
+    "Begin convolutions as He et al. 2015 do, in place"
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return model
 
 # %% ../../nbs/03b_models.resnets.ipynb #58e2a38e
@@ -86,7 +88,8 @@ def _n_blocks(kind, depth):
     if kind not in _kinds: raise ValueError(f'kind is {kind!r}. There are {", ".join(_kinds)}.')
     k,rest = _kinds[kind]
     n,left = divmod(depth-rest, k)
-    if left or not 0<n<=200: raise ValueError(f'depth is {depth}, it must be {k}n + {rest} with n from 1 to 200.')
+    if left or not 0<n<=200:
+        raise ValueError(f'depth is {depth}, it must be {k}n + {rest} with n from 1 to 200.')
     return n
 
 # %% ../../nbs/03b_models.resnets.ipynb #11e9026b
@@ -100,18 +103,22 @@ def cifar_resnet(
     stem:int=16, # Channels of the first convolution
     option:str='B', # Shortcut of a 'basic' block whose channels grow: 'A' zero channels, 'B' 1 × 1 convolution
 ) -> nn.Sequential:
-    "ResNet for small images (He et al. 2016, section 4.2). Raises `ValueError` for an unknown kind, depth or option."
+    "ResNet for small images (He et al. 2016, 4.2). Raises `ValueError` for a kind, depth or option unknown."
     n = _n_blocks(kind, depth)
-    if option not in ('A','B'): raise ValueError(f"option is {option!r}. Pass 'A' (zeros) or 'B' (convolution).")
+    if option not in ('A','B'):
+        raise ValueError(f"option is {option!r}. Pass 'A' (zeros) or 'B' (convolution).")
     bottleneck = kind=='bottleneck'
-    def block(*args): return _as_graph(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
-    layers,ni = [('conv1', _conv(in_shape[0], stem))],stem
+    def block(*args):
+        return _as_graph(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
+    layers = [('conv1', _conv(in_shape[0], stem))]
+    ni = stem
     def norm(): return [('bn1', nn.BatchNorm2d(ni)), ('act1', nn.ReLU())]
     if kind=='basic': layers += norm()
     for i,w in enumerate((16,32,64), 1):
         w *= width*(4 if bottleneck else 1)
         blocks = block(ni, w, 1 if i==1 else 2),*(block(w, w, 1) for _ in range(n-1))
-        layers,ni = layers + [(f'layer{i}', nn.Sequential(*blocks))],w
+        layers.append((f'layer{i}', nn.Sequential(*blocks)))
+        ni = w
     if kind!='basic': layers += norm()
     return _classifier(layers, ni, c)
 

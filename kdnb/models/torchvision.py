@@ -36,7 +36,8 @@ def _wider(net, width):
             ni = 3 if path=='conv1' else by(m.in_channels)
             net.set_submodule(path, nn.Conv2d(ni, by(m.out_channels), m.kernel_size, m.stride, m.padding,
                                               groups=m.groups, bias=False))
-        elif isinstance(m, nn.BatchNorm2d): net.set_submodule(path, nn.BatchNorm2d(by(m.num_features)))
+        elif isinstance(m, nn.BatchNorm2d):
+            net.set_submodule(path, nn.BatchNorm2d(by(m.num_features)))
     net.fc = nn.Linear(by(net.fc.in_features), net.fc.out_features)
     return _he_init(net)
 
@@ -53,13 +54,16 @@ def torchvision_net(
 
     Raises `ValueError` for a base or stem there is not, images that are too small, or a width where there is none."""
     if base not in _tv_nets: raise ValueError(f'base is {base!r}. There are {", ".join(_tv_nets)}.')
-    if stem not in (None,'small','imagenet'): raise ValueError(f"stem is {stem!r}. Pass 'small', 'imagenet' or None.")
+    if stem not in (None,'small','imagenet'):
+        raise ValueError(f"stem is {stem!r}. Pass 'small', 'imagenet' or None.")
     ni,h,w = in_shape
     small = stem=='small' if stem else max(h, w)<=32
     if base.startswith('densenet') and min(h, w) < (least := 8 if small else 29):
-        raise ValueError(f'images are {h} × {w}, {base} with this stem needs at least {least} × {least}.')
+        raise ValueError(f'images are {h} × {w}, {base} with this stem needs at least {least} × '
+                         f'{least}.')
     mobile,res = base.startswith('mobilenet'),base.startswith('res')
-    if width!=1 and not (mobile or res): raise ValueError(f'{base} has no width factor. ResNets and MobileNets have.')
+    if width!=1 and not (mobile or res):
+        raise ValueError(f'{base} has no width factor. ResNets and MobileNets have.')
     net = getattr(tv, base)(weights=None, num_classes=c, **(dict(width_mult=width) if mobile else {}))
     return _set_stem(_wider(net, width) if res and width!=1 else net, ni, small)
 

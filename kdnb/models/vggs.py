@@ -26,15 +26,19 @@ def vgg(
     """VGG with batch normalisation and a single linear layer (Simonyan and Zisserman 2015)
 
     Raises `ValueError` for a depth there is not, or `widths` of another length."""
-    if depth not in _vgg_stages: raise ValueError(f'depth is {depth}. VGGs have {", ".join(map(str, _vgg_stages))}.')
+    if depth not in _vgg_stages:
+        raise ValueError(f'depth is {depth}. VGGs have {", ".join(map(str, _vgg_stages))}.')
     stages = _vgg_stages[depth]
     ends = list(accumulate(stages))
-    if widths is None: widths = [round(width*w) for w,n in zip((64,128,256,512,512), stages) for _ in range(n)]
-    if len(widths)!=ends[-1]: raise ValueError(f'widths are {len(widths)}, VGG-{depth} has {ends[-1]} convolutions.')
+    if widths is None:
+        widths = [round(width*w) for w,n in zip((64,128,256,512,512), stages) for _ in range(n)]
+    if len(widths)!=ends[-1]:
+        raise ValueError(f'widths are {len(widths)}, VGG-{depth} has {ends[-1]} convolutions.')
     layers,ni,side = [],in_shape[0],min(in_shape[1:])
     for i,n in enumerate(widths):
         layers += [(f'conv{i}', _conv(ni, n)), (f'bn{i}', nn.BatchNorm2d(n)), (f'act{i}', nn.ReLU())]
-        if i+1 in ends and side>1: layers,side = layers + [(f'pool{ends.index(i+1)}', nn.MaxPool2d(2))],side//2
+        if i+1 in ends and side>1:
+            layers,side = layers + [(f'pool{ends.index(i+1)}', nn.MaxPool2d(2))],side//2
         ni = n
     return _classifier(layers, ni, c)
 

@@ -13,18 +13,20 @@ from fastai.learner import Learner
 from ..channels.layers import plain_copy
 from ..core import evaluating,get_layer,inputs,set_layer,unwrap
 from ..masks.model import mask_model,masks
+from ..measure.counts import n_params
 
 # %% ../../nbs/33b_prune.blocks.ipynb #e53cac35
 def _capture(model, xb):
-    "`{path: (what it reads, what it makes)}` of modules that hold others, run once, and keep the shape"
+    "`{path: (what it reads, what it makes)}` of modules with others inside that keep the shape"
     seen = {}
     def hook(path):
         def note(m, args, kwargs, out):
-            single = len(args)==1 and not kwargs and all(isinstance(o, torch.Tensor) for o in (args[0],out))
+            single = len(args)==1 and not kwargs
+            single = single and all(isinstance(o, torch.Tensor) for o in (args[0],out))
             ok = path not in seen and single and args[0].shape==out.shape
             seen[path] = (args[0].clone(),out.clone()) if ok else None
         return note
-    inner = {p: m for p,m in model.named_modules() if p and len([*m.children()]) and len([*m.parameters()])}
+    inner = {p: m for p,m in model.named_modules() if p and [*m.children()] and [*m.parameters()]}
     handles = [m.register_forward_hook(hook(p), with_kwargs=True) for p,m in inner.items()]
     try:
         with torch.no_grad(), evaluating(model): model(*xb)
@@ -41,40 +43,43 @@ def _zero(m):
 
 # %% ../../nbs/33b_prune.blocks.ipynb #4027efd1
 def _removable_blocks(model, xb):
-    "`{path: (what it reads, what it makes)}` of the innermost blocks that are the identity without their weights"
+    "`{path: (what it reads, what it makes)}` of innermost blocks that are the identity without weights"
     exact = plain_copy(model).double()
     found = _capture(exact, tuple(o.double() if o.is_floating_point() else o for o in xb))
     def is_identity(path):
         m = _zero(plain_copy(exact.get_submodule(path)))
         with torch.no_grad(), evaluating(m): return torch.equal(m(found[path][0]), found[path][0])
     ok = {p: o for p,o in found.items() if is_identity(p)}
-    return {p: o for p,o in ok.items() if not any(q.startswith(f'{p}.') for q in ok)}
+    def is_innermost(p): return not any(q.startswith(f'{p}.') for q in ok)
+    return {p: o for p,o in ok.items() if is_innermost(p)}
+
+# %% ../../nbs/33b_prune.blocks.ipynb #991ad380
+def _network_and_data(model, data):
+    "The network of a `Learner` or itself, and data to run it on"
+    if isinstance(model, Learner):
+        data = data or model.dls
+        model = model.model
+    if data is None:
+        raise ValueError('blocks are found by running the network. '
+                         'Pass `data`: DataLoaders or a batch.')
+    return unwrap(model),data
 
 # %% ../../nbs/33b_prune.blocks.ipynb #d593552d
 def block_changes(
     model:nn.Module|Learner, # Network, or the `Learner` that holds it
     data:object=None, # `DataLoaders` or a batch of inputs; the learner's
 ) -> pd.DataFrame:
-    """Blocks that can be left out: how much each changes what it reads (a fraction), and its parameters
+    """Blocks that can be left out: how much each changes what it reads, a fraction; its parameters
 
     The least change first. Raises `ValueError` if there is no such block."""
     model,data = _network_and_data(model, data)
     blocks = _removable_blocks(model, inputs(data, model))
     if not blocks:
-        raise ValueError(f'{type(model).__name__} has no block that is the identity without its weights: '
-                         'blocks go from residual networks only.')
-    rows = {p: (((y-x).norm()/x.norm()).item(), sum(o.numel() for o in model.get_submodule(p).parameters()))
-            for p,(x,y) in blocks.items()}
-    table = pd.DataFrame.from_dict(rows, orient='index', columns=['change','parameters'])
-    return table.rename_axis('block').sort_values('change', kind='stable')
-
-# %% ../../nbs/33b_prune.blocks.ipynb #991ad380
-def _network_and_data(model, data):
-    "The network of a `Learner` or itself, and data to run it on"
-    if isinstance(model, Learner): model,data = model.model,data or model.dls
-    if data is None:
-        raise ValueError('blocks are found by running the network. Pass `data`: DataLoaders or a batch.')
-    return unwrap(model),data
+        raise ValueError(f'{type(model).__name__} has no block that is the identity without its '
+                         'weights: blocks go from residual networks only.')
+    rows = [(p, ((y-x).norm()/x.norm()).item(), n_params(model.get_submodule(p))) for p,(x,y) in blocks.items()]
+    table = pd.DataFrame(rows, columns=['block','change','parameters']).set_index('block')
+    return table.sort_values('change', kind='stable')
 
 # %% ../../nbs/33b_prune.blocks.ipynb #2f47eaa4
 def _prove(model, small, paths, xb):
@@ -83,8 +88,8 @@ def _prove(model, small, paths, xb):
     for p in paths: _zero(masked.get_submodule(p))
     xd = tuple(o.double() if o.is_floating_point() else o for o in xb)
     small = plain_copy(small).double()
-    with torch.no_grad(), evaluating(masked), evaluating(small): a,b = masked(*xd),small(*xd)
-    torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+    with torch.no_grad(), evaluating(masked), evaluating(small):
+        torch.testing.assert_close(small(*xd), masked(*xd), rtol=1e-10, atol=1e-10)
 
 # %% ../../nbs/33b_prune.blocks.ipynb #854d89d0
 def remove_blocks(
@@ -98,14 +103,16 @@ def remove_blocks(
     learn = model if isinstance(model, Learner) else None
     model,data = _network_and_data(model, data)
     xb = inputs(data, model)
-    n,small = blocks if isinstance(blocks, int) else None,plain_copy(model)
+    n = blocks if isinstance(blocks, int) else None
+    small = plain_copy(model)
     paths = [] if n is not None else list(blocks)
     for p in paths: get_layer(model, p)      # raises, with the nearest names
     there = block_changes(model, data).index
     if n is not None and not 0<=n<=len(there):
         raise ValueError(f'{n} blocks were to go, and {len(there)} can: {", ".join(there)}.')
     if odd := [p for p in paths if p not in there]:
-        raise ValueError(f'{odd[0]!r} is not the identity without its weights. Blocks that can go: {", ".join(there)}.')
+        raise ValueError(f'{odd[0]!r} is not the identity without its weights. '
+                         f'Blocks that can go: {", ".join(there)}.')
     for i in range(n or len(paths)):
         if n: paths.append(block_changes(small, data).index[0])
         set_layer(small, paths[i], nn.Identity())
@@ -113,5 +120,7 @@ def remove_blocks(
     def stays(name): return not any(name.startswith(f'{p}.') for p in paths)
     mask_model(small, {k: m for k,m in masks(model).items() if stays(k)})
     small.train(model.training)
-    if learn is not None: learn.model,learn.opt = small,None
+    if learn is not None:
+        learn.model = small
+        learn.opt = None
     return small

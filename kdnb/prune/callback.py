@@ -18,6 +18,7 @@ from fastai.torch_core import no_random
 from fastai.callback.schedule import *
 from ..core import check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,raw,say_share,unmask
+from . import with_data,without_data      # their criteria are known by name
 from .scoring import own_weights,Scoring
 from .select import channel_masks,_check,_cut,_n_asked,parts_of
 from ..training.callbacks import is_training,QuickCallback,TidyCallback
@@ -59,10 +60,11 @@ def _check_schedule(schedule, sparsity, start, end, rounds, pattern):
         raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, '
                          'or a function of progress.')
     if not 0 <= start <= end < 1:
-        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, start not '
-                         'after end, and end before 1, so that the last cut is made.')
+        raise ValueError(f'start and end are {start} and {end}, expected fractions of training, '
+                         'start not after end, and end before 1, so that the last cut is made.')
     if schedule!='one_shot' and (callable(sparsity) or pattern):
-        raise ValueError('a function of the scores, or a pattern, prunes once: schedule="one_shot".')
+        raise ValueError('a function of the scores, or a pattern, prunes once: '
+                         'schedule="one_shot".')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
         raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
     for i in range(1, rounds) if callable(schedule) else ():
@@ -75,20 +77,20 @@ class Pruner(TidyCallback):
     Raises `ValueError` for what it cannot do, before training starts."""
     _put = ()            # names of the masks that it has put on
     _units = None        # the `Scoring` of this fit
-    _report = None       # what warns, behind all other callbacks, if less is pruned than was asked for
+    _report = None       # what warns, behind all others, if less is pruned than was asked for
     _ended = None        # name of the callback that has ended the fit
     def __init__(self,
-        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; or a function of the scores
+        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; a function of scores
         criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
-        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative', or a function of progress
+        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative'; a function of progress
         by:str='weight', # What goes: 'weight' or 'channel'
-        scope:str|None=None, # Units compete in the network ('global', for weights) or in each 'layer' (for channels)
+        scope:str|None=None, # Where units compete: 'global' (for weights) or 'layer' (for channels)
         ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
         start:float=0., # When pruning begins, as a fraction of training
         end:float=.5, # When it is done; the rest of training is for recovering
         rounds:int=10, # Number of cuts, if it is more than one
         pattern:str|None=None, # 'n:m', such as '2:4', instead of a sparsity
-        layers:object=None, # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
+        layers:object=None, # Layers to prune, likewise, or 'all'; linear and convolutions if None
         cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
         round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
     ):
@@ -96,14 +98,16 @@ class Pruner(TidyCallback):
         _check_schedule(schedule, sparsity, start, end, rounds, pattern)
         self.sparsity = sparsity
         self.schedule = gradual if schedule=='gradual' else schedule
-        self.start,self.end = start,end
+        self.start = start
+        self.end = end
         self.rounds = 1 if schedule=='one_shot' else rounds
         self.kwargs = dict(by=by, ignore=ignore, layers=layers)
         self.how = dict(criterion=criterion, scope=scope, pattern=pattern, cap=cap, round_to=round_to)
 
     def columns(self) -> dict[str,Callable]:
         "The column `sparsity`: fraction of the weights that are 0"
-        return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=self.kwargs['layers'])))
+        layers = self.kwargs['layers']
+        return dict(sparsity=lambda: fraction_zero(own_weights(self.learn, layers=layers)))
 
 # %% ../../nbs/32_prune.callback.ipynb #87959310
 @patch
@@ -116,8 +120,10 @@ def before_fit(self:Pruner):
     there = masks(self.model)
     for given,what in ((self.sparsity,'sparsity'), (self.how['cap'],'cap')):
         if isinstance(given, dict): parts_of(s, given, what)
-    if s.by=='weight': ones = {k: torch.ones_like(w) for k,w in s.weights.items()}
-    else: ones = channel_masks(s.model, {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}, s.groups)
+    ones = {k: torch.ones_like(w) for k,w in s.weights.items()}
+    if s.by=='channel':
+        every = {g.name: torch.ones(g.n, dtype=torch.bool) for g in s.groups}
+        ones = channel_masks(s.model, every, s.groups)
     put = [k for k in ones if k not in there]
     mask_model(self.model, {k: ones[k] for k in put})
     super(Pruner, self).before_fit()      # nothing is left behind by what is refused above
@@ -139,8 +145,9 @@ def _say_frozen(learn, s):
     params = [raw(s.model, k) for k in s.weights]
     n = sum(p is not None and not p.requires_grad for p in params)
     if n and getattr(learn.opt, 'frozen_idx', 0):
-        warnings.warn(f'{n} of the {len(params)} layers that are pruned are frozen in this fit, and cannot '
-                      'recover. Call learn.unfreeze() before, or give the Pruner to a later fit.')
+        warnings.warn(f'{n} of the {len(params)} layers that are pruned are frozen in this fit, '
+                      'and cannot recover. Call learn.unfreeze() before, or give the Pruner to a '
+                      'later fit.')
 
 # %% ../../nbs/32_prune.callback.ipynb #d0363d70
 @patch
@@ -174,7 +181,7 @@ class _Report(QuickCallback):
         self._units = s
         self._names = list(s.weights)
         self.asked = None      # how many units; None where scores or a pattern decide
-        if not callable(pruner.sparsity) and not pruner.how['pattern']: self.asked = _n_to_go(pruner, s)
+        if not (callable(pruner.sparsity) or pruner.how['pattern']): self.asked = _n_to_go(pruner, s)
         s.weights = dict.fromkeys(s.weights)      # only their names are needed: the tensors may go
 
     def count(self):
@@ -202,7 +209,8 @@ def call(self:_Report, asked):
     "The call of `prune_model` that does the rest"
     args = ['learn']
     if self.asked is not None: args.append(asked)
-    given = dict(by=self._units.by, **{k: self._pruner.how[k] for k in ('pattern','cap','round_to')})
+    given = {k: self._pruner.how[k] for k in ('pattern','cap','round_to')}
+    given = dict(by=self._units.by) | given
     args += [f'{k}={v!r}' for k,v in given.items() if v not in (None,'weight')]
     return f'prune_model({", ".join(args)})'
 
@@ -214,16 +222,17 @@ def warn(self:_Report, learn, gone, n):
     early = p.done<p.rounds
     lost = bool(self._most) and gone<self._most[0]
     if not early and not lost or self.asked is not None and gone>=self.asked: return
-    savers = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, SaveModelCallback)] or ['a callback']
+    savers = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, SaveModelCallback)]
     why = []
-    if early: why.append(f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of {learn.n_epoch}, '
-                         'from 0), before the last cut')
-    if lost: why.append(f'{", ".join(savers)} has loaded weights from before the last cut')
+    if early: why.append(f'{p._ended or "the fit"} ended training in epoch {learn.epoch} (of '
+                         f'{learn.n_epoch}, from 0), before the last cut')
+    if lost: why.append(f'{", ".join(savers) or "a callback"} has loaded weights from before the '
+                        'last cut')
     asked = p.how['pattern'] or 'what the function of the scores gives'
-    if self.asked is not None: asked = f'{p.sparsity:g}' if isinstance(p.sparsity, (int,float)) else repr(p.sparsity)
+    if self.asked is not None: asked = str(p.sparsity) if isinstance(p.sparsity, dict) else f'{p.sparsity:g}'
     keep = ', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'
-    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, asked for: '
-                  f'{asked}. {self.call(asked)} prunes the rest; train on after it. '
+    warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, '
+                  f'asked for: {asked}. {self.call(asked)} prunes the rest; train on after it. '
                   f'To avoid it, let `end` be sooner{keep}')
 
 # %% ../../nbs/32_prune.callback.ipynb #63beb873

@@ -22,7 +22,8 @@ def _places(classes, vocab, n):
     "Numbers of the outputs that stay (k,)"
     classes = list(classes)
     names = list(range(n)) if vocab is None else list(vocab)
-    if len(names)!=n: raise ValueError(f'the network has {n} outputs, and the data {len(names)} classes.')
+    if len(names)!=n:
+        raise ValueError(f'the network has {n} outputs, and the data {len(names)} classes.')
     if odd := [o for o in classes if o not in names]:
         shown = ', '.join(map(repr, names[:12])) + (', …' if n>12 else '')
         raise ValueError(f'there is no class {odd[0]!r}. There are {shown}.')
@@ -36,7 +37,8 @@ def _logits(model, xb):
     "The outputs for `xb` (n, classes) of `model` in evaluation"
     with torch.no_grad(), evaluating(model): z = model(*xb)
     if isinstance(z, torch.Tensor) and z.ndim==2: return z
-    raise ValueError(f'{type(model).__name__} gives {type(z).__name__}, expected logits of shape (samples, classes).')
+    raise ValueError(f'{type(model).__name__} gives {type(z).__name__}, '
+                     'expected logits of shape (samples, classes).')
 
 # %% ../../nbs/33a_prune.classes.ipynb #ded7161a
 def _without_classes(model, at, xb):
@@ -47,7 +49,8 @@ def _without_classes(model, at, xb):
     ran = layer_shapes(exact, xd).index
     layers = dict(exact.named_modules())
     n = _logits(exact, xd).shape[1]
-    ends = [p for p in reversed(ran) if isinstance(layers[p], weighted) and n_channels(layers[p])[0]==n]
+    ends = [p for p in reversed(ran) if isinstance(layers[p], weighted)]
+    ends = [p for p in ends if n_channels(layers[p])[0]==n]
     for path in dict.fromkeys(ends):
         small = [plain_copy(o) for o in (exact, model)]
         for o in small:
@@ -55,20 +58,24 @@ def _without_classes(model, at, xb):
             _narrow_layer(m, at, torch.arange(n_channels(m)[1]))
         try: got = _logits(small[0], xd)
         except (RuntimeError,ValueError): continue
-        if got.shape==want.shape and torch.allclose(got, want, rtol=1e-12, atol=1e-12): return small[1],path
-    raise ValueError(f'no layer of {type(model).__name__} can lose classes without changing the others '
-                     f'(tried: {", ".join(map(repr, ends)) or "none makes as many numbers"}). '
+        same = got.shape==want.shape and torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+        if same: return small[1],path
+    raise ValueError(f'no layer of {type(model).__name__} can lose classes without changing the '
+                     'others (tried: '
+                     f'{", ".join(map(repr, ends)) or "none makes as many numbers"}). '
                      'Is there a softmax or a norm behind it? Take it off before.')
 
 # %% ../../nbs/33a_prune.classes.ipynb #16148b56
 def _data_of(dls, at):
     "The loaders `dls` with samples of the classes `at` only, counted anew"
     if not isinstance(dls, ArrayDataLoaders):
-        raise ValueError(f'the labels of {type(dls).__name__} cannot be counted anew. Pass the network, '
-                         'keep_classes(learn.model, classes, data), and make DataLoaders of these classes.')
+        raise ValueError(f'the labels of {type(dls).__name__} cannot be counted anew. '
+                         'Pass the network, keep_classes(learn.model, classes, data), and make '
+                         'DataLoaders of these classes.')
     vocab = dls.vocab
     def kept(dl):
-        ds,y = dl.dataset,dl.dataset.y
+        ds = dl.dataset
+        y = ds.y
         new = torch.full((len(vocab),), -1, dtype=y.dtype, device=y.device)
         new[at.to(y.device)] = torch.arange(len(at), dtype=y.dtype, device=y.device)
         stay = new[y]>=0
@@ -90,17 +97,20 @@ def _loss_of(loss, at, n):
 
 # %% ../../nbs/33a_prune.classes.ipynb #143d813e
 def keep_classes(
-    model:nn.Module|Learner, # Classifier, or the `Learner` that holds it, whose network and data are replaced
-    classes:list, # Names as in the data's vocab, or numbers of outputs; two or more, in the new order
+    model:nn.Module|Learner, # Classifier, or its `Learner`, whose network and data are replaced
+    classes:list, # Names as in the data's vocab, or numbers of outputs, two or more, in new order
     data:object=None, # `DataLoaders` or a batch of inputs, for a network; the learner's
 ) -> nn.Module:
     """The network with these outputs only: their logits are those of before
 
-    Raises `ValueError` for classes that are not there, and where other outputs cannot go without a trace."""
+    Raises `ValueError` for classes that are not there, and where the others cannot go alone."""
     learn = model if isinstance(model, Learner) else None
-    if learn is not None: model,data = learn.model,data or learn.dls
+    if learn is not None:
+        model = learn.model
+        data = data or learn.dls
     if data is None:
-        raise ValueError('the last layer is found by running the network. Pass `data`: DataLoaders or a batch.')
+        raise ValueError('the last layer is found by running the network. '
+                         'Pass `data`: DataLoaders or a batch.')
     model = unwrap(model)
     xb = inputs(data, model)
     n = _logits(model, xb).shape[1]
@@ -111,6 +121,8 @@ def keep_classes(
     mask_model(small, {k: own(k, m) for k,m in masks(model).items()})
     small.train(model.training)
     if learn is None: return small
-    learn.model,learn.dls,learn.opt = small,dls,None
+    learn.model = small
+    learn.dls = dls
+    learn.opt = None
     learn.loss_func = _loss_of(learn.loss_func, at, n)
     return small

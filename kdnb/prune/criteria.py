@@ -35,7 +35,7 @@ def criterion(
     f:Callable|str|None=None, # Function of a `Scoring`; or its name in the register
     by:str|None=None, # What it can score, 'weight' or 'channel', if it is one of them only
 ) -> Callable:
-    "Enter the function below in `criteria`: `@criterion`, `@criterion('name')` or `@criterion(by='channel')`"
+    "Enter a function in `criteria`: `@criterion`, `@criterion('name')` or `@criterion(by='channel')`"
     if not callable(f): return lambda g: _enter(g, f or g.__name__, by)
     return _enter(f, f.__name__, by)
 
@@ -44,13 +44,13 @@ def check_criterion(
     criterion:Callable|str, # One of `criteria`, or a function of a `Scoring`
     by:str|None=None, # What it is to score: 'weight' or 'channel'
 ) -> Callable:
-    "The function that `criterion` names, or is. Raises `ValueError` if there is none, or it cannot score `by`."
+    "The function that `criterion` names, or is. Raises `ValueError` if none is, or it cannot score `by`."
     f = criterion
     if not callable(f): f = criteria.get(f) if isinstance(f, str) else None
     if f is None:
         near = get_close_matches(str(criterion), criteria, 1)
-        raise ValueError(f'criterion is {criterion!r}, expected one of {", ".join(criteria)}, or a function of a '
-                         f'`Scoring`.{f" Did you mean {near[0]!r}?" if near else ""}')
+        raise ValueError(f'criterion is {criterion!r}, expected one of {", ".join(criteria)}, or a '
+                         f'function of a `Scoring`.{f" Did you mean {near[0]!r}?" if near else ""}')
     inner = getattr(f, 'func', None)      # of a `partial`
     only = getattr(f, 'by', None) or getattr(inner, 'by', None)
     if by and only and by!=only:
@@ -65,7 +65,8 @@ def magnitude(
     p:float=1, # Which norm
 ) -> dict[str,torch.Tensor]:
     "Norm `p` of each unit's weights"
-    return {k: v**(1/p) for k,v in s.sum({k: w.abs()**p for k,w in s.weights.items()}).items()}
+    powers = s.sum({k: w.abs()**p for k,w in s.weights.items()})
+    return {k: v**(1/p) for k,v in powers.items()}
 
 # %% ../../nbs/31_prune.criteria.ipynb #369b00a9
 def _add(sums, values):
@@ -88,7 +89,7 @@ def snip(
     s:Scoring, # What is scored
     n_batches:int=1, # Batches of the shuffled training set
 ) -> dict[str,torch.Tensor]:
-    "|w · gradient of the loss| over the sum of all, gradients added up over the batches (Lee et al. 2019)"
+    "|w · gradient of the loss| over the sum of all; gradients add up over batches (Lee et al. 2019)"
     sums = {}
     with s.differentiable(batch_stats=True):
         for b in s.batches(n_batches, shuffle=True): _add(sums, s.mask_grads(s.loss(b)))
@@ -119,7 +120,8 @@ def _p_true(s, b):
 # %% ../../nbs/31_prune.criteria.ipynb #60d73fe8
 def _class_means(s):
     "Mean probability of the true class in each class (K,), and how many samples each has (K,)"
-    with torch.no_grad(), evaluating(s.model): p,y = (torch.cat(o) for o in zip(*(_p_true(s, b) for b in s.batches())))
+    with torch.no_grad(), evaluating(s.model): found = [_p_true(s, b) for b in s.batches()]
+    p,y = map(torch.cat, zip(*found))
     n = y.bincount().double()
     return torch.zeros_like(n).index_add(0, y, p.double())/n.clamp(min=1),n
 
@@ -132,9 +134,11 @@ def prue_worth(
     """|w · gradient of the prediction uncertainty| over the training set (Wang et al. 2022, eq. 8)
 
     Raises `ValueError` if `mode` is not known."""
-    if mode not in ('paper','code'): raise ValueError(f"mode is {mode!r}, expected 'paper' or 'code'.")
+    if mode not in ('paper','code'):
+        raise ValueError(f"mode is {mode!r}, expected 'paper' or 'code'.")
     mean,n = _class_means(s)
-    n_classes,sums = int((n>0).sum()),{}
+    n_classes = int((n>0).sum())
+    sums = {}
     with s.differentiable():
         for b in s.batches():
             p,y = _p_true(s, b)
@@ -154,11 +158,11 @@ def bn_scale(
     res = {}
     for g in s.groups:
         norms = [(p, get_layer(s.model, p.path)) for p in g.norms]
-        norms = [(p.unit, m.weight.detach().abs()[p.at]) for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
+        norms = [(p, m.weight.detach().abs()) for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
         if not norms:
             raise ValueError(f'the channels of {g.name!r} pass no BatchNorm with a scale. '
                              'Use another criterion, or `ignore` them.')
-        res[g.name] = add_up(g.n, norms)
+        res[g.name] = add_up(g.n, [(p.unit, v[p.at]) for p,v in norms])
     return res
 
 # %% ../../nbs/31_prune.criteria.ipynb #fc4814f4
@@ -186,10 +190,14 @@ def _check(self:Scoring, f, worth):
     given = type(worth).__name__
     if isinstance(worth, dict): given = {k: tuple(getattr(v, 'shape', ())) for k,v in worth.items()}
     if given==units: return
-    k = next((k for k in units if given.get(k)!=units[k]), None) if isinstance(given, dict) else None
-    what = given if k is None else f'{given.get(k, "nothing")} for {k!r}'
-    raise ValueError(f'the criterion {getattr(f, "__name__", f)!r} gives {what}, expected a tensor for each of '
-                     f'{", ".join(list(units)[:3])}, …, of the same shape{f": {units[k]}" if k else ""}. '
+    wrong = [k for k in units if given.get(k)!=units[k]] if isinstance(given, dict) else []
+    what = given
+    shape = ''
+    if wrong:
+        what = f'{given.get(wrong[0], "nothing")} for {wrong[0]!r}'
+        shape = f': {units[wrong[0]]}'
+    raise ValueError(f'the criterion {getattr(f, "__name__", f)!r} gives {what}, expected a tensor '
+                     f'for each of {", ".join(list(units)[:3])}, …, of the same shape{shape}. '
                      'Return s.sum(values).')
 
 # %% ../../nbs/31_prune.criteria.ipynb #31f78049
@@ -197,7 +205,7 @@ def _check(self:Scoring, f, worth):
 def worth(self:Scoring,
     criterion:Callable|str='magnitude', # One of `criteria`, or a function of a `Scoring`
 ) -> dict[str,torch.Tensor]:
-    """Worth of every unit, by name of weight or group; -inf for what is pruned already
+    """Worth of every unit, by name of weight or group, and -inf for what is pruned already
 
     Raises `ValueError` if the scores are not of these units, or not finite."""
     f = check_criterion(criterion, self.by)
@@ -207,7 +215,8 @@ def worth(self:Scoring,
         if not v.sum().isfinite():
             raise ValueError(f'the scores of {k} are not all finite. Is the network still sound?')
     for g in self.groups or []:
-        if g.blocks is not None: worth[g.name] = _even(worth[g.name], g.blocks.to(worth[g.name].device))
+        v = worth[g.name]
+        if g.blocks is not None: worth[g.name] = _even(v, g.blocks.to(v.device))
     if not masks(self.model): return worth
     pruned = self.pruned()
     return {k: v.masked_fill(pruned[k], -math.inf) for k,v in worth.items()}
@@ -220,7 +229,7 @@ def scores(
     by:str='weight', # What is scored: 'weight' or 'channel'
     ignore:object=(), # Layers to leave out: paths, patterns, modules or types
     loss_func:Callable|None=None, # For `snip` and `taylor`; the learner's, or that of the data
-    layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolution layers if None
+    layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolutions if None
 ) -> dict[str,torch.Tensor]:
     """Worth of every weight, `{name: tensor of its shape}`, or channel, `{group: (n,)}`
 

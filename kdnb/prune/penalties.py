@@ -25,8 +25,8 @@ def bn_scales(
 ) -> list[nn.Parameter]:
     "Scales γ of all its BatchNorms. Raises `ValueError` if there is none."
     ws = [m.weight for m in model.modules() if isinstance(m, _BatchNorm) and m.weight is not None]
-    if not ws: raise ValueError(f'{type(model).__name__} has no BatchNorm with a scale to penalise.')
-    return ws
+    if ws: return ws
+    raise ValueError(f'{type(model).__name__} has no BatchNorm with a scale to penalise.')
 
 # %% ../../nbs/31b_prune.penalties.ipynb #9247c6a3
 def l1(
@@ -67,7 +67,9 @@ penalties = dict(l1=l1, group_lasso=lasso, slimming=slimming, polarization=polar
 @contextmanager
 def _without_brought(learn):
     "The network; inside, without the layers that loss terms have brought to it"
-    model,ids = unwrap(learn.model),{id(p) for ps in brought_by(learn).values() for p in ps}
+    model = unwrap(learn.model)
+    ids = set()
+    for ps in brought_by(learn).values(): ids |= {id(p) for p in ps}
     modules = model._modules
     def own(m):
         ps = [] if m is None else [*m.parameters()]
@@ -78,7 +80,7 @@ def _without_brought(learn):
 
 # %% ../../nbs/31b_prune.penalties.ipynb #418ed993
 class Penalty(LossTerm):
-    "Add a penalty on the network's weights to the training loss. Raises `ValueError` for one that is not known."
+    "Add a penalty on the weights to the training loss. Raises `ValueError` for one that is not known."
     def __init__(self,
         penalty:str|Callable='l1', # One of `penalties`, or a function of the network
         weight:float|Callable=1e-4, # Number or schedule
@@ -97,6 +99,7 @@ class Penalty(LossTerm):
         with _without_brought(self.learn) as model: return self.penalty(model)
 
     def after_step(self):
+        "Clamp polarized scales"
         if not self.clamps: return
         with _without_brought(self.learn) as model:
             for m in model.modules():
@@ -107,11 +110,11 @@ def below_valley(
     worth:dict|torch.Tensor, # Scores of all units, at least 0, such as those of `bn_scale`
     bins:int=20, # Bins of the histogram, from 0 to the largest score
 ) -> float:
-    "Fraction of scores below the first minimum of their histogram; 0 with a warning if there is none"
+    "Fraction of scores below the first minimum of their histogram; 0, and a warning, if there is none"
     v = torch.cat([o.flatten() for o in worth.values()] if isinstance(worth, dict) else [worth])
     v = v.double().clamp(min=0)
     count,edge = np.histogram(v.cpu().numpy(), bins=bins, range=(0, v.max().item() or 1))
-    falls,rises = np.flatnonzero(np.diff(count)<0),np.flatnonzero(np.diff(count)>0)
+    falls,rises = (np.flatnonzero(o*np.diff(count)>0) for o in (-1,1))
     after = rises[rises>falls[0]] if len(falls) else []
     if not len(after):
         warnings.warn('the scores have no valley between two heaps: nothing is pruned. '

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 import pandas as pd
 from torch import nn
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.schedule import *
@@ -36,9 +37,11 @@ class Levels(list):
     "`Level`s from dense to sparse"
     @property
     def curve(self) -> pd.DataFrame:
-        "Sparsity, weights and metrics, for `find_breakpoint` and `plot_breakpoint`; of channels their fraction, too"
-        def row(o): return dict(sparsity=o.sparsity, weights=o.weights, **o.metrics)
-        return pd.DataFrame([row(o) | ({} if o.channels is None else dict(channels=o.channels)) for o in self])
+        "Sparsity, weights and metrics, as `find_breakpoint` reads them; of channels their fraction, too"
+        def row(o):
+            channels = {} if o.channels is None else dict(channels=o.channels)
+            return dict(sparsity=o.sparsity, weights=o.weights, **o.metrics, **channels)
+        return pd.DataFrame([row(o) for o in self])
     def __repr__(self): return repr(self.curve)
     def _repr_html_(self): return self.curve.to_html(index=False)
 
@@ -54,7 +57,8 @@ def _level(learn, dl=None, layers=None, channels=None):
 # %% ../../nbs/32a_prune.rewind.ipynb #cdc63e1e
 class _Snapshot(Callback):
     "Keep network and optimiser as they are after `epoch` epochs"
-    order,state = 90,None
+    order = 90
+    state = None
     def __init__(self, epoch): self.at = epoch
     def before_fit(self):
         if self.at==0: self.take()
@@ -65,7 +69,8 @@ class _Snapshot(Callback):
         "Network and a new optimiser as they were; masks stay as they are now"
         model,opt = deepcopy(self.state)
         own = {f'{k}_mask' for k in masks(model)}
-        unwrap(learn.model).load_state_dict({k: v for k,v in model.items() if k not in own}, strict=False)
+        weights = {k: v for k,v in model.items() if k not in own}
+        unwrap(learn.model).load_state_dict(weights, strict=False)
         learn.create_opt()
         learn.opt.load_state_dict(opt)
 
@@ -73,6 +78,10 @@ class _Snapshot(Callback):
 class _Rounds:
     "The units of a learner's network that `iterative_prune` prunes, round by round"
     def __init__(self, learn, by, ignore, layers):
+        if by=='weight' and layers is None and not ignore: say_share(learn.model, own_weights(learn))
+        ignore = paths_of(learn.model, ignore)
+        if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')
+        mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
         self.learn = learn
         self.kwargs = dict(by=by, ignore=ignore, layers=layers)
         self.groups = None      # of channels: found once
@@ -88,9 +97,22 @@ class _Rounds:
         return sum(int(v.sum()) for v in found),sum(v.numel() for v in found)
 
     def level(self):
+        "What the network is worth now"
         gone,n = self.gone()
         channels = gone/n if self.kwargs['by']=='channel' else None
         return _level(self.learn, layers=self.kwargs['layers'], channels=channels)
+
+# %% ../../nbs/32a_prune.rewind.ipynb #82a2a6cf
+@patch
+def cut(self:_Rounds, sparsity, criterion, scope, rate, cap, round_to):
+    "Prune one round; False where widths in multiples allow no more"
+    before,n = self.gone()
+    _cut(self.units(), sparsity, criterion, scope, rate, cap=cap, round_to=round_to)
+    after = self.gone()[0]
+    if after>before: return True
+    if round_to: return False
+    raise ValueError(f'this round has pruned nothing: {after} of {n} {self.kwargs["by"]}s are '
+                     'pruned, and more were asked for.')
 
 # %% ../../nbs/32a_prune.rewind.ipynb #35d09253
 def _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr):
@@ -103,20 +125,27 @@ def _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr):
     if not 0 <= rewind_to < max(n_epoch, 1):
         raise ValueError(f'rewind_to is {rewind_to}, expected an epoch before {n_epoch}.')
     if rewind=='finetune' and learn.opt is None and lr is None:
-        raise ValueError('fine-tuning goes on with the last learning rate, and this learner has none: '
-                         'train it, or pass `lr`.')
+        raise ValueError('fine-tuning goes on with the last learning rate, and this learner has '
+                         'none: train it, or pass `lr`.')
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5a283390
-def _train_again(learn, train, rewind, start, cbs):
+def _train_again(rounds, train, rewind, start, cbs):
     "A round's training, from where `rewind` leads"
-    if rewind!='weights': return train(reset_opt=rewind=='lr')
-    with learn.added_cbs(cbs): start.restore(learn)      # with the parameters that they bring
-    train(reset_opt=False, start_epoch=start.at)
+    cut = rounds.gone()[0]
+    if rewind!='weights': train(reset_opt=rewind=='lr')
+    else:
+        with rounds.learn.added_cbs(cbs): start.restore(rounds.learn)      # with the parameters they bring
+        train(reset_opt=False, start_epoch=start.at)
+    if rounds.gone()[0]>=cut: return
+    raise ValueError('after this round fewer weights are pruned than before it: '
+                     'a callback has loaded weights of an earlier round. '
+                     'Leave it out, or let it start anew in each fit: '
+                     'SaveModelCallback(reset_on_fit=True).')
 
 # %% ../../nbs/32a_prune.rewind.ipynb #bf7985cc
 def iterative_prune(
     learn:Learner, # Trained, unless its weights are rewound; ends as the last `Level`
-    sparsity:float|dict=.79, # Fraction of the weights (channels) that go in the end, or `{layer: fraction}`
+    sparsity:float|dict=.79, # Fraction of weights (channels) that go in the end; `{layer: fraction}`
     rate:float=.2, # Fraction of what is left that goes each round
     rewind:str='lr', # 'lr', 'weights' or 'finetune'
     rewind_to:int=0, # Epoch to whose end weights are rewound; 0 is their start
@@ -125,25 +154,22 @@ def iterative_prune(
     fit:str='fit_one_cycle', # Fit method of the learner, whose second argument is the learning rate
     cbs:Callback|Iterable=(), # Callbacks for every training, such as `KnowledgeDistillation`
     criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
-    scope:str|None=None, # Units compete in the network ('global', for weights) or in each 'layer' (for channels)
+    scope:str|None=None, # Where units compete: 'global' (for weights) or 'layer' (for channels)
     ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
-    layers:object=None, # Layers to prune, as `ignore`, or 'all'; linear and convolution layers if None
+    layers:object=None, # Layers to prune, likewise, or 'all'; linear and convolutions if None
     by:str='weight', # What goes: 'weight' or 'channel'
     cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
     round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
 ) -> Levels:
-    """Prune and train in turn; returns a `Level` for the dense network and for every round
+    """Prune and train in turn, with a `Level` for the dense network and for every round
 
-    Raises `ValueError` for what it cannot do, and where a round ends with less pruned than before."""
+    Raises `ValueError` for what it cannot do, and if a round ends with less pruned than before."""
     _check(sparsity, criterion, by, scope, None, cap, round_to)
     _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr)
     scope = scope or ('layer' if by=='channel' else 'global')
     if rewind=='finetune':
-        fit,lr = 'fit',lr or [float(h['lr']) for h in learn.opt.hypers]
-    if by=='weight' and layers is None and not ignore: say_share(learn.model, own_weights(learn))
-    ignore = paths_of(learn.model, ignore)
-    if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')
-    mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
+        fit = 'fit'
+        lr = lr or [float(h['lr']) for h in learn.opt.hypers]
     rounds = _Rounds(learn, by, ignore, layers)
     asked = _n_asked(rounds.units(), sparsity, scope, cap)
     def train(*extra, **kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *extra], **kwargs)
@@ -152,18 +178,9 @@ def iterative_prune(
         with no_random(reproducible=False): rounds.units(trial=True).worth(criterion)
         train(start, reset_opt=True)
     levels = Levels([rounds.level()])
-    while (gone := rounds.gone())[0]<asked:
-        _cut(rounds.units(), sparsity, criterion, scope, rate, cap=cap, round_to=round_to)
-        after = rounds.gone()[0]
-        if after<=gone[0]:
-            if round_to: break      # widths allow no more
-            raise ValueError(f'this round has pruned nothing: {after} of {gone[1]} {by}s are pruned, '
-                             f'asked for: {asked} of them.')
-        _train_again(learn, train, rewind, start, L(cbs))
-        if rounds.gone()[0]<after:
-            raise ValueError('after this round fewer weights are pruned than before it: a callback has loaded '
-                             'weights of an earlier round. Leave it out, or let it start anew in each fit: '
-                             'SaveModelCallback(reset_on_fit=True).')
+    while rounds.gone()[0]<asked:
+        if not rounds.cut(sparsity, criterion, scope, rate, cap, round_to): break
+        _train_again(rounds, train, rewind, start, L(cbs))
         levels.append(rounds.level())
     return levels
 
@@ -172,23 +189,28 @@ def sweep_sparsity(
     learn:Learner, # Trained; it stays as it is
     levels:Iterable=tuple(i/10 for i in range(10)), # Sparsities, fractions
     repeats:int=1, # Times each is done: for random criteria, or a `tune` that shuffles
-    tune:Callable|None=None, # Function of the learner that trains the pruned copy, such as `lambda l: l.fit(1, 1e-3)`
+    tune:Callable|None=None, # Trains the pruned copy, such as `lambda learn: learn.fit(1, 1e-3)`
     dl:Iterable|None=None, # Where it is measured; the validation set if None
     seed:int=0, # Of the first repeat; the others follow
     **kwargs, # Arguments of `prune_model`: criterion, by, scope, ignore, layers
 ) -> pd.DataFrame:
-    "Prune copies of the network once to each of `levels`: repeat, sparsity, weights left and metrics of each"
-    model,opt,rows = learn.model,learn.opt,[]
+    "Prune copies of the network to each of `levels`: repeat, sparsity, weights left, metrics of each"
+    model = learn.model
+    opt = learn.opt
+    rows = []
     for k in ('ignore','layers'):       # of the network itself: the copies have layers of their own
         if kwargs.get(k) not in (None,'all'): kwargs[k] = paths_of(model, kwargs[k], k)
     try:
         for r in range(repeats):
             for s in levels:
-                learn.model,learn.opt = deepcopy(model),None
+                learn.model = deepcopy(model)
+                learn.opt = None
                 set_seed(seed+r)
                 prune_model(learn, s, **kwargs)
                 if tune: tune(learn)
                 o = _level(learn, dl, kwargs.get('layers'))
                 rows.append(dict(repeat=r, sparsity=o.sparsity, weights=o.weights, **o.metrics))
-    finally: learn.model,learn.opt = model,opt
+    finally:
+        learn.model = model
+        learn.opt = opt
     return pd.DataFrame(rows)

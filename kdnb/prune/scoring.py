@@ -44,18 +44,20 @@ def _plain_loss(learn):
 # %% ../../nbs/30_prune.scoring.ipynb #623ae66e
 def _outputs_first(m, v):
     "`v`, shaped like the weight of layer `m`, with a row for each of its outputs"
-    if getattr(m, 'transposed', False): v = v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1)
+    is_transposed = getattr(m, 'transposed', False)
+    if is_transposed: v = v.unflatten(0, (m.groups,-1)).transpose(1, 2).flatten(0, 1)
     return v.flatten(1)
 
 # %% ../../nbs/30_prune.scoring.ipynb #2857a743
 def own_weights(
     learn:Learner, # Its network may hold layers that a loss term has brought
     ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
-    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+    layers:object=None, # Layers whose weights count, or 'all'; linear and convolutions if None
 ) -> dict[str,torch.Tensor]:
     "`prunable` of a learner's network, without what loss terms have brought to it, such as heads"
     terms = getattr(learn.splitter, 'terms', ())
-    brought = {id(p) for t in terms for p in t.params(learn.model)}
+    brought = set()
+    for t in terms: brought |= {id(p) for p in t.params(learn.model)}
     ws = prunable(learn.model, ignore, layers)
     return {k: w for k,w in ws.items() if id(raw(learn.model, k)) not in brought}
 
@@ -70,7 +72,7 @@ class Scoring:
         by:str='weight', # What is scored: 'weight' or 'channel'
         ignore:object=(), # Layers to leave out: paths, patterns, modules or types
         loss_func:object=None, # Loss of outputs and targets; the learner's, or that of the data
-        layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolution layers if None
+        layers:object=None, # Layers whose weights are scored, or 'all'; linear and convolutions if None
         trial:bool=False, # Look at one batch only: can the criterion work?
         groups:list|None=None, # What `channel_groups` found, if it has been asked before
     ):
@@ -78,10 +80,13 @@ class Scoring:
         find = own_weights if isinstance(model, Learner) else prunable
         self.weights = {k: w.detach() for k,w in find(model, ignore, layers).items()}
         if isinstance(model, Learner):
-            data,loss_func = data or model.dls,loss_func or _plain_loss(model)
+            data = data or model.dls
+            loss_func = loss_func or _plain_loss(model)
             model = model.model
-        self.model,self.data = unwrap(model),data
-        self.by,self.trial = by,trial
+        self.model = unwrap(model)
+        self.data = data
+        self.by = by
+        self.trial = trial
         self.loss_func = loss_func or getattr(data, 'loss_func', None) or CrossEntropyLossFlat()
         self.groups = None if by=='weight' else self._removable(groups)
 
@@ -96,21 +101,8 @@ def _removable(self:Scoring, every=None):
     groups = [g for g in every if g.stays is None and is_scored(g)]
     if groups: return groups
     why = next((f'{g.name}: {g.stays}' for g in every if g.stays), 'there are no layers in a row')
-    raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides those that '
-                     f'`ignore` names ({why}). Prune weights: by="weight".')
-
-# %% ../../nbs/30_prune.scoring.ipynb #062e3a5d
-@patch
-def sum(self:Scoring,
-    values:dict, # `{name of a weight: tensor of its shape}`
-) -> dict[str,torch.Tensor]:
-    "`values` summed over each unit: `{name: tensor of the weight's shape}`, or `{group: (n,)}` for channels"
-    if self.by=='weight': return values
-    res = {}
-    for g in self.groups:
-        rows = [(p, self._by_output(p.path, values[f'{p.path}.weight'])) for p in g.makers]
-        res[g.name] = add_up(g.n, [(p.unit, v[p.at]) for p,v in rows])
-    return res
+    raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides '
+                     f'those that `ignore` names ({why}). Prune weights: by="weight".')
 
 # %% ../../nbs/30_prune.scoring.ipynb #a24ca81a
 @patch
@@ -118,25 +110,39 @@ def _by_output(self:Scoring, path, v):
     "`v`, shaped like the weight of layer `path`, summed for each of its outputs"
     return _outputs_first(get_layer(self.model, path), v).sum(1)
 
+# %% ../../nbs/30_prune.scoring.ipynb #062e3a5d
+@patch
+def sum(self:Scoring,
+    values:dict, # `{name of a weight: tensor of its shape}`
+) -> dict[str,torch.Tensor]:
+    "`values` summed over each unit: `{name: tensor like the weight}`, or `{group: (n,)}` for channels"
+    if self.by=='weight': return values
+    res = {}
+    for g in self.groups:
+        rows = [(p, self._by_output(p.path, values[f'{p.path}.weight'])) for p in g.makers]
+        res[g.name] = add_up(g.n, [(p.unit, v[p.at]) for p,v in rows])
+    return res
+
 # %% ../../nbs/30_prune.scoring.ipynb #1cfdb660
 @patch
 def pruned(self:Scoring) -> dict[str,torch.Tensor]:
     "`{name of a weight or group: mask of the units that are pruned already}`"
     there = masks(self.model)
-    alive = self.sum({k: there[k] if k in there else torch.ones_like(w) for k,w in self.weights.items()})
-    return {k: v==0 for k,v in alive.items()}
+    own = {k: there[k] if k in there else torch.ones_like(w) for k,w in self.weights.items()}
+    return {k: v==0 for k,v in self.sum(own).items()}
 
 # %% ../../nbs/30_prune.scoring.ipynb #f7ac80b3
 @patch
 def dls(self:Scoring) -> DataLoaders:
     "The `DataLoaders`. Raises `ValueError` if there are none, or no training set."
     if not isinstance(self.data, DataLoaders) or not len(self.data.train):
-        raise ValueError('this criterion needs training data. Pass a Learner, or `data=` DataLoaders.')
+        raise ValueError('this criterion needs training data. '
+                         'Pass a Learner, or `data=` DataLoaders.')
     return self.data
 
 # %% ../../nbs/30_prune.scoring.ipynb #ecd807bd
 def _shuffled(dl):
-    "Batches of `dl` in an order that is always the same; the random state of training is not touched"
+    "Batches of `dl` in an order that is always the same; the random state stays as it is"
     with no_random(reproducible=False): yield from dl.new(shuffle=True)
 
 # %% ../../nbs/30_prune.scoring.ipynb #068e141a
@@ -160,19 +166,17 @@ def loss(self:Scoring,
         raise ValueError('this criterion needs targets, and the training set has none. '
                          'Use another, such as magnitude.')
     xb = inputs(tuple(b[:n]), self.model)
-    def as_target(o): return o if isinstance(o, (torch.Tensor,dict,list,tuple)) else torch.as_tensor(o)
+    kept = torch.Tensor,dict,list,tuple
+    def as_target(o): return o if isinstance(o, kept) else torch.as_tensor(o)
     yb = to_device([as_target(o) for o in b[n:]], xb[0].device)
     return self.loss_func(self.model(*xb), *yb)
 
-# %% ../../nbs/30_prune.scoring.ipynb #71701f1a
+# %% ../../nbs/30_prune.scoring.ipynb #bc239fe6
 @patch
-def mask_grads(self:Scoring,
-    loss:torch.Tensor, # Scalar, computed with the weights under `differentiable`
-) -> dict[str,torch.Tensor]:
-    "`{name: w · ∂loss/∂w}`, of the weights' shapes: the gradient with respect to a mask at 1"
-    ps = self._params()
-    grads = torch.autograd.grad(loss, list(ps.values()), allow_unused=True)
-    return {k: torch.zeros_like(p) if g is None else p.detach()*g for (k,p),g in zip(ps.items(), grads)}
+def _mask(self:Scoring, name):
+    "The buffers of the layer whose tensor is called `name`, and the name of its mask there"
+    path,_,which = name.rpartition('.')
+    return self.model.get_submodule(path)._buffers,f'{which}_mask'
 
 # %% ../../nbs/30_prune.scoring.ipynb #262a9674
 @patch
@@ -184,18 +188,11 @@ def _params(self:Scoring):
         res[k] = buffers[name]
     return res
 
-# %% ../../nbs/30_prune.scoring.ipynb #bc239fe6
-@patch
-def _mask(self:Scoring, name):
-    "The buffers of the layer whose tensor is called `name`, and the name of its mask there"
-    path,_,which = name.rpartition('.')
-    return self.model.get_submodule(path)._buffers,f'{which}_mask'
-
 # %% ../../nbs/30_prune.scoring.ipynb #0d2d5774
 @patch
 @contextmanager
 def _masks_that_learn(self:Scoring):
-    "Weights that are computed (`weight_norm`, `spectral_norm`) have masks of which gradients can be taken"
+    "Weights that are computed (`weight_norm`, `spectral_norm`) have masks that have gradients"
     computed = [k for k in self.weights if raw(self.model, k) is None]
     own = [k for k in computed if k not in masks(self.model)]
     if computed: mask_model(self.model, {k: torch.ones_like(self.weights[k]) for k in own})
@@ -214,7 +211,7 @@ def _masks_that_learn(self:Scoring):
 def differentiable(self:Scoring,
     batch_stats:bool=False, # BatchNorm sees the batch, as in training
 ) -> Iterator[None]:
-    "Evaluation mode and gradients of all scored weights, also frozen ones; all is put back at the end"
+    "Evaluation mode, and gradients of all scored weights, also frozen ones; then all as it was"
     norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
     rnns = [m for m in self.model.modules() if isinstance(m, nn.RNNBase)]
     tracked = [m.track_running_stats for m in norms]
@@ -225,11 +222,24 @@ def differentiable(self:Scoring,
         try:
             with evaluating(self.model), torch.enable_grad():
                 for p in ps: p.requires_grad_(True)
-                for m in rnns: m.training,m.dropout = True,0.      # cuDNN has gradients in training only
-                if batch_stats:
-                    for m in norms: m.training,m.track_running_stats = True,False
+                for m in rnns:      # cuDNN has gradients in training only
+                    m.training = True
+                    m.dropout = 0.
+                for m in norms if batch_stats else ():
+                    m.training = True
+                    m.track_running_stats = False
                 yield
         finally:
             for p,o in zip(ps, was): p.requires_grad_(o)
             for m,o in zip(norms, tracked): m.track_running_stats = o
             for m,o in zip(rnns, drops): m.dropout = o
+
+# %% ../../nbs/30_prune.scoring.ipynb #71701f1a
+@patch
+def mask_grads(self:Scoring,
+    loss:torch.Tensor, # Scalar, computed with the weights under `differentiable`
+) -> dict[str,torch.Tensor]:
+    "`{name: w · ∂loss/∂w}`, of the weights' shapes: the gradient with respect to a mask at 1"
+    ps = self._params()
+    grads = dict(zip(ps, torch.autograd.grad(loss, list(ps.values()), allow_unused=True)))
+    return {k: torch.zeros_like(p) if grads[k] is None else p.detach()*grads[k] for k,p in ps.items()}

@@ -19,12 +19,17 @@ from ..channels.layers import plain_copy
 from ..measure.counts import n_params
 from ..layers import weighted
 from ..masks.model import layer_sparsity
+from .lowest import least
 
 # %% ../../nbs/33_prune.student.ipynb #deefd201
 @dataclass
 class _Equation:
-    "Weights of a layer as a function of widths: `per` · r[out] · (rest + Σ share · r[i]), `wanted` of them"
-    wanted:int; per:float; out:str; rest:float; ins:dict
+    "Weights of a layer, `per` · r[out] · (rest + Σ share · r[i]), of which `wanted` are wanted"
+    wanted:int
+    per:float
+    out:str
+    rest:float
+    ins:dict
 
     def weights(self, r):
         return self.per*r[self.out]*(self.rest + sum(share*r[i] for i,share in self.ins.items()))
@@ -37,34 +42,43 @@ class _Equation:
 # %% ../../nbs/33_prune.student.ipynb #edb56f96
 def _equations(model, groups):
     "An `_Equation` for every layer whose outputs are no network output"
-    made = {p.path: g for g in groups for p in g.makers}
-    read = {}
+    made,read = {},{}
     for g in groups:
+        for p in g.makers: made[p.path] = g
         for p in g.readers: read.setdefault(p.path, []).append((g, len(p.at)/g.n))
     res = []
     for path,m in model.named_modules():
         if not isinstance(m, weighted) or path not in made or not made[path].readers: continue
-        n_in,groups_of = (m.in_features,1) if hasattr(m, 'in_features') else (m.in_channels,m.groups)
-        depthwise = groups_of>1 and groups_of==m.in_channels
+        n_in = m.in_features if hasattr(m, 'in_features') else m.in_channels
+        n_blocks = getattr(m, 'groups', 1)
+        depthwise = n_blocks>1 and n_blocks==n_in
         ins = {} if depthwise else {g.name: share for g,share in read.get(path, [])}
         rest = 1 if depthwise else n_in - sum(share*g.n for g,share in read.get(path, []))
         share = sum(len(p.at) for p in made[path].makers if p.path==path)/made[path].n
-        per = m.weight[0,0].numel()*share/(1 if depthwise else groups_of)
-        res.append(_Equation(max(int(m.weight.count_nonzero()), 1), per, made[path].name, rest, ins))
+        per = m.weight[0,0].numel()*share/(1 if depthwise else n_blocks)
+        wanted = max(int(m.weight.count_nonzero()), 1)
+        res.append(_Equation(wanted, per, made[path].name, rest, ins))
     return res
 
 # %% ../../nbs/33_prune.student.ipynb #8605616f
+def _step(equations, r, start, free):
+    "One Gauss-Newton step in logarithms, from the widths `r`: `{group: width}` of those in `free`"
+    A,b = [],[]
+    for e in equations:
+        row = e.row(r)
+        A.append([row.get(g, 0.) for g in free])
+        b.append(math.log(e.wanted/e.weights(r)) + sum(row.get(g, 0.)*math.log(r[g]/start[g]) for g in free))
+    A,b = (torch.tensor(o, dtype=torch.double) for o in (A,b))
+    x = torch.linalg.lstsq(A, b, driver='gelsd').solution
+    return {g: start[g]*math.exp(o) for g,o in zip(free, x.tolist())}
+
+# %% ../../nbs/33_prune.student.ipynb #caaf647b
 def _solve(equations, r, free, steps=20):
-    "Widths `r` of which those in `free` solve the `equations`, in the least squares of logarithms, nearest to `r`"
-    r,start,free = dict(r),dict(r),list(free)
-    if not free: return r
-    for _ in range(steps):      # one step does if every layer reads one group
-        rows = [e.row(r) for e in equations]
-        A = torch.tensor([[row.get(g, 0.) for g in free] for row in rows], dtype=torch.double)
-        b = torch.tensor([math.log(e.wanted/e.weights(r)) + sum(row.get(g, 0.)*math.log(r[g]/start[g]) for g in free)
-                          for e,row in zip(equations, rows)], dtype=torch.double)
-        x = torch.linalg.lstsq(A, b, driver='gelsd').solution
-        new = {g: start[g]*math.exp(o) for g,o in zip(free, x.tolist())}
+    "Widths nearest to `r`, of which those in `free` solve the `equations` in least squares"
+    start = dict(r)
+    r = dict(r)
+    for _ in range(steps if free else 0):      # one step does if every layer reads one group
+        new = _step(equations, r, start, free)
         done = all(abs(math.log(new[g]/r[g]))<1e-13 for g in free)
         r |= new
         if done: break
@@ -88,8 +102,10 @@ def _whole(g, width):
 # %% ../../nbs/33_prune.student.ipynb #0a3e1569
 def _widths(model, groups, rounding):
     "`{group: channels}` of those that may be narrowed"
-    equations,most = _equations(model, groups),{g.name: g.n for g in groups}
-    free,r = [g for g in groups if not g.stays],{k: float(n) for k,n in most.items()}
+    equations = _equations(model, groups)
+    most = {g.name: g.n for g in groups}
+    r = {k: float(n) for k,n in most.items()}
+    free = [g for g in groups if not g.stays]
     if rounding=='floor':
         r = _narrower(equations, r, [g.name for g in free], most)
         return {g: _whole(g, r[g.name]) for g in free}
@@ -98,44 +114,40 @@ def _widths(model, groups, rounding):
         r[g.name] = float(min(g.n, _whole(g, r[g.name]+.5)))
     return {g: int(r[g.name]) for g in free}
 
-# %% ../../nbs/33_prune.student.ipynb #dbbc83be
-def _behind(g, n):
-    "Which units of group `g` stand behind the first `n`, or behind the first of each block"
-    blocks = torch.zeros(g.n, dtype=torch.long, device='cpu') if g.blocks is None else g.blocks
-    per,behind = n//g.n_blocks,torch.zeros(g.n, dtype=torch.bool, device='cpu')
-    rank = torch.cat([torch.arange(int((blocks==b).sum()), device='cpu') for b in blocks.unique()])
-    behind[blocks.argsort(stable=True)] = rank>=per
-    return behind
-
 # %% ../../nbs/33_prune.student.ipynb #5e0b9d13
 def _narrowed(model, widths):
     "A copy of `model` with the first channels of each group, as many as `widths` has"
     model = plain_copy(model)
-    with torch.no_grad(): _remove(model, [(g,_removable(g, _behind(g, n))) for g,n in widths.items() if n<g.n])
+    def behind(g, n): return least(-torch.arange(g.n, device='cpu'), g.n-n, g.blocks)      # the last of each block
+    gone = [(g, _removable(g, behind(g, n))) for g,n in widths.items() if n<g.n]
+    with torch.no_grad(): _remove(model, gone)
     return model
 
 # %% ../../nbs/33_prune.student.ipynb #a96e3f08
 def _uniform(model, widths):
     "As `widths`, but one fraction of every group: the largest with no more parameters"
     def at(f): return {g: _whole(g, f*g.n) for g in widths}
-    steps = sorted({Fraction(i, g.n) for g in widths for i in range(1, g.n+1)})
-    i = bisect_right(steps, n_params(_narrowed(model, widths)), key=lambda f: n_params(_narrowed(model, at(f))))
+    def size(widths): return n_params(_narrowed(model, widths))
+    steps = set()
+    for g in widths: steps |= {Fraction(i, g.n) for i in range(1, g.n+1)}
+    steps = sorted(steps)
+    i = bisect_right(steps, size(widths), key=lambda f: size(at(f)))
     return at(steps[max(i-1, 0)])
 
 # %% ../../nbs/33_prune.student.ipynb #ba03d940
 def design_student(
     pruned:nn.Module, # Pruned network: masked, or with zeros
     data:object, # `DataLoaders` or a batch of inputs
-    rounding:str='floor', # 'floor': widths stay real until the end; 'eq9': each is rounded before the next
-    init:Callable|None=None, # Sets the student's weights in place; every layer's own `reset_parameters` if None
-    uniform:bool=False, # All widths are one fraction of those there are, with about as many parameters as designed
+    rounding:str='floor', # 'floor': only the last widths are cut to integers; 'eq9': each at once
+    init:Callable|None=None, # Sets weights in place; every layer's own `reset_parameters` if None
+    uniform:bool=False, # All widths are one fraction of the teacher's, with as many parameters or less
 ) -> nn.Module:
-    """An untrained network as deep as `pruned`, with about as many weights in each layer as are left there
+    """An untrained network as deep as `pruned`, with about as many weights a layer as are left there
 
-    (Park and No 2022, app. A.) A uniform one has no more parameters than the designed one. Raises `ValueError`
-    if `rounding` is not known."""
+    (Park and No 2022, app. A.) Raises `ValueError` if `rounding` is not known."""
     model = plain_copy(pruned)
-    if rounding not in ('floor','eq9'): raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
+    if rounding not in ('floor','eq9'):
+        raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
     if uniform and widths: widths = _uniform(model, widths)
     student = _narrowed(model, widths).requires_grad_()
@@ -150,7 +162,7 @@ def student_table(
     pruned:nn.Module, # Pruned network
     student:nn.Module, # What `design_student` made of it
 ) -> pd.DataFrame:
-    "Weights of each layer, dense, left and in the student, with fractions of the dense (Park and No 2022, Table 10)"
-    df,own = layer_sparsity(pruned),layer_sparsity(student)
+    "Weights of each layer: dense, left, in the student, as fractions (Park and No 2022, Table 10)"
+    df,own = map(layer_sparsity, (pruned,student))
     return pd.DataFrame(dict(dense=df.weights, nonzero=df.nonzero, ratio=df.nonzero/df.weights,
                              student=own.weights, student_ratio=own.weights/df.weights))

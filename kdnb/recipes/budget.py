@@ -47,7 +47,6 @@ def _budgets(s):
         raise ValueError(f"to is {s['to']!r}, expected limits on macs, params or bytes, such as macs=.5.{hint}")
     return {', '.join(f'{k} {v}' for k,v in s['to'].items()): s['to']}
 
-
 # %% ../../nbs/56_recipes.budget.ipynb #f0f400c1
 def _cut(run, dense, limits, way, s):
     "The network that `way` leads to"

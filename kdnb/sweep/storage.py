@@ -17,10 +17,11 @@ def _kernel():
     try: return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
     except OSError: return str(uuid.getnode())
 
-# %% ../../nbs/61a_sweep.storage.ipynb #ab3cd346
+# %% ../../nbs/61a_sweep.storage.ipynb #e9640533
 _can_fall = 'fallback_to_soft' in signature(FileLock.__init__).parameters
 _native = dict(fallback_to_soft=False) if _can_fall else {}
 
+# %% ../../nbs/61a_sweep.storage.ipynb #ab3cd346
 class _Lock:
     "The file `path`, locked (`held`) until `close` or the end of this process, if it is free"
     def __init__(self, path, wait=False): # `wait` until it is free
@@ -46,8 +47,10 @@ def _text(path):
     try: return path.read_text()
     except OSError: return ''
 
+# %% ../../nbs/61a_sweep.storage.ipynb #a5c10e0e
 def _note(lock, text): lock.path.with_name(f'{lock.path.name}.note').write_text(text)
 
+# %% ../../nbs/61a_sweep.storage.ipynb #bd37e52a
 def _noted(lock): return _text(lock.path.with_name(f'{lock.path.name}.note'))
 
 # %% ../../nbs/61a_sweep.storage.ipynb #9393ab82

@@ -48,18 +48,6 @@ def restore_method(
     "Let `learn` have its own method `name` again"
     vars(learn).pop(name, None)
 
-# %% ../../nbs/06_training.callbacks.ipynb #4d627a33
-class Attached:
-    """A mixin: `attach` runs when the callback is given to a learner, `detach` when it is taken away
-
-    Raises `ValueError` if the learner has the callback already, or if its model is no network."""
-    _learn = None
-    def attach(self) -> None: "Given to `self.learn`; an error here leaves the callback without a learner"
-    def detach(self) -> None: "Taken from `self.learn`, which is still there"
-    def leave(self) -> None:
-        "What happens before the learner is forgotten"
-        self.detach()
-
 # %% ../../nbs/06_training.callbacks.ipynb #18986d7d
 def _set_learn(self, learn):
     "Set the `learn` of an `Attached` callback, or take it away"
@@ -67,7 +55,8 @@ def _set_learn(self, learn):
     if learn is not None:
         as_network(learn.model, "the learner's model")
         if any(c is self for c in learn.cbs):
-            raise ValueError(f'this {type(self).__name__} is in the learner already: it is added once.')
+            raise ValueError(f'this {type(self).__name__} is in the learner already: '
+                             'it is added once.')
         if old is not None and old is not learn: old.remove_cb(self)     # it moves
     if self._learn is not None: self.leave()
     self.__dict__['_learn'] = learn
@@ -78,7 +67,19 @@ def _set_learn(self, learn):
         self.__dict__['_learn'] = None
         raise
 
-Attached.learn = property(lambda self: self._learn, _set_learn)
+# %% ../../nbs/06_training.callbacks.ipynb #4d627a33
+class Attached:
+    """A mixin: `attach` runs when the callback is given to a learner, `detach` when it is taken away
+
+    Raises `ValueError` if the learner has the callback already, or if its model is no network."""
+    _learn = None
+    learn = property(lambda self: self._learn, _set_learn)
+    def attach(self) -> None:
+        "Given to `self.learn`; an error here leaves the callback without a learner"
+    def detach(self) -> None: "Taken from `self.learn`, which is still there"
+    def leave(self) -> None:
+        "What happens before the learner is forgotten"
+        self.detach()
 
 # %% ../../nbs/06_training.callbacks.ipynb #99164b17
 class TidyCallback(QuickCallback):
@@ -109,7 +110,9 @@ class TidyCallback(QuickCallback):
     def put_back(self) -> None:
         "Leave the learner as it was found"
         restore_method(self.learn, '_with_events')
-        self._trained,cols,self._cols = False,self._cols,()
+        self._trained = False
+        cols = self._cols
+        self._cols = ()
         if cols: self.learn.metrics = [o for o in self.learn.metrics if o not in cols]
 
 # %% ../../nbs/06_training.callbacks.ipynb #b67470c5

@@ -100,9 +100,10 @@ def _warn(self:Checkpoint, lost):
     "Name once what the files do not hold"
     if self._warned: return
     self._warned = True
-    warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: it has changed and is '
-                  'no plain data, or too large. A callback that has state_dict() and load_state_dict() says itself '
-                  'what is kept.', stacklevel=3)
+    warnings.warn(f'the checkpoints of training {self._name!r} do not hold {", ".join(lost)}: '
+                  'it has changed and is no plain data, or too large. '
+                  'A callback that has state_dict() and load_state_dict() says itself what is '
+                  'kept.', stacklevel=3)
 
 # %% ../../nbs/06g_training.checkpoint.ipynb #01c6dee4
 @patch
@@ -128,5 +129,6 @@ def after_loss(self:Checkpoint) -> None:
         total = (loss.sum() if loss.ndim else loss).item()   # a sum takes time
     if math.isfinite(total): return
     kept = f'What went before is in {self._here}. ' if self._files() else ''
-    raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, batch {self.iter} of '
-                             f'training {self._name!r} (both count from 0). {kept}Try a smaller learning rate.')
+    raise FloatingPointError(f'loss is {self.learn.loss.detach().item()} in epoch {self.epoch}, '
+                             f'batch {self.iter} of training {self._name!r} (both count from 0). '
+                             f'{kept}Try a smaller learning rate.')

@@ -26,7 +26,8 @@ from .callbacks import TidyCallback
 # %% ../../nbs/06e_training.fingerprint.ipynb #84b42778
 _libraries = 'torch','torchvision','fastai','fastcore','kdnb','builtins','typing'
 
-def _is_own(o): return str(getattr(o, '__module__', None) or 'builtins').split('.')[0] not in _libraries
+def _is_own(o):
+    return str(getattr(o, '__module__', None) or 'builtins').split('.')[0] not in _libraries
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #faba63dd
 def _is_constant(v):
@@ -45,7 +46,10 @@ def _own_code(o):
         if isinstance(v, FunctionType): return [getattr(v, '__wrapped__', v)]
         return [(k, v)] if steady and k[:2]!='__' and _is_constant(v) else []
     own = [c for c in cls.__mro__ if _is_own(c)]
-    return [p for c in own for k,v in sorted(vars(c).items()) for p in parts(k, v)]
+    res = []
+    for c in own:
+        for k,v in sorted(vars(c).items()): res += parts(k, v)
+    return res
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #90d71029
 def _is_written_here(o):
@@ -157,17 +161,20 @@ def _(o):
 # %% ../../nbs/06e_training.fingerprint.ipynb #9f94cd45
 def _labels(tl):
     "What `tl` gives for its items, unless these are images, which take long to open, or it stands in their table"
-    if isinstance(tl.items, pd.DataFrame) or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000: return
+    if isinstance(tl.items, pd.DataFrame) or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000:
+        return
     return str([y.tolist() if isinstance(y, torch.Tensor) else y for y in tl])
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #6476ceb8
 def _loader(dl):
     "What makes the loader `dl` what it is"
-    tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dl, name, None), 'fs', ())]
+    tfms = []
+    for name in ('after_item','after_batch'): tfms += getattr(getattr(dl, name, None), 'fs', ())
     ds = dl.dataset
     n_inp = getattr(ds, 'n_inp', 1)
     tls = getattr(ds, 'tls', None) or [ds]*(isinstance(ds, L) and hasattr(ds, 'tfms'))
-    if tls: known = tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))
+    if tls:
+        known = tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))
     else: known = len(ds),ds,_own_code(ds)
     return dl.bs,getattr(dl, 'shuffle', None),getattr(dl, 'drop_last', None),[str(t) for t in tfms],known
 

@@ -45,18 +45,30 @@ def let_go(
     params:list, # Parameters that it holds
 ) -> tuple:
     "Take `params` out of `opt`; returns what it kept of them"
-    ids,old,slow = {id(p) for p in params},opt.param_lists,[]
-    if vars(opt).get('slow_weights'):
-        slow = [w for ws,g in zip(opt.slow_weights, old) for w,p in zip(ws, g) if id(p) in ids]
-        opt.slow_weights = L(L(w for w,p in zip(ws, g) if id(p) not in ids) for ws,g in zip(opt.slow_weights, old))
-    opt.param_lists = type(old)([type(g)(p for p in g if id(p) not in ids) for g in old])
-    return [{p: s.pop(p) for p in params if p in s} for s in param_states(opt)],slow
+    ids = {id(p) for p in params}
+    old = opt.param_lists
+    slow,left = [],[]
+    for ws,g in zip(vars(opt).get('slow_weights') or (), old):
+        slow += [w for w,p in zip(ws, g) if id(p) in ids]
+        left.append(L(w for w,p in zip(ws, g) if id(p) not in ids))
+    if left: opt.slow_weights = L(left)
+    groups = []
+    for g in old: groups.append(type(g)(p for p in g if id(p) not in ids))
+    opt.param_lists = type(old)(groups)
+    states = []
+    for s in param_states(opt): states.append({p: s.pop(p) for p in params if p in s})
+    return states,slow
 
 # %% ../../nbs/06b_training.optimizer.ipynb #67f1a9a6
 def _innermost(opt):
     "The optimiser inside wrappers such as Lookahead; an `OptimWrapper` is not opened"
     while isinstance(vars(opt).get('opt'), (Optimizer,OptimWrapper)): opt = opt.opt
     return opt
+
+# %% ../../nbs/06b_training.optimizer.ipynb #5a1c07e4
+def _ids(groups):
+    "Which parameters are in each of `groups`"
+    return [set(map(id, g)) for g in groups]
 
 # %% ../../nbs/06b_training.optimizer.ipynb #44a9a850
 def regroup(
@@ -68,8 +80,11 @@ def regroup(
     """Let `opt` hold `groups`, one less than before or one more, at place `i`
 
     Returns the hyperparameters of the group that goes; `own` are those of the one that comes."""
-    old,inner = opt.param_lists,_innermost(opt)
-    slow = {id(p): w for ws,g in zip(vars(opt).get('slow_weights') or (), old) for w,p in zip(ws, g)}
+    old = opt.param_lists
+    inner = _innermost(opt)
+    slow = {}
+    for ws,g in zip(vars(opt).get('slow_weights') or (), old):
+        slow |= {id(p): w for w,p in zip(ws, g)}
     wrapper = isinstance(inner, OptimWrapper)
     hypers = list(inner.opt.param_groups if wrapper else inner.hypers)
     gone = None
@@ -79,11 +94,8 @@ def regroup(
     else: inner.hypers = L(hypers)
     if inner.frozen_idx>i: inner.frozen_idx += -1 if own is None else 1
     opt.param_lists = type(old)([type(old[0])(g) for g in groups])
-    if slow: opt.slow_weights = L(L(slow[id(p)] for p in g) for g in groups)
+    if slow: opt.slow_weights = L([L(slow[id(p)] for p in g) for g in groups])
     return gone
-
-# %% ../../nbs/06b_training.optimizer.ipynb #5a1c07e4
-def _ids(groups): return [{id(p) for p in g} for g in groups]
 
 # %% ../../nbs/06b_training.optimizer.ipynb #d57f2f71
 class TermSplitter:
@@ -96,13 +108,15 @@ class TermSplitter:
     def __call__(self,
         model:nn.Module, # The learner's network
     ) -> L:
-        "Groups that terms have for themselves, then those of the network, the last with what other terms bring"
+        "Groups that terms have for themselves, then the network's, the last with what other terms bring"
         groups = L(self.splitter(model))
         if not isinstance(groups[0], (list,L)): groups = L([groups])
         brought = [list(t.params(model)) for t in self.terms]
-        ids = {id(p) for ps in brought for p in ps}
-        groups = [[p for p in g if id(p) not in ids] for g in groups]
+        ids = set().union(*_ids(brought))
+        def is_networks(p): return id(p) not in ids
+        groups = [list(filter(is_networks, g)) for g in groups]
+        own = []
         for t,ps in zip(self.terms, brought):
-            if not t.own_group: groups[-1] += ps
-        own = [ps for t,ps in zip(self.terms, brought) if t.own_group]
-        return L(L(g) for g in own + groups)
+            if t.own_group: own.append(ps)
+            else: groups[-1] += ps
+        return L(map(L, own + groups))

@@ -44,14 +44,14 @@ def join(self:ParamsCallback) -> None:
     "Make the term's parameters known to the optimiser, if there is one that does not know them"
     learn = self.learn
     if learn.opt is None or self.own_group: return
-    known = {id(p) for g in learn.opt.param_lists for p in g}
+    known = set().union(*_ids(learn.opt.param_lists))
     new = {id(p): p for p in self.params(learn.model) if id(p) not in known}
     if not new: return
     take_in(learn.opt, list(new.values()))
     asked = dict(do_wd=not learn.wd_bn_bias, force_train=learn.train_bn)     # as in `create_opt`
-    for flag,value in [(k, k=='force_train') for k,on in asked.items() if on]:
+    for flag in [k for k,on in asked.items() if on]:
         for p in norm_bias_params(learn.model, flag=='do_wd'):
-            if id(p) in new: learn.opt.state[p][flag] = value
+            if id(p) in new: learn.opt.state[p][flag] = flag=='force_train'
 
 # %% ../../nbs/06c_training.params.ipynb #a7cfc2c6
 @patch
@@ -73,7 +73,7 @@ def brought_by(
 @contextmanager
 def _bare_opt(learn):
     "Let the optimiser of `learn` know nothing of what callbacks have brought, until exit"
-    ps = [p for o in brought_by(learn).values() for p in o]
+    ps = sum(brought_by(learn).values(), [])
     if learn.opt is None or not ps:
         yield
         return
@@ -84,7 +84,8 @@ def _bare_opt(learn):
 # %% ../../nbs/06c_training.params.ipynb #4aeabb7d
 def _states_of(opt, ps):
     "What `opt` keeps of each of `ps`, one list for each of its dictionaries"
-    return [[deepcopy(s[p]) if p in s else None for p in ps] for s in param_states(opt)]
+    def kept(s): return [deepcopy(s[p]) if p in s else None for p in ps]
+    return list(map(kept, param_states(opt)))
 
 # %% ../../nbs/06c_training.params.ipynb #63df7c95
 def _put_states(opt, ps, states):
@@ -105,7 +106,8 @@ def save_bare(
     opt = learn.opt if kwargs.get('with_opt', True) else None
     for c,ps in brought_by(learn).items():
         c._files.pop(path, None)
-        c._files[path] = [o.detach().cpu().clone() for o in c.tensors()],_states_of(opt, ps)
+        tensors = [o.detach().cpu().clone() for o in c.tensors()]
+        c._files[path] = tensors,_states_of(opt, ps)
         while len(c._files)>3: del c._files[next(iter(c._files))]
     return path
 
@@ -125,32 +127,6 @@ def load_bare(
             for o,v in zip(c.tensors(), tensors): o.copy_(v)
         if kwargs.get('with_opt', True): _put_states(learn.opt, ps, states)
     return learn
-
-# %% ../../nbs/06c_training.params.ipynb #5efc9629
-@patch
-def _part_group(self:ParamsCallback):
-    "Give the parameters a group of their own again, in an optimiser that had one"
-    opt = self.learn.opt
-    own = vars(opt).get('own_hypers')
-    groups = self.learn.splitter(self.learn.model)
-    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
-    same = set().union(*_ids(groups))==set().union(*_ids(opt.param_lists))
-    if own is None or not same or len(groups)!=len(opt.param_lists)+1: return
-    regroup(opt, groups, i, own)
-    opt.own_hypers = None
-
-# %% ../../nbs/06c_training.params.ipynb #822d6aee
-@patch
-def _merge_group(self:ParamsCallback):
-    "Let the parameters be part of the group in which the learner's splitter has them"
-    opt,learn = self.learn.opt,self.learn
-    old = [list(g) for g in opt.param_lists]
-    ids = {id(p) for p in self.params(learn.model)}
-    if not ids or ids not in _ids(old[:-1]): return
-    i = _ids(old).index(ids)
-    merged = old[:i] + [old[i]+old[i+1]] + old[i+2:]
-    groups = TermSplitter(learn.splitter)(learn.model)
-    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)
 
 # %% ../../nbs/06c_training.params.ipynb #474d8ee5
 @patch
@@ -172,8 +148,9 @@ def attach(self:ParamsCallback) -> None:
 def detach(self:ParamsCallback) -> None:
     "Taken from the learner: undo `attach`"
     learn = self.learn
-    attached,self._attached,self._files = self._attached,False,{}
-    if not attached: return
+    if not self._attached: return
+    self._attached = False
+    self._files = {}
     ps = [] if self.own_group else list(self.params(learn.model))
     if ps and learn.opt is not None: let_go(learn.opt, ps)
     for p in ps: p.grad = None
@@ -183,3 +160,30 @@ def detach(self:ParamsCallback) -> None:
         learn.splitter.terms.remove(self)
         if not learn.splitter.terms: learn.splitter = learn.splitter.splitter
     if self.own_group and learn.opt is not None: self._merge_group()
+
+# %% ../../nbs/06c_training.params.ipynb #5efc9629
+@patch
+def _part_group(self:ParamsCallback):
+    "Give the parameters a group of their own again, in an optimiser that had one"
+    opt = self.learn.opt
+    own = vars(opt).get('own_hypers')
+    groups = self.learn.splitter(self.learn.model)
+    i = [t for t in self.learn.splitter.terms if t.own_group].index(self)
+    same = set().union(*_ids(groups))==set().union(*_ids(opt.param_lists))
+    if own is None or not same or len(groups)!=len(opt.param_lists)+1: return
+    regroup(opt, groups, i, own)
+    opt.own_hypers = None
+
+# %% ../../nbs/06c_training.params.ipynb #822d6aee
+@patch
+def _merge_group(self:ParamsCallback):
+    "Let the parameters be part of the group in which the learner's splitter has them"
+    learn = self.learn
+    opt = learn.opt
+    old = [list(g) for g in opt.param_lists]
+    ids = {id(p) for p in self.params(learn.model)}
+    if not ids or ids not in _ids(old[:-1]): return
+    i = _ids(old).index(ids)
+    merged = old[:i] + [old[i]+old[i+1]] + old[i+2:]
+    groups = TermSplitter(learn.splitter)(learn.model)
+    opt.own_hypers = regroup(opt, groups if _ids(groups)==_ids(merged) else merged, i)

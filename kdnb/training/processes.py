@@ -50,7 +50,9 @@ class part_of:
         rank:int, # Number of this process
         n:int, # Number of processes
     ):
-        if dl.bs%n: raise ValueError(f'a batch of {dl.bs} cannot be shared by {n} processes. Choose a multiple of {n}.')
+        if dl.bs%n:
+            raise ValueError(f'a batch of {dl.bs} cannot be shared by {n} processes. '
+                             f'Choose a multiple of {n}.')
         self.dl,self.rank,self.n = dl,rank,n
         self.was = dict(bs=dl.bs, n=dl.n)
 

@@ -36,7 +36,8 @@ def set_tensors(
     with torch.no_grad():
         for k,v in state.items():
             if here[k].shape!=v.shape:
-                raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} in the file.')
+                raise ValueError(f'{k} is {tuple(here[k].shape)} in the network, {tuple(v.shape)} '
+                                 'in the file.')
             here[k].copy_(v)
 
 # %% ../../nbs/06f_training.state.ipynb #d05c6e02
@@ -101,7 +102,8 @@ def _mark_of(o, held, depth):
         return id(o),tuple(o.shape),repr(total)
     deeper = partial(_mark, held=held, depth=depth-1)
     if isinstance(o, nn.Module): return id(o),[deeper(t) for t in (*o.parameters(), *o.buffers())]
-    if isinstance(o, (io.IOBase,Iterator)) or hasattr(o, '__len__') and len(o)>10_000: return object()
+    if isinstance(o, (io.IOBase,Iterator)) or hasattr(o, '__len__') and len(o)>10_000:
+        return object()
     if isinstance(o, dict): return [(deeper(k), deeper(v)) for k,v in o.items()]
     if isinstance(o, (list,tuple,L,set,frozenset,deque)): return [deeper(v) for v in o]
     return {k: deeper(v) for k,v in vars(o).items() if k!='learn'} if hasattr(o, '__dict__') else object()
@@ -136,7 +138,8 @@ def _tensors_of(o):
 # %% ../../nbs/06f_training.state.ipynb #9515009e
 def _as_plain(v):
     "What is stored for the attribute `v`: its own state, that of a generator, or itself"
-    if isinstance(v, Metric) or _has_state_dict(v) and not isinstance(v, nn.Module): return _memory(v)[0]
+    if isinstance(v, Metric) or _has_state_dict(v) and not isinstance(v, nn.Module):
+        return _memory(v)[0]
     state = _rng_state(v)
     return v if state is None else state
 
@@ -163,7 +166,8 @@ def _memory(o, start=None, limit=math.inf): # Callback or metric; marks of its a
         data = _as_plain(v)
         if not isinstance(v, nn.Module) and _is_plain(data):
             ts = _tensors_of(data)
-            if users and any(t.untyped_storage().data_ptr() in networks_own for t in ts if t.numel()): continue
+            if users and any(t.untyped_storage().data_ptr() in networks_own for t in ts if t.numel()):
+                continue
             n = sum(t.nbytes for t in ts)
             if not private or n<=limit:
                 kept[k] = data
@@ -179,7 +183,8 @@ def _set_value(old, new):
     if isinstance(old, random.Random): old.setstate(new)
     elif isinstance(old, np.random.Generator): old.bit_generator.state = new
     elif isinstance(old, (np.random.RandomState,torch.Generator)): old.set_state(new)
-    elif isinstance(old, nn.Parameter) and isinstance(new, torch.Tensor) and old.shape==new.shape: old.data.copy_(new)
+    elif isinstance(old, nn.Parameter) and isinstance(new, torch.Tensor) and old.shape==new.shape:
+        old.data.copy_(new)
     elif isinstance(old, Metric) or _has_state_dict(old): _set_memory(old, new)
     elif isinstance(old, dict) and type(old)!=type(new):
         old.clear()
@@ -211,7 +216,8 @@ def callback_memory(
     for c in cbs:
         kept,gone = _memory(c, start and start[0].get(id(c), {}), limit)
         res.append((type(c).__name__, kept))
-        if lost is not None: lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
+        if lost is not None:
+            lost.update({f'{k} of {type(c).__name__} ({what})': c for k,what in gone.items()})
     return res
 
 # %% ../../nbs/06f_training.state.ipynb #f81d80dd

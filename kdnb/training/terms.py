@@ -126,8 +126,9 @@ def after_batch(self:LossTerm) -> None:
     self.learn.yb = ()
 
 # %% ../../nbs/06d_training.terms.ipynb #0f9f7e80
-_nothing_trained = ('nothing is trained: no batch of this training has targets, and no term has a weight over 0. '
-                    'Give a term a weight, such as KD(T=4)*.9, or a loader whose batches have targets.')
+_nothing_trained = ('nothing is trained: no batch of this training has targets, and no term has a '
+                    'weight over 0. Give a term a weight, such as KD(T=4)*.9, or a loader whose '
+                    'batches have targets.')
 
 # %% ../../nbs/06d_training.terms.ipynb #cd3759fc
 @patch

@@ -30,8 +30,11 @@ def noise_params(
 ) -> list[nn.Parameter]:
     "Means and log-variances of γ, and log-variances of weights"
     own = 'gamma','gamma_logvar','weight_logvar','bias_logvar'
-    noisy = [m for m in model.modules() if isinstance(m, (Gate,NoisyLayer))]
-    return [p for m in noisy for n,p in m._parameters.items() if n in own and p is not None]
+    res = []
+    for m in model.modules():
+        if not isinstance(m, (Gate,NoisyLayer)): continue
+        res += [p for n,p in m._parameters.items() if n in own and p is not None]
+    return res
 
 # %% ../../nbs/22_variational.callback.ipynb #42681a1c
 def train_size(
@@ -40,14 +43,14 @@ def train_size(
     "Number of training samples. Raises `ValueError` if it is not known."
     try: return len(dls.train.dataset)
     except (TypeError,AttributeError):
-        raise ValueError('the size of the training set is unknown (a stream?). KL must be divided by it: '
-                         'use data with a length.') from None
+        raise ValueError('the size of the training set is unknown (a stream?). '
+                         'KL must be divided by it: use data with a length.') from None
 
 # %% ../../nbs/22_variational.callback.ipynb #e62815c7
 def kl_schedule(
     end:float, # Weight at its highest
     warmup:float, # Fraction of training over which it rises from 0
-    cooldown:tuple|None, # `(start, end)`, fractions of training between which it falls to 0 again; None: it stays
+    cooldown:tuple|None, # `(start, end)`, fractions of training between which it falls to 0; None: not
     pct:float, # Progress of training, from 0 to 1
 ) -> float:
     "The weight of the KL at `pct`: a straight rise, and half a cosine down"
@@ -63,12 +66,14 @@ def _check_fractions(warmup, cooldown):
     if not 0 <= warmup <= 1:
         raise ValueError(f'warmup is {warmup}, expected a fraction of training between 0 and 1.')
     if cooldown is not None and not (len(cooldown)==2 and 0 <= cooldown[0] < cooldown[1] <= 1):
-        raise ValueError(f'cooldown is {cooldown}, expected (start, end): two rising fractions of training.')
+        raise ValueError(f'cooldown is {cooldown}, expected (start, end): '
+                         'two rising fractions of training.')
 
 # %% ../../nbs/22_variational.callback.ipynb #03c54886
 def _check_number(w, what):
     "Refuse a schedule where a number is meant"
-    if callable(w): raise ValueError(f'{what} is a schedule, expected a number. `weight` takes a schedule.')
+    if callable(w):
+        raise ValueError(f'{what} is a schedule, expected a number. `weight` takes a schedule.')
     check_weight(w, what)
 
 # %% ../../nbs/22_variational.callback.ipynb #4a749fa1
@@ -82,19 +87,19 @@ def _by_gate(model, weights):
 
 # %% ../../nbs/22_variational.callback.ipynb #6598ae10
 class VariationalSparsifier(LossTerm):
-    """Add the KL of a variational network, over the size of the training set, to the loss (Ming et al. 2020, eq. 7)
+    """Add KL/N, the KL of a variational network over the number of samples (Ming et al. 2020, eq. 7)
 
-    Raises `ValueError` for weights and fractions that are none, and, before training starts, where there is no
-    variational layer, a gate or layer is not there, or the optimiser has no group for the noise."""
+    Raises `ValueError` for weights and fractions that are none, and, before training starts, where a
+    layer or gate is not there, or the optimiser has no group for the noise."""
     own_group = True      # the noise has a parameter group of its own, the optimiser's first
     def __init__(self,
         weight:float|Callable=1., # Weight of KL/N (Ming et al. 2020: 1-λ), or a schedule of it
-        gamma_weight:float|dict=1., # Weight of the groups' KL within KL, more prunes harder; or `{gate: weight}`
+        gamma_weight:float|dict=1., # Weight of the groups' KL, more prunes harder; or `{gate: weight}`
         theta_weight:float=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup:float=.2, # Fraction of training over which the weight rises from 0
-        cooldown:tuple|None=None, # `(start, end)`, fractions of training between which it falls to 0 again
-        gamma_lr:float=10., # Learning rate of γ and log-variances, as a multiple of that of the last group
-        cap:float|dict=.2, # Largest posterior standard deviation of the first layer's weights, or `{path: largest}`
+        cooldown:tuple|None=None, # `(start, end)`, fractions of training between which it falls to 0
+        gamma_lr:float=10., # Learning rate of the noise, as a multiple of that of the last group
+        cap:float|dict=.2, # Largest standard deviation of the first layer's weights, or `{path: largest}`
     ):
         check_weight(weight)
         _check_fractions(warmup, cooldown)
@@ -104,8 +109,10 @@ class VariationalSparsifier(LossTerm):
         _check_number(gamma_lr, 'gamma_lr')
         schedule = weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown)
         super().__init__(self._kl, schedule, name='kl')
-        self.gamma_weight,self.theta_weight = gamma_weight,theta_weight
-        self.gamma_lr,self.cap = gamma_lr,cap
+        self.gamma_weight = gamma_weight
+        self.theta_weight = theta_weight
+        self.gamma_lr = gamma_lr
+        self.cap = cap
         self.cooldown = cooldown
         self.closed = False           # are the groups that are noise closed for good?
         self.log_alphas = []          # `{path: log α}` after each epoch
@@ -123,35 +130,6 @@ class VariationalSparsifier(LossTerm):
         "What the group of its own holds"
         return noise_params(model)
 
-# %% ../../nbs/22_variational.callback.ipynb #003d5092
-@patch
-def before_fit(self:VariationalSparsifier):
-    self._noisy = unwrap(self.model)
-    if not variational_layers(self._noisy):
-        raise ValueError('this network has no variational layer. '
-                         'Convert it: Learner(dls, to_variational(model), ...).')
-    self._each_gate = isinstance(self.gamma_weight, dict)
-    self._kls = KL(self._noisy, _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None)
-    self._N = train_size(self.dls)
-    self._caps = _caps(self._noisy, self.cap)
-    self._warned,self.closed = set(),False
-    for p in noise_params(self._noisy): p.requires_grad_()
-    super(VariationalSparsifier, self).before_fit()
-
-# %% ../../nbs/22_variational.callback.ipynb #fb5d5772
-@patch
-def before_train(self:VariationalSparsifier):
-    if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
-    super(VariationalSparsifier, self).before_train()
-    if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
-        raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), which would '
-                         'come back when the KL falls. Use cooldown=None.')
-    self._has_group = {id(p) for p in self.opt.param_lists[0]}=={id(p) for p in noise_params(self.model)}
-    if not self._has_group and self.gamma_lr!=1:
-        raise ValueError('γ has no parameter group of its own, since the optimiser was made before this callback '
-                         'came. Give it to the Learner (cbs=VariationalSparsifier()), or use gamma_lr=1.')
-    if self._has_group: self.opt.set_hyper('wd', [0.] + [h['wd'] for h in self.opt.hypers[1:]])
-
 # %% ../../nbs/22_variational.callback.ipynb #5518780d
 def _caps(model, cap):
     "`[(log-variance, largest)]` of the layers that are capped"
@@ -168,18 +146,45 @@ def _caps(model, cap):
         res += [(p, 2*math.log(c)) for p in ps if p is not None]
     return res
 
+# %% ../../nbs/22_variational.callback.ipynb #003d5092
+@patch
+def before_fit(self:VariationalSparsifier):
+    "Look at the network once"
+    self._noisy = unwrap(self.model)
+    if not variational_layers(self._noisy):
+        raise ValueError('this network has no variational layer. '
+                         'Convert it: Learner(dls, to_variational(model), ...).')
+    self._each_gate = isinstance(self.gamma_weight, dict)
+    weights = _by_gate(self._noisy, self.gamma_weight) if self._each_gate else None
+    self._kls = KL(self._noisy, weights)
+    self._N = train_size(self.dls)
+    self._caps = _caps(self._noisy, self.cap)
+    self._warned = set()
+    self.closed = False
+    for p in noise_params(self._noisy): p.requires_grad_()
+    super(VariationalSparsifier, self).before_fit()
+
+# %% ../../nbs/22_variational.callback.ipynb #fb5d5772
+@patch
+def before_train(self:VariationalSparsifier):
+    "Refuse what could not prune, and take weight decay off the noise"
+    if not self._trained and self.epoch==0 and is_training(self.learn): self.log_alphas = []
+    super(VariationalSparsifier, self).before_train()
+    if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
+        raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), '
+                         'which would come back when the KL falls. Use cooldown=None.')
+    noise = noise_params(self.model)
+    self._has_group = {*map(id, self.opt.param_lists[0])}=={*map(id, noise)}
+    if not self._has_group and self.gamma_lr!=1:
+        raise ValueError('γ has no parameter group of its own, since the optimiser was made before '
+                         'this callback came. Give it to the Learner '
+                         '(cbs=VariationalSparsifier()), or use gamma_lr=1.')
+    if self._has_group: self.opt.set_hyper('wd', [0.] + [h['wd'] for h in self.opt.hypers[1:]])
+
 # %% ../../nbs/22_variational.callback.ipynb #d791b614
 def _rate_groups(opt):
     "Dicts that hold the learning rates an optimiser's step will use, one a parameter group"
     return opt.opt.param_groups if isinstance(opt, OptimWrapper) else opt.hypers
-
-# %% ../../nbs/22_variational.callback.ipynb #791e6ceb
-@patch
-def before_step(self:VariationalSparsifier):
-    if not self._has_group: return
-    groups = _rate_groups(self.opt)
-    self._usual_lr = groups[0]['lr']
-    groups[0]['lr'] = groups[-1]['lr']*self.gamma_lr
 
 # %% ../../nbs/22_variational.callback.ipynb #f89c6a71
 @patch
@@ -188,15 +193,34 @@ def _put_lr_back(self:VariationalSparsifier):
     if self._usual_lr is not None: _rate_groups(self.opt)[0]['lr'] = self._usual_lr
     self._usual_lr = None
 
+# %% ../../nbs/22_variational.callback.ipynb #791e6ceb
+@patch
+def before_step(self:VariationalSparsifier):
+    "Let the noise move faster in this step"
+    if not self._has_group: return
+    groups = _rate_groups(self.opt)
+    self._usual_lr = groups[0]['lr']
+    groups[0]['lr'] = groups[-1]['lr']*self.gamma_lr
+
 # %% ../../nbs/22_variational.callback.ipynb #3b28ffa1
 @patch
-def after_cancel_batch(self:VariationalSparsifier): self._put_lr_back()
+def after_cancel_batch(self:VariationalSparsifier):
+    "The usual learning rate again: no step is taken"
+    self._put_lr_back()
 
-# %% ../../nbs/22_variational.callback.ipynb #94d42fba
+# %% ../../nbs/22_variational.callback.ipynb #20513fe9
 @patch
-def before_batch(self:VariationalSparsifier):
-    waits = self.training and self.cooldown and not self.closed
-    if waits and self.progress>=self.cooldown[0]: self._close()
+def after_step(self:VariationalSparsifier):
+    "The usual learning rate again, and no variance above its cap"
+    self._put_lr_back()
+    for p,cap in self._caps: p.data.clamp_(max=cap)
+
+# %% ../../nbs/22_variational.callback.ipynb #0fb1aeec
+@patch
+def put_back(self:VariationalSparsifier) -> None:
+    "Also after an error: learning rates, and what the term has changed"
+    super(VariationalSparsifier, self).put_back()
+    self._put_lr_back()
 
 # %% ../../nbs/22_variational.callback.ipynb #ad6249af
 @patch
@@ -207,18 +231,12 @@ def _close(self:VariationalSparsifier):
     for n,m in noise_groups(self._noisy).items():
         if isinstance(m, Gate): m.close(masks[n])
 
-# %% ../../nbs/22_variational.callback.ipynb #20513fe9
+# %% ../../nbs/22_variational.callback.ipynb #94d42fba
 @patch
-def after_step(self:VariationalSparsifier):
-    self._put_lr_back()
-    for p,cap in self._caps: p.data.clamp_(max=cap)
-
-# %% ../../nbs/22_variational.callback.ipynb #0fb1aeec
-@patch
-def put_back(self:VariationalSparsifier) -> None:
-    "Also after an error: learning rates, and what the term has changed"
-    super(VariationalSparsifier, self).put_back()
-    self._put_lr_back()
+def before_batch(self:VariationalSparsifier):
+    "Close the groups when `cooldown` begins"
+    waits = self.training and self.cooldown and not self.closed
+    if waits and self.progress>=self.cooldown[0]: self._close()
 
 # %% ../../nbs/22_variational.callback.ipynb #b396119d
 def cut_fraction(
@@ -243,31 +261,6 @@ def columns(self:VariationalSparsifier) -> dict[str,Callable]:
                groups=lambda: float(sum(o.sum() for o in masks().values())))
     return super(VariationalSparsifier, self).columns() | own
 
-# %% ../../nbs/22_variational.callback.ipynb #c7f0bdb7
-@patch
-def after_epoch(self:VariationalSparsifier):
-    if not (self._trained and is_training(self.learn)): return
-    las = {n: o.cpu().clone() for n,o in log_alphas(self._noisy).items()}
-    self.log_alphas.append(las)
-    if bad := [n for n,o in las.items() if not o.isfinite().all()]:
-        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} (counted from 0): '
-                                 'training has diverged. Use a smaller learning rate, gamma_lr or gamma_weight.')
-    if empty := [n for n,o in las.items() if (o>0).all()]:
-        self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): the layer is being emptied. '
-                   'Use a smaller gamma_weight, or a longer warmup.')
-    if self.pct_train>=.5 and not any((o>0).any() for o in las.values()): self._warn_idle()
-
-# %% ../../nbs/22_variational.callback.ipynb #8bc4eeed
-@patch
-def _warn_idle(self:VariationalSparsifier):
-    "Half of the training is over, and nothing has become noise: why?"
-    if not self.opt.frozen_idx:
-        self._warn('half of training is over and no group has become noise (log α over 0): nothing is being '
-                   'pruned. Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
-    elif self.n_epoch>1:
-        self._warn('γ is frozen with the body of the network: nothing is being pruned. '
-                   'Call learn.unfreeze() first.')
-
 # %% ../../nbs/22_variational.callback.ipynb #8907b0fe
 @patch
 def _warn(self:VariationalSparsifier, message):
@@ -275,11 +268,38 @@ def _warn(self:VariationalSparsifier, message):
     if message not in self._warned: warnings.warn(message)
     self._warned.add(message)
 
+# %% ../../nbs/22_variational.callback.ipynb #8bc4eeed
+@patch
+def _warn_idle(self:VariationalSparsifier):
+    "Half of the training is over, and nothing has become noise: why?"
+    if not self.opt.frozen_idx:
+        self._warn('half of training is over and no group has become noise (log α over 0): nothing '
+                   'is being pruned. Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
+    elif self.n_epoch>1:
+        self._warn('γ is frozen with the body of the network: nothing is being pruned. '
+                   'Call learn.unfreeze() first.')
+
+# %% ../../nbs/22_variational.callback.ipynb #c7f0bdb7
+@patch
+def after_epoch(self:VariationalSparsifier):
+    "Record log α, and see whether it prunes"
+    if not (self._trained and is_training(self.learn)): return
+    las = {n: o.cpu().clone() for n,o in log_alphas(self._noisy).items()}
+    self.log_alphas.append(las)
+    if bad := [n for n,o in las.items() if not o.isfinite().all()]:
+        raise FloatingPointError(f'log α of {bad[0]!r} is not finite in epoch {self.epoch} '
+                                 '(counted from 0): training has diverged. '
+                                 'Use a smaller learning rate, gamma_lr or gamma_weight.')
+    if empty := [n for n,o in las.items() if (o>0).all()]:
+        self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): '
+                   'the layer is being emptied. Use a smaller gamma_weight, or a longer warmup.')
+    if self.pct_train>=.5 and not any((o>0).any() for o in las.values()): self._warn_idle()
+
 # %% ../../nbs/22_variational.callback.ipynb #919b1eda
 @patch
 @_takes_T
 def compress(self:Learner,
-    limit:float|dict|str|None=None, # On log α: number, `{gate: number}`, 'valley', 'gap', or 'accuracy' (of validation)
+    limit:float|dict|str|None=None, # On log α: number, `{gate: number}`, 'valley', 'gap', 'accuracy'
     max_drop:float=.002, # Validation accuracy that 'accuracy' may cost, a fraction
 ) -> nn.Module:
     """The plain, physically smaller network that this learner's variational network has become
@@ -294,5 +314,5 @@ def compress(self:Learner,
 def paper_optimizer(
     lr:float=.003, # Learning rate
 ) -> dict:
-    "Arguments of `Learner` for the optimiser of Ming et al. 2020 (IV-A): SGD with momentum .5, no weight decay"
+    "Arguments of `Learner` for the optimiser of Ming et al. 2020 (IV-A): SGD, momentum .5, no decay"
     return dict(opt_func=partial(SGD, mom=.5), lr=lr, wd=0.)

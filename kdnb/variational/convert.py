@@ -6,23 +6,18 @@
 __all__ = ['to_variational']
 
 # %% ../../nbs/21_variational.convert.ipynb #c15738a0
-import math,warnings
-from collections.abc import Iterable
-import pandas as pd, torch
+import warnings
+import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
-from ..channels.shrink import shrink
 from ..features.capture import layer_shapes
-from ..measure.outputs import accuracy_on,split_batch
-from ..measure.counts import n_weights
 from ..core import inputs
 from ..layers import weighted
 from .gates import Gate,Gates
-from .layers import GroupConv2d,GroupLayer,GroupLinear,VDConv2d,VDLayer,VDLinear,log_alphas
-from .layers import noise_groups,variational_layers
+from .layers import GroupConv2d,GroupLinear,VDConv2d,VDLinear,variational_layers
 
 # %% ../../nbs/21_variational.convert.ipynb #c754c857
 def _linears(m):
@@ -53,15 +48,18 @@ def _one_to_one(part, n):
 def _axis(n, parts):
     "The gate itself if it is alone and in order"
     every = torch.arange(n)
-    if len(parts)==1 and torch.equal(parts[0][1], every) and torch.equal(parts[0][2], every): return parts[0][0]
+    gate,at,unit = parts[0]
+    if len(parts)==1 and torch.equal(at, every) and torch.equal(unit, every): return gate
     return Gates(n, parts)
 
 # %% ../../nbs/21_variational.convert.ipynb #fa544b47
 def _coupled(model, data):
-    "One gate for each group of coupled channels, wherever they are read, and one for positions of linear layers"
-    parts,stays = {p: [] for p,m in model.named_modules() if _dense(m)},[]
+    "A gate for each group of coupled channels, wherever they are read, and for positions of linear layers"
+    parts = {p: [] for p,m in model.named_modules() if _dense(m)}
+    stays = []
     for g in channel_groups(model, data):
-        why = g.stays or ('they are read or made by a grouped convolution' if g.blocks is not None else None)
+        why = g.stays
+        if g.blocks is not None: why = why or 'they are read or made by a grouped convolution'
         if odd := [p.path for p in g.readers if p.path not in parts]:
             why = why or f'{odd[0]} is no nn.Linear or nn.Conv2d'
         if why:
@@ -85,23 +83,25 @@ def _refuse(model, data):
     owners = {}
     for path,m in model.named_modules(remove_duplicate=False):
         if isinstance(m, _odd):
-            raise ValueError(f'{path or "the network"} is a {type(m).__name__}: recurrent and attention layers use '
-                             'their weights where no γ reaches them. Sparsify the part of the network without '
-                             'them, or prune this one.')
+            raise ValueError(f'{path or "the network"} is a {type(m).__name__}: '
+                             'recurrent and attention layers use their weights where no γ reaches '
+                             'them. Sparsify the part of the network without them, or prune this '
+                             'one.')
         first,o = owners.setdefault(id(m._parameters.get('weight', m)), (path,m))
         if first!=path and any(_linears(l) or isinstance(l, nn.Conv2d) for l in (m,o)):
-            raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve both. '
-                             'Give each a weight of its own.')
+            raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve '
+                             'both. Give each a weight of its own.')
     if data is None: return
     ran = layer_shapes(model, inputs(data, model)).index
     if (twice := [p for p in ran[ran.duplicated()] if _dense(model.get_submodule(p))]):
-        raise ValueError(f'layer {twice[0]!r} runs more than once in a pass: one γ cannot serve all of its inputs. '
-                         'Use a layer for each place.')
+        raise ValueError(f'layer {twice[0]!r} runs more than once in a pass: '
+                         'one γ cannot serve all of its inputs. Use a layer for each place.')
 
 # %% ../../nbs/21_variational.convert.ipynb #21c0de02
 def _gates(model, data, groups):
     "The kind of `groups`, and `{path: gate}` of it"
-    default,has_linears = groups is None,any(map(_linears, model.modules()))
+    default = groups is None
+    has_linears = any(map(_linears, model.modules()))
     has_convs = any(_dense(m) and not _linears(m) for m in model.modules())
     if default: groups = 'channels' if data is not None and has_convs else 'neurons'
     if groups=='weights': return groups,{}
@@ -114,18 +114,6 @@ def _gates(model, data, groups):
     if gates or not (default and has_linears): return groups,gates
     return 'neurons',_each(model, _linears)
 
-# %% ../../nbs/21_variational.convert.ipynb #1393cc5a
-def _say_share(model, data):
-    "Warn if most weights of `model` will stay whatever happens"
-    layers,gated = [m for m in model.modules() if isinstance(m, weighted)],variational_layers(model)
-    share = sum(m.weight.numel() for m in gated.values())/sum(m.weight.numel() for m in layers)
-    if share>=.8: return
-    hint = ('Convolutions get them where there is data to trace with: to_variational(learn), or pass DataLoaders '
-            'or a batch as data.'
-            if data is None and any(map(_dense, set(layers)-set(gated.values()))) else
-            'The others are of kinds that have none, or channel_groups(model, data) says why their channels stay.')
-    warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} layers get gates. {hint}')
-
 # %% ../../nbs/21_variational.convert.ipynb #4bad2234
 def _convert(m, gate, noise, single):
     "Make layer `m` noisy, in place"
@@ -136,33 +124,58 @@ def _convert(m, gate, noise, single):
     if single: return m._add_noise()
     m._add_noise(noise, gate if gate is None else gate.to(w.device, w.dtype))
 
+# %% ../../nbs/21_variational.convert.ipynb #1393cc5a
+def _say_share(model, data):
+    "Warn if most weights of `model` will stay whatever happens"
+    layers = [m for m in model.modules() if isinstance(m, weighted)]
+    gated = variational_layers(model)
+    share = sum(m.weight.numel() for m in gated.values())/sum(m.weight.numel() for m in layers)
+    if share>=.8: return
+    hint = ('The others are of kinds that have none, or channel_groups(model, data) says why their '
+            'channels stay.')
+    if data is None and any(map(_dense, set(layers)-set(gated.values()))):
+        hint = ('Convolutions get them where there is data to trace with: '
+                'to_variational(learn), or pass DataLoaders or a batch as data.')
+    warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} '
+                  f'layers get gates. {hint}')
+
+# %% ../../nbs/21_variational.convert.ipynb #9cf3bd8f
+def _refuse_all(model, groups):
+    "Raise: no layer of `model` could have gates of this kind"
+    hint = ''
+    if groups=='neurons' and any(map(_dense, model.modules())): hint = " Try groups='channels'."
+    kinds = 'nn.Linear' if groups=='neurons' else 'nn.Linear or nn.Conv2d'
+    raise ValueError(f'{type(model).__name__} has no {kinds} layer whose inputs could be removed: '
+                     f'there is nothing to group.{hint}')
+
 # %% ../../nbs/21_variational.convert.ipynb #5a319e15
 def to_variational(
     model:nn.Module|Learner, # Trained network, or the `Learner` that holds it and its data
-    data:DataLoaders|Learner|torch.Tensor|tuple|None=None, # Data to trace with, as `groups='channels'` needs them
-    groups:str|None=None, # What shares a γ: 'neurons', 'channels', 'inputs', 'weights'; if None 'channels' with data
+    data:DataLoaders|Learner|torch.Tensor|tuple|None=None, # To trace with, for `groups='channels'`
+    groups:str|None=None, # Of each γ: 'neurons', 'channels', 'inputs', 'weights'; None: by layers and data
     noise:str='group', # 'group': γ is random; 'full': every weight of these layers too
     init_from_pretrained:bool=True, # Start from the weights of `model`; False draws new ones
 ) -> nn.Module:
-    """A copy of `model` with gates, that computes what `model` does; single weights with `groups='weights'`
+    """A copy of `model` with gates, or with noise on single weights, that computes what `model` does
 
     Raises `ValueError` if it is variational already, or if there is no layer that could be."""
-    ways = None,'neurons','channels','inputs','weights'
-    if groups not in ways: raise ValueError(f'groups is {groups!r}. There are {", ".join(ways[1:])}.')
-    if isinstance(model, Learner): model,data = model.model,model.dls if data is None else data
+    ways = 'neurons','channels','inputs','weights'
+    if groups is not None and groups not in ways:
+        raise ValueError(f'groups is {groups!r}. There are {", ".join(ways)}.')
+    if isinstance(model, Learner):
+        data = model.dls if data is None else data
+        model = model.model
     if isinstance(data, Learner): data = data.dls
     if variational_layers(model): raise ValueError('this network is variational already.')
     if groups=='channels' and data is None:
-        raise ValueError("groups='channels' follows channels through the network: pass DataLoaders or a batch as data.")
+        raise ValueError("groups='channels' follows channels through the network: "
+                         'pass DataLoaders or a batch as data.')
     model = plain_copy(model)
     _refuse(model, data)
-    asked,(groups,gates) = groups,_gates(model, data, groups)
+    asked = groups
+    groups,gates = _gates(model, data, groups)
     which = _linears if groups=='neurons' else _dense
-    if not gates and (groups!='weights' or not any(map(which, model.modules()))):
-        hint = " Try groups='channels'." if groups=='neurons' and any(map(_dense, model.modules())) else ''
-        kinds = 'nn.Linear' if groups=='neurons' else 'nn.Linear or nn.Conv2d'
-        raise ValueError(f'{type(model).__name__} has no {kinds} layer whose inputs could be removed: '
-                         f'there is nothing to group.{hint}')
+    if not gates and (groups!='weights' or not any(map(which, model.modules()))): _refuse_all(model, groups)
     for path,m in list(model.named_modules()):
         if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../../nbs/20_variational.gates.ipynb #7f16913f
 _half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
@@ -19,7 +20,8 @@ _half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
 def _exact_kl(la):
     "The exact KL for log α `la`, in double precision"
     m2 = torch.exp(-la)                       # (μ/σ)²
-    lam,big = (m2/2).clamp(max=50),m2.clamp(min=100)
+    lam = (m2/2).clamp(max=50)
+    big = m2.clamp(min=100)
     j = torch.arange(160, dtype=la.dtype, device=la.device)
     logp = j*lam[...,None].log() - lam[...,None] - torch.lgamma(j+1)
     short = (logp.exp()*torch.digamma(j+.5)).sum(-1)
@@ -31,7 +33,7 @@ def group_kl(
     log_alpha:torch.Tensor, # log σ²/μ² of each group, any shape
     exact:bool=False, # The exact form (slower) instead of the sigmoid form
 ) -> torch.Tensor:
-    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, same shape as `log_alpha` (Ming et al. 2020, eq. 10-12)"
+    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
 
@@ -91,23 +93,23 @@ class HalfSquare(torch.autograd.Function):
         ctx.save_for_backward(*ps)
         return .5*torch.stack(torch._foreach_norm(ps)).square().sum()
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple: return tuple(torch._foreach_mul(ctx.saved_tensors, g))
-
-# %% ../../nbs/20_variational.gates.ipynb #9417549c
-def _recomputing():
-    "Does a backward pass run this layer once more (activation checkpointing)?"
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+    def backward(ctx:object, g:torch.Tensor) -> tuple:
+        return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.gates.ipynb #1d6f78a9
 class Gate(nn.Module):
-    "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers that share a gate see one draw in a pass"
+    "Scales γ ~ N(`gamma`, exp(`gamma_logvar`)) of `n` groups; layers with one gate see one draw"
     def __init__(self,
         n:int, # How many groups there are
     ):
         super().__init__()
-        self.n,self._normal,self._first,self._seen = n,None,None,set()
-        self.gamma,self.gamma_logvar = nn.Parameter(torch.ones(n)),nn.Parameter(torch.full((n,), -9.))
+        self.n = n
+        self.gamma = nn.Parameter(torch.ones(n))
+        self.gamma_logvar = nn.Parameter(torch.full((n,), -9.))
         self.register_buffer('open', torch.ones(n))     # 0 where a group is closed for good
+        self._normal = None      # the numbers of this pass
+        self._first = None       # the layer with which a pass begins
+        self._seen = set()       # layers that have them already
 
     @property
     def mean(self) -> torch.Tensor:
@@ -127,19 +129,6 @@ class Gate(nn.Module):
         "log σ²/μ² of each group (n,)"
         return log_alpha(self.gamma, self.gamma_logvar)
 
-    def draw(self,
-        layer:nn.Module, # The layer that asks
-        *bs:int, # How many examples; one γ for all if it is not given
-    ) -> torch.Tensor:
-        "γ for `layer` in this pass (n,), or of every example (bs, n)"
-        me,z = id(layer),self._normal
-        self._first = self._first or me     # where a pass begins
-        fits = z is not None and z.shape[:-1]==bs and z.device==self.gamma.device
-        if me==self._first or not fits or (me in self._seen and not _recomputing()):
-            self._normal,self._seen = torch.randn(*bs, self.n, device=self.gamma.device, dtype=self.gamma.dtype),set()
-        self._seen.add(me)
-        return Draw.apply(self.gamma, self.gamma_logvar, self._normal, self.open)
-
     def of(self,
         f:Callable, # Function of a gate
     ) -> torch.Tensor:
@@ -150,6 +139,28 @@ class Gate(nn.Module):
         "The number of groups, for the representation"
         return str(self.n)
 
+# %% ../../nbs/20_variational.gates.ipynb #9417549c
+def _recomputing():
+    "Does a backward pass run this layer once more (activation checkpointing)?"
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+
+# %% ../../nbs/20_variational.gates.ipynb #14445137
+@patch
+def draw(self:Gate,
+    layer:nn.Module, # The layer that asks
+    *bs:int, # How many examples; one γ for all if it is not given
+) -> torch.Tensor:
+    "γ for `layer` in this pass (n,), or of every example (bs, n)"
+    me = id(layer)
+    z = self._normal
+    self._first = self._first or me     # where a pass begins
+    fits = z is not None and z.shape[:-1]==bs and z.device==self.gamma.device
+    if me==self._first or not fits or (me in self._seen and not _recomputing()):
+        self._normal = torch.randn(*bs, self.n, device=self.gamma.device, dtype=self.gamma.dtype)
+        self._seen = set()
+    self._seen.add(me)
+    return Draw.apply(self.gamma, self.gamma_logvar, self._normal, self.open)
+
 # %% ../../nbs/20_variational.gates.ipynb #b8da0b83
 class Gates(nn.Module):
     "Several gates on one axis of `n` places: of each, place `at[i]` is scaled by group `unit[i]`"
@@ -158,8 +169,10 @@ class Gates(nn.Module):
         parts:list, # `(gate, at, unit)` of each gate
     ):
         super().__init__()
-        self.n,self.gates = n,nn.ModuleList(g for g,_,_ in parts)
-        for i,(_,at,unit) in enumerate(parts): self.register_buffer(f'places{i}', torch.stack([at, unit]))
+        self.n = n
+        self.gates = nn.ModuleList(g for g,_,_ in parts)
+        for i,(_,at,unit) in enumerate(parts):
+            self.register_buffer(f'places{i}', torch.stack([at, unit]))
 
     def of(self,
         f:Callable, # Function of a gate
@@ -167,7 +180,8 @@ class Gates(nn.Module):
         "The product of `f(gate)`, a number for each group, on this axis"
         res = 1.
         for i,g in enumerate(self.gates):
-            (at,unit),v = getattr(self, f'places{i}'),f(g)
+            at,unit = getattr(self, f'places{i}')
+            v = f(g)
             res = res*v.new_ones(*v.shape[:-1], self.n).index_copy(-1, at, v[...,unit])
         return res
     def extra_repr(self) -> str:

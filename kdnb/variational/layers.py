@@ -16,14 +16,15 @@ from .gates import Gate,GroupKL,HalfSquare,log_alpha
 
 # %% ../../nbs/20a_variational.layers.ipynb #aecaa929
 class AddNoise(torch.autograd.Function):
-    "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient instead of three"
+    "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient"
     @staticmethod
     def forward(ctx:object,
         mean:torch.Tensor, # Any shape
         var:torch.Tensor, # Of the same shape
     ) -> torch.Tensor:
         tiny = 1e-6 if var.dtype==torch.float16 else 1e-12     # 1/σ must fit
-        normal,sd = torch.randn_like(mean),torch.sqrt(var.float() + tiny)
+        normal = torch.randn_like(mean)
+        sd = torch.sqrt(var.float() + tiny)
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
@@ -31,20 +32,24 @@ class AddNoise(torch.autograd.Function):
 
 # %% ../../nbs/20a_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
-    "Mixed into `nn.Linear` and `nn.Conv2d`; `_add_noise` makes a plain layer noisy in place, `_settle` plain again"
+    "Mixed into `nn.Linear` and `nn.Conv2d`; `_add_noise` makes a layer noisy in place, `_settle` plain"
     def _product(self, x, weight, bias):
+        "The plain layer's outputs with these weights"
         if isinstance(self, nn.Linear): return F.linear(x, weight, bias)
         return self._conv_forward(x, weight, bias)
 
     def _add_logvars(self, names):
         for n in ('weight','bias'):
             p = getattr(self, n) if n in names else None
-            self.register_parameter(f'{n}_logvar', None if p is None else nn.Parameter(torch.full_like(p, -9.)))
+            if p is not None: p = nn.Parameter(torch.full_like(p, -9.))
+            self.register_parameter(f'{n}_logvar', p)
 
     def _var(self, name):
         "Variance of the weights or of the bias; 0 where a mask holds the parameter at 0"
-        logvar,mask = getattr(self, f'{name}_logvar'),self._buffers.get(f'{name}_mask')
-        return None if logvar is None else logvar.exp() if mask is None else logvar.exp()*mask
+        logvar = getattr(self, f'{name}_logvar')
+        mask = self._buffers.get(f'{name}_mask')
+        if logvar is None: return None
+        return logvar.exp() if mask is None else logvar.exp()*mask
 
     @torch.no_grad()
     def _settle(self, weight, bias):
@@ -60,10 +65,13 @@ class NoisyLayer:
 class GroupLayer(NoisyLayer):
     "A layer with gates on its inputs or outputs"
     def _add_noise(self, noise='group', inputs=None, outputs=None):
-        if noise not in ('group','full'): raise ValueError(f"noise is {noise!r}, expected 'group' or 'full'.")
+        if noise not in ('group','full'):
+            raise ValueError(f"noise is {noise!r}, expected 'group' or 'full'.")
         if inputs is not None and getattr(self, 'groups', 1)!=1:
-            raise ValueError(f'a convolution in {self.groups} groups has no gate on its inputs. Put it on its outputs.')
-        self.noise,self.inputs,self.outputs = noise,inputs,outputs
+            raise ValueError(f'a convolution in {self.groups} groups has no gate on its inputs. '
+                             'Put it on its outputs.')
+        self.noise = noise
+        self.inputs,self.outputs = inputs,outputs
         self._add_logvars(('weight','bias') if noise=='full' else ())
         return self
 
@@ -71,9 +79,12 @@ class GroupLayer(NoisyLayer):
         f:Callable, # Function of a gate
     ) -> tuple:
         "`f` of the gates, in shapes that broadcast over the weight and over the bias"
-        ones,w,b = (1,)*(self.weight.ndim-2),1.,1.
+        ones = (1,)*(self.weight.ndim-2)
+        w = b = 1.
         if self.inputs is not None: w = self.inputs.of(f).view(1, -1, *ones)
-        if self.outputs is not None: w,b = w*(b := self.outputs.of(f)).view(-1, 1, *ones),b
+        if self.outputs is not None:
+            b = self.outputs.of(f)
+            w = w*b.view(-1, 1, *ones)
         return w,b
 
     def scaled(self,
@@ -102,13 +113,17 @@ def _full(self:GroupLayer, x):
     if self.inputs is not None: x = x*scale(self.inputs, x)
     mean = self._product(x, self.weight, self.bias)
     var = self._product(x**2, self._var('weight'), self._var('bias'))
-    if self.outputs is not None: mean,var = mean*(s := scale(self.outputs, mean)),var*s**2
+    if self.outputs is not None:
+        s = scale(self.outputs, mean)
+        mean = mean*s
+        var = var*s**2
     return AddNoise.apply(mean, var)
 
 # %% ../../nbs/20a_variational.layers.ipynb #2d4ee646
 def _gate_on(axis, n_in, n_out):
     "A new gate for one side of a layer"
-    if axis not in ('inputs','outputs'): raise ValueError(f"axis is {axis!r}, expected 'inputs' or 'outputs'.")
+    if axis not in ('inputs','outputs'):
+        raise ValueError(f"axis is {axis!r}, expected 'inputs' or 'outputs'.")
     return {axis: Gate(n_in if axis=='inputs' else n_out)}
 
 # %% ../../nbs/20a_variational.layers.ipynb #39056984
@@ -126,7 +141,7 @@ class GroupLinear(GroupLayer, nn.Linear):
 
 # %% ../../nbs/20a_variational.layers.ipynb #1e73f001
 class GroupConv2d(GroupLayer, nn.Conv2d):
-    "`nn.Conv2d` with a gate on its filters (`axis='outputs'`) or on its inputs; `noise` is 'group' or 'full'"
+    "`nn.Conv2d` with a gate on its filters (`axis='outputs'`) or inputs; `noise` is 'group' or 'full'"
     def __init__(self,
         in_channels:int, # As in `nn.Conv2d`
         out_channels:int, # As in `nn.Conv2d`
@@ -201,7 +216,9 @@ def log_alphas(
 # %% ../../nbs/20a_variational.layers.ipynb #649d0500
 def _all(layers, *names):
     "The tensors of these names that the `layers` have"
-    return [p for m in layers for n in names if (p := getattr(m, n)) is not None]
+    res = []
+    for m in layers: res += [getattr(m, n) for n in names if getattr(m, n) is not None]
+    return res
 
 # %% ../../nbs/20a_variational.layers.ipynb #f3a9615a
 class KL:
@@ -210,33 +227,37 @@ class KL:
     Raises `ValueError` if there is no variational layer."""
     def __init__(self,
         model:nn.Module, # Variational network
-        weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
+        weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 if not there
     ):
         self.weight = weight or {}
         def of(kind): return [m for m in model.modules() if isinstance(m, kind)]
-        self.gates,self.singles,self.layers = of(Gate),of(VDLayer),of(GroupLayer)
+        self.gates,self.singles,self.layers = map(of, (Gate,VDLayer,GroupLayer))
         if not self.gates+self.singles+self.layers:
-            raise ValueError('there is no variational layer. Convert the network with to_variational.')
+            raise ValueError('there is no variational layer. Convert the network with '
+                             'to_variational.')
         self.each = 1.      # weight of each group of the gates
         if weight and self.gates:
-            self.each = torch.cat([g.gamma.new_full((g.n,), self.weight.get(g, 1.)) for g in self.gates])
+            def each(g): return g.gamma.new_full((g.n,), self.weight.get(g, 1.))
+            self.each = torch.cat(list(map(each, self.gates)))
 
     def __call__(self) -> tuple[torch.Tensor,torch.Tensor]:
         "KL of all groups, and of weights and biases: two scalars"
         groups = torch.tensor(0.)
-        for m in self.singles: groups = groups + GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.))
+        for m in self.singles:
+            groups = groups + GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.))
         if self.gates:
             mu,logvar = (torch.cat(_all(self.gates, o)) for o in ('gamma','gamma_logvar'))
             groups = groups + GroupKL.apply(mu, logvar, self.each)
-        weights = _all(self.layers, 'weight', 'bias')      # looked up each time: a masked one is a product
+        weights = _all(self.layers, 'weight', 'bias')      # each time: a masked one is a product
         theta = HalfSquare.apply(*weights) if weights else torch.zeros_like(groups)
-        for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'): theta = theta + .5*(lv.exp()-lv-1).sum()
+        for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'):
+            theta = theta + .5*(lv.exp()-lv-1).sum()
         return groups,theta
 
 # %% ../../nbs/20a_variational.layers.ipynb #521fb511
 def kl(
     model:nn.Module, # Variational network
-    weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 for those that are not there
+    weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 if not there
 ) -> tuple[torch.Tensor,torch.Tensor]:
     "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
     return KL(model, weight)()

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import nn
 from fastai.learner import Learner
 from ..core import unwrap
+from ..drawing import weight_image
 from ..layers import weighted
 from .layers import log_alphas
 from .threshold import _takes_T,threshold,threshold_curve
@@ -24,12 +25,15 @@ def plot_log_alpha(
     n:int=4, # Number of epochs shown
     figsize:tuple=(10,2.2), # Inches
 ) -> np.ndarray:
-    "Histograms of log α over the epochs, noise in another colour (Ming et al. 2020, Figure 4); returns the axes"
-    values = [torch.cat([o.flatten() for o in las.values()]).numpy() for las in log_alphas]
+    "Histograms of log α over the epochs, noise in another colour (Ming et al. 2020, Figure 4)"
+    def flat(las): return torch.cat([o.flatten() for o in las.values()]).numpy()
+    values = list(map(flat, log_alphas))
     shown = np.unique(np.linspace(0, len(values)-1, min(n, len(values))).round().astype(int))
     limit = threshold(log_alphas[-1]) if limit is None else limit
-    edges = np.linspace(min(values[i].min() for i in shown), max(values[i].max() for i in shown), 50)
-    axs = plt.subplots(1, len(shown), figsize=figsize, sharey=True, squeeze=False, layout='constrained')[1][0]
+    every = np.concatenate([values[i] for i in shown])
+    edges = np.linspace(every.min(), every.max(), 50)
+    axs = plt.subplots(1, len(shown), figsize=figsize, sharey=True, squeeze=False,
+                       layout='constrained')[1][0]
     for ax,i in zip(axs, shown):
         bars = ax.hist(values[i], bins=edges)[2]
         for left,bar in zip(edges, bars): bar.set_facecolor('C0' if left<limit else 'C1')
@@ -51,7 +55,8 @@ def plot_kept(
     ax = ax or plt.subplots(figsize=figsize, layout='constrained')[1]
     for n,last in log_alphas[-1].items():
         share = [(las[n]<limit).float().mean().item() for las in log_alphas]
-        ax.plot(range(1, len(share)+1), share, label=f'{n}: {int((last<limit).sum())} of {last.numel()}')
+        label = f'{n}: {int((last<limit).sum())} of {last.numel()}'
+        ax.plot(range(1, len(share)+1), share, label=label)
     ax.set(xlabel='epoch', ylabel='groups kept (fraction)', ylim=(0,1.02))
     ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1,.5))
     return ax
@@ -74,8 +79,9 @@ def weight_pictures(
     model:nn.Module, # Masked network (`to_deterministic`)
     layers:list|None=None, # Paths of linear layers and convolutions; all if None
 ) -> dict[str,np.ndarray]:
-    "`{layer: array (outputs, inputs)}` of the weights as they act: 0 where cut; a kernel is one number, its norm"
-    found = {n: m for n,m in model.named_modules() if isinstance(m, weighted) and getattr(m, 'groups', 1)==1}
+    "`{layer: array (outputs, inputs)}` of the weights as they act, 0 where cut; of a kernel its norm"
+    found = {n: m for n,m in model.named_modules() if isinstance(m, weighted)}
+    found = {n: m for n,m in found.items() if getattr(m, 'groups', 1)==1}
     is_chain = isinstance(model, nn.Sequential) and not any('.' in n for n in found)
     chain = dict(zip(found, list(found.values())[1:])) if is_chain else {}
     res = {n: _picture(found[n].weight).clone() for n in layers or found}
@@ -85,23 +91,21 @@ def weight_pictures(
 # %% ../../nbs/23_variational.show.ipynb #ae3c2099
 def _show_weights(ax, name, w):
     "One matrix: white where it is cut, red and blue for signs, red alone for norms"
-    top = np.quantile(np.abs(w), .99) or 1.
-    are_norms = w.min()>=0
-    cmap = plt.get_cmap('Reds' if are_norms else 'RdBu_r').with_extremes(bad='white')
-    ax.imshow(np.ma.masked_equal(w, 0), cmap=cmap, vmin=0 if are_norms else -top, vmax=top,
-              aspect='auto', interpolation='nearest')
     rows,cols = ((w!=0).any(axis).sum() for axis in (1,0))
+    n_out,n_in = w.shape
+    ax.imshow(weight_image(w), extent=(-.5,n_in-.5,n_out-.5,-.5), aspect='auto', interpolation='nearest')
     ax.set(title=f'{name}: {rows} × {cols} kept', xlabel='inputs', ylabel='outputs')
 
 # %% ../../nbs/23_variational.show.ipynb #0704f74c
 def plot_weights(
-    model:nn.Module|dict, # Masked network (`to_deterministic`), or what `weight_pictures` made of it
+    model:nn.Module|dict, # Masked network (`to_deterministic`), or its `weight_pictures`
     layers:list|None=None, # Paths of linear layers and convolutions; all if None
     figsize:tuple|None=None, # Inches
 ) -> np.ndarray:
-    "Weight matrices, outputs down, inputs across, white where cut (Ming et al. 2020, Figure 5); returns the axes"
+    "Weight matrices, outputs down, inputs across, white where cut (Ming et al. 2020, Figure 5)"
     found = model if isinstance(model, dict) else weight_pictures(model, layers)
-    rows,cols = math.ceil(len(found)/4),min(len(found), 4)
+    rows = math.ceil(len(found)/4)
+    cols = min(len(found), 4)
     figsize = figsize or (3.2*cols, 2.8*rows)
     axs = plt.subplots(rows, cols, figsize=figsize, squeeze=False, layout='constrained')[1].ravel()
     for ax,(name,w) in zip(axs, found.items()): _show_weights(ax, name, w)
@@ -129,7 +133,7 @@ def plot_threshold(
 
 # %% ../../nbs/23_variational.show.ipynb #d875e16b
 class ThresholdExplorer:
-    "A slider over the threshold on log α, with what is left at each: groups, weights, validation accuracy"
+    "A slider over the threshold on log α, with the groups, weights and accuracy that are left at each"
     def __init__(self,
         learn:Learner, # Its network is variational
         n:int=20, # Number of thresholds
@@ -147,24 +151,11 @@ class ThresholdExplorer:
     ) -> str:
         "What is left at the threshold of the curve that is nearest to `limit`, in words"
         row = self.curve.loc[self._nearest(self.limit if limit is None else limit)]
-        gates = ', '.join(f'{k} {int(v)}' for k,v in row.items() if k not in ('groups','weights','accuracy'))
-        return f'T = {row.name:.2f}: {int(row.weights):,} weights, validation accuracy {row.accuracy:.4f} ({gates})'
+        gates = row.drop(['groups','weights','accuracy']).items()
+        gates = ', '.join(f'{k} {int(v)}' for k,v in gates)
+        return (f'T = {row.name:.2f}: {int(row.weights):,} weights, '
+                f'validation accuracy {row.accuracy:.4f} ({gates})')
 
-    def widget(self) -> object:
-        "Slider and text, as an ipywidgets box; needs ipywidgets"
-        import ipywidgets as w
-        options = [(f'{t:.2f}', t) for t in self.curve.index]
-        slider = w.SelectionSlider(options=options, value=self.limit, description='log α <')
-        text = w.HTML(self.describe())
-        def moved(change):
-            self.limit = change['new']
-            text.value = self.describe()
-        slider.observe(moved, 'value')
-        return w.VBox([slider, text])
-
-    def compress(self) -> nn.Module:
-        "The small network at the present threshold"
-        return self.learn.compress(self.limit)
     def plot(self) -> tuple:
         "The curve, with the present threshold marked"
         return plot_threshold(self.curve, self.limit)
@@ -173,6 +164,26 @@ class ThresholdExplorer:
         "The present threshold, as it was called before"
         return self.limit
     def __repr__(self): return self.describe()
+
+# %% ../../nbs/23_variational.show.ipynb #28a53ecd
+@patch
+def widget(self:ThresholdExplorer) -> object:
+    "Slider and text, as an ipywidgets box; needs ipywidgets"
+    import ipywidgets as w
+    options = [(f'{t:.2f}', t) for t in self.curve.index]
+    slider = w.SelectionSlider(options=options, value=self.limit, description='log α <')
+    text = w.HTML(self.describe())
+    def moved(change):
+        self.limit = change['new']
+        text.value = self.describe()
+    slider.observe(moved, 'value')
+    return w.VBox([slider, text])
+
+# %% ../../nbs/23_variational.show.ipynb #7914174e
+@patch
+def compress(self:ThresholdExplorer) -> nn.Module:
+    "The small network at the present threshold"
+    return self.learn.compress(self.limit)
 
 # %% ../../nbs/23_variational.show.ipynb #46178080
 @patch

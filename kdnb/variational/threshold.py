@@ -37,22 +37,24 @@ def _gap(v, low, high):
 # %% ../../nbs/21a_variational.threshold.ipynb #b0730d34
 def threshold(
     log_alpha:torch.Tensor|list|dict, # Tensor, or the tensors of several layers in a list or dict
-    how:str='valley', # Least dense place between the two clusters, or the middle of the widest 'gap' there
+    how:str='valley', # The least dense place between the clusters, or the middle of the widest 'gap'
     per_layer:bool=False, # A threshold for each entry of the dict `log_alpha`
 ) -> float|dict:
-    """Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict of them
+    """Where signal ends: a value of log α between its two clusters (Ming et al. 2020, IV-B), or a dict
 
     Raises `ValueError` if `how` is not known."""
     if how not in ('valley','gap'): raise ValueError(f"how is {how!r}, expected 'valley' or 'gap'.")
     if per_layer: return {n: threshold(o, how) for n,o in log_alpha.items()}
-    v = (log_alpha.values() if isinstance(log_alpha, dict)
-         else [log_alpha] if isinstance(log_alpha, torch.Tensor) else log_alpha)
-    v = torch.cat([o.detach().double().flatten().cpu() for o in v]).sort().values
+    parts = log_alpha.values() if isinstance(log_alpha, dict) else log_alpha
+    if isinstance(log_alpha, torch.Tensor): parts = [log_alpha]
+    v = torch.cat([o.detach().double().flatten().cpu() for o in parts]).sort().values
     if len(v)<2 or v[0]==v[-1]: return 0.
     n = torch.arange(1, len(v), dtype=v.dtype)
-    left,right = v.cumsum(0)[:-1]/n,(v.sum()-v.cumsum(0)[:-1])/(len(v)-n)
+    sums = v.cumsum(0)[:-1]
+    left = sums/n      # means of the first n and of the others
+    right = (v.sum()-sums)/(len(v)-n)
     i = (n*(len(v)-n)*(right-left)**2).argmax()
-    low,high = left[i],right[i]
+    low,high = (o[i] for o in (left,right))
     if high<0 or low>0: return 0.
     return _gap(v, low, high) if how=='gap' else _valley(v, low, high)
 
@@ -62,8 +64,8 @@ def _takes_T(f):
     @wraps(f)
     def g(*args, **kwargs):
         if 'T' in kwargs:
-            warnings.warn(f'T of {f.__name__} is called limit now; the old name goes with the next version.',
-                          FutureWarning, stacklevel=2)
+            warnings.warn(f'T of {f.__name__} is called limit now; the old name goes with the next '
+                          'version.', FutureWarning, stacklevel=2)
             kwargs['limit'] = kwargs.pop('T')
         return f(*args, **kwargs)
     return g
@@ -73,7 +75,8 @@ def _limits(las, model, limit):
     "The threshold of each entry of `las`"
     if isinstance(limit, dict):
         if limit.keys()!=las.keys():
-            raise ValueError(f'thresholds are given for {sorted(limit)}, expected one for each of {sorted(las)}.')
+            raise ValueError(f'thresholds are given for {sorted(limit)}, '
+                             f'expected one for each of {sorted(las)}.')
         return limit
     if not (limit is None or isinstance(limit, str)): return dict.fromkeys(las, float(limit))
     gates = {n: o for n,o in las.items() if isinstance(model.get_submodule(n), Gate)}
@@ -84,17 +87,18 @@ def _limits(las, model, limit):
 @_takes_T
 def kept(
     model:nn.Module, # Variational network
-    limit:float|dict|str|None=None, # On log α: a number, `{gate: number}`, 'valley' (None) or 'gap' of all gates
+    limit:float|dict|str|None=None, # On log α: number, `{gate: number}`, 'valley' (None) or 'gap'
 ) -> dict[str,torch.Tensor]:
     """`{path of a gate: mask}` of the groups that stay, those with log α below `limit`
 
-    Raises `ValueError` if there is nothing variational, log α is not finite, or a layer would be empty."""
+    Raises `ValueError` if nothing is variational, log α is not finite, or a layer would be empty."""
     las = log_alphas(model)
     if not las:
         raise ValueError('this network has no variational layer. '
                          'Convert it with to_variational(model) and train it first.')
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
-        raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. Use a smaller learning rate.')
+        raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. '
+                         'Use a smaller learning rate.')
     limits = _limits(las, model, limit)
     for n,o in las.items():
         open = getattr(model.get_submodule(n), 'open', None)
@@ -102,8 +106,9 @@ def kept(
     masks = {n: o < limits[n] for n,o in las.items()}
     for n in [n for n,mask in masks.items() if not mask.any()]:
         if not (limit is None or isinstance(limit, str)):
-            raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is {las[n].min():.2f}. '
-                             'Choose a larger threshold, or None for the valley.')
+            raise ValueError(f'threshold {limits[n]:g} empties {n!r}, whose smallest log α is '
+                             f'{las[n].min():.2f}. Choose a larger threshold, or None for the '
+                             'valley.')
         masks[n].view(-1)[las[n].argmin()] = True
     return masks
 
@@ -122,7 +127,7 @@ def to_deterministic(
     def plain(m):
         if isinstance(m, GroupLayer): return m.scaled(lambda g: g.mean*mask[g])
         return m.weight*mask[m],m.bias
-    plains = [(m, plain(m)) for m in variational_layers(model).values()]      # all, before the first gate goes
+    plains = [(m, plain(m)) for m in variational_layers(model).values()]      # before a gate goes
     for m,(weight,bias) in plains: m._settle(weight, bias)
     return model
 
@@ -132,13 +137,16 @@ def threshold_curve(
     dl:Iterable, # Validation data; never the test set
     n:int=20, # Number of thresholds, from the lowest that empties no layer to the highest log α
 ) -> pd.DataFrame:
-    """By threshold, that of the valley included: groups kept, weights of the shrunken network, its accuracy on `dl`
+    """By threshold, the valley included: groups kept, weights of the shrunken network, accuracy on `dl`
 
     The groups of each gate stand in a column of its name."""
     xb,_ = split_batch(next(iter(dl)), getattr(dl, 'n_inp', None))
-    las,rows = log_alphas(model),[]
-    low,high = (max(f(o) for o in las.values()).item() for f in (torch.min, torch.max))
-    limits = torch.linspace(low, high+1e-3, n+1)[1:].tolist() + [o for o in [threshold(las)] if low<o<high]
+    las = log_alphas(model)
+    low = max(o.min() for o in las.values()).item()
+    high = max(o.max() for o in las.values()).item()
+    limits = torch.linspace(low, high+1e-3, n+1)[1:].tolist()
+    limits += [o for o in [threshold(las)] if low<o<high]
+    rows = []
     for limit in sorted(limits):
         small = shrink(to_deterministic(model, limit), xb)
         groups = {k: int(o.sum()) for k,o in kept(model, limit).items()}
@@ -153,7 +161,7 @@ def accuracy_threshold(
     max_drop:float=.002, # Accuracy that may be lost, a fraction
     n:int=20, # Number of thresholds tried
 ) -> float:
-    "The lowest threshold that costs at most `max_drop` of the accuracy that all groups together have on `dl`"
+    "The lowest threshold that costs at most `max_drop` of the accuracy that all groups have on `dl`"
     curve = threshold_curve(model, dl, n)
     return float(curve.index[curve.accuracy>=curve.accuracy.iloc[-1]-max_drop][0])
 
@@ -164,10 +172,11 @@ def weight_variance(
 ) -> torch.Tensor:
     "Posterior variance of each weight of a variational layer, in its shape"
     if isinstance(layer, VDLayer): return layer.weight_logvar.exp()
-    def square(g): return (g.gamma.double()**2 + g.gamma_logvar.double().exp())*g.open   # float32 has too few digits
+    def mean(g): return g.mean.double()      # float32 has too few digits
+    def square(g): return (g.gamma.double()**2 + g.gamma_logvar.double().exp())*g.open
     w = layer.weight.double()
     var = w**2 + (0. if layer.weight_logvar is None else layer.weight_logvar.double().exp())
-    return (var*layer.scales(square)[0] - (w*layer.scales(lambda g: g.mean.double())[0])**2).to(layer.weight)
+    return (var*layer.scales(square)[0] - (w*layer.scales(mean)[0])**2).to(layer.weight)
 
 # %% ../../nbs/21a_variational.threshold.ipynb #ab767b38
 @_takes_T
@@ -175,15 +184,18 @@ def weight_bits(
     model:nn.Module, # Variational network
     limit:float|dict|str|None=None, # Threshold on log α, see `kept`
 ) -> pd.DataFrame:
-    "`DataFrame` of weights kept, bits for each and bytes in all, a row per variational layer and a total"
-    rows,plain = {},to_deterministic(model, limit)
+    "Weights kept, bits for each and bytes in all, a row per variational layer and a total"
+    plain = to_deterministic(model, limit)
+    rows = {}
     for n,m in variational_layers(model).items():
         w = plain.get_submodule(n).weight.detach()
         alive = w!=0
         if not alive.any(): continue
         steps = (2*w.abs().max()/(12*weight_variance(m)[alive].mean()).sqrt()).item()
         bits = min(32, math.ceil(math.log2(steps+1))) if math.isfinite(steps) else 32
-        rows[n] = dict(weights=int(alive.sum()), bits=bits, bytes=math.ceil(int(alive.sum())*bits/8))
+        n_left = int(alive.sum())
+        rows[n] = dict(weights=n_left, bits=bits, bytes=math.ceil(n_left*bits/8))
     df = pd.DataFrame.from_dict(rows, orient='index', dtype=float).rename_axis('layer')
-    df.loc['total'] = [df.weights.sum(), round(df.bytes.sum()*8/df.weights.sum(), 1), df.bytes.sum()]
+    total = df.sum()
+    df.loc['total'] = [total.weights, round(total.bytes*8/total.weights, 1), total.bytes]
     return df.astype(dict(weights=int, bytes=int))

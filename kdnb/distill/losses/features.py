@@ -16,19 +16,22 @@ def same_size(
 ) -> tuple[torch.Tensor,torch.Tensor]: # Maps (B, C, H, W), channels may differ
     "Both maps at the smaller of their sizes"
     size = tuple(map(min, f_s.shape[2:], f_t.shape[2:]))
-    return tuple(f if tuple(f.shape[2:])==size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    def pooled(f): return f if tuple(f.shape[2:])==size else F.adaptive_avg_pool2d(f, size)
+    return pooled(f_s),pooled(f_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #6adea114
 def token_grid(
     f:torch.Tensor, # Tokens (B, N, C)
 ) -> torch.Tensor:
-    "Tokens as maps (B, C, h, w) of a square grid, without up to two before it. Raises `ValueError` if `N` is no such number."
+    """Tokens as maps (B, C, h, w) of a square grid, without up to two before it
+
+    Raises `ValueError` if `N` is no such number."""
     n = f.shape[1]
     for first in range(3):
         side = math.isqrt(n-first)
         if side>1 and side**2==n-first: return f[:,first:].mT.unflatten(2, (side,side))
-    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they cannot be compared with another '
-                     'number of tokens or with maps. Choose layers with as many tokens.')
+    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they cannot be compared '
+                     'with another number of tokens or with maps. Choose layers with as many tokens.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #63a29ee4
 def as_maps(
@@ -46,6 +49,21 @@ def _maps(f_s, f_t):
     f_s,f_t = as_maps(f_s, f_t)
     _check_maps(f_s, f_t)
     return same_size(f_s, f_t)
+
+# %% ../../../nbs/10b_distill.losses.features.ipynb #82c404a0
+def token_mask(f, mask):
+    "`mask` if it says which tokens of `f` (B, N, C) count, else None; raises `ValueError` if it is of other tokens"
+    if mask is None or f.ndim!=3 or mask.ndim!=2: return
+    if mask.shape==f.shape[:2]: return mask.bool()
+    if mask.all(): return
+    raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {tuple(f.shape[:2])} for tokens of shape '
+                     f'{tuple(f.shape)}: True for each token that counts.')
+
+# %% ../../../nbs/10b_distill.losses.features.ipynb #4f382f5b
+def shared_mask(f_s, f_t, mask):
+    "`mask` if it says which tokens of both sides count, else None; raises `ValueError` if it is of other tokens than one has"
+    masks = [token_mask(f, mask) for f in (f_s, f_t)]
+    return masks[0] if all(m is not None for m in masks) else None
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #1a63a047
 @in_float32
@@ -107,11 +125,14 @@ def vectors(
     token:str='mean', # Of tokens: 'mean', or the 'class' token, which is the first
     mask:torch.Tensor|None=None, # True for tokens that count in the mean (B, N); None: all
 ) -> torch.Tensor:
-    "A vector per sample (B, D): maps averaged over space, tokens too, or their first; anything else flattened"
+    """A vector per sample (B, D): maps averaged over space, tokens too, or their first; anything else flattened
+
+    Raises `ValueError` if `mask` is of another number of tokens."""
     if f.ndim==4: return f.mean((2,3))
     if f.ndim!=3: return f.flatten(1)
     if token=='class': return f[:,0]
-    if mask is None or mask.shape!=f.shape[:2]: return f.mean(1)
+    mask = token_mask(f, mask)
+    if mask is None: return f.mean(1)
     return (f*mask[...,None]).sum(1)/mask.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #faaff3b4

@@ -19,8 +19,9 @@ def kd(
     """Soft targets: T²·KL(teacher‖student), mean over the batch (Ming et al. 2020, eq. 2)
 
     Raises `ValueError` if the shapes differ."""
-    check_T(T); z_s,z_t = _check_logits(z_s, z_t)
-    lp_s,lp_t = ((z/T).mT.log_softmax(-2) for z in (z_s, z_t))   # over few classes much faster than along the last dimension
+    check_T(T)
+    z_s,z_t = _check_logits(z_s, z_t)
+    lp_s,lp_t = ((z/T).mT.log_softmax(-2) for z in (z_s, z_t))   # of few classes faster than along the last dimension
     return F.kl_div(lp_s, lp_t, reduction='sum', log_target=True)/len(z_s)*T**2
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #4a8e35de
@@ -69,12 +70,14 @@ def dkd(
     """Decoupled distillation: T²·(α TCKD + β NCKD), mean over the batch (Zhao et al. 2022)
 
     Raises `ValueError` if `y` are no numbers of classes."""
-    check_T(T); z_s,z_t = _check_logits(z_s, z_t)
+    check_T(T)
+    z_s,z_t = _check_logits(z_s, z_t)
     if y.is_floating_point() or y.numel()!=len(z_s):
         raise ValueError(f'DKD needs the number of the right class of each sample, but targets are {y.dtype} of shape '
                          f'{tuple(y.shape)}. Use KD for soft labels, BinaryKD for several labels, LogitsMSE for numbers.')
     (right_s,others_s),(right_t,others_t) = (_split(z/T, y.flatten().long()) for z in (z_s, z_t))
-    tckd,nckd = (F.kl_div(*o, reduction='batchmean', log_target=True) for o in ((right_s,right_t), (others_s,others_t)))
+    tckd = F.kl_div(right_s, right_t, reduction='batchmean', log_target=True)
+    nckd = F.kl_div(others_s, others_t, reduction='batchmean', log_target=True)
     return T**2*(alpha*tckd + beta*nckd)
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #58d05f81
@@ -119,7 +122,9 @@ def mix_softmax(
     shares:list[float], # The weight of each, of sum 1
     T:float=1., # Temperature at which they are compared, > 0
 ) -> torch.Tensor:
-    "Logits whose softmax at temperature `T` is the weighted mean of theirs. Raises `ValueError` if `T` is no temperature."
+    """Logits whose softmax at temperature `T` is the weighted mean of theirs
+
+    Raises `ValueError` if `T` is no temperature."""
     check_T(T)
     d = class_dim(zs[0])
     lps = [(z/T).log_softmax(d) + math.log(a) for z,a in zip(zs, shares) if a]
@@ -132,10 +137,14 @@ def mix_sigmoid(
     shares:list[float], # The weight of each, of sum 1
     T:float=1., # Temperature at which they are compared, > 0
 ) -> torch.Tensor:
-    "Logits whose sigmoid at temperature `T` is the weighted mean of theirs. Raises `ValueError` if `T` is no temperature."
+    """Logits whose sigmoid at temperature `T` is the weighted mean of theirs
+
+    Raises `ValueError` if `T` is no temperature."""
     check_T(T)
-    yes,no = (torch.stack([F.logsigmoid(sign*z/T) + math.log(a) for z,a in zip(zs, shares) if a]).logsumexp(0) for sign in (1,-1))
-    return T*(yes-no)
+    def mean(sign):
+        lps = [F.logsigmoid(sign*z/T) + math.log(a) for z,a in zip(zs, shares) if a]
+        return torch.stack(lps).logsumexp(0)
+    return T*(mean(1)-mean(-1))
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #f07bcc8b
 def counted(

@@ -13,7 +13,7 @@ import torch
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #84c2d8ca
 def at_least_float32(
-    o:object, # A tensor, or a list, tuple or dict of them
+    o:object, # A tensor, or a list or tuple of them
 ) -> object:
     "A plain tensor of float32 or more for each tensor in `o`"
     if isinstance(o, (tuple,list)): return tuple(map(at_least_float32, o))
@@ -64,19 +64,23 @@ def class_dim(
     "The dimension of the classes"
     return 1 if z.ndim>3 else -1
 
-def _rows(z): return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z
+# %% ../../../nbs/10_distill.losses.shared.ipynb #ba21dabf
+def _rows(z):
+    "Logits of places as those of so many samples (N, C)"
+    return z.movedim(class_dim(z), -1).flatten(0, -2) if z.ndim>2 else z
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #c4f3ed2c
 def _check_logits(z_s, z_t, least=2):
     "The logits of student and teacher as (N, C)"
-    z_s,z_t,*shapes = _rows(z_s),_rows(z_t),tuple(z_t.shape),tuple(z_s.shape)
-    if shapes[0]!=shapes[1]:
+    shape_s,shape_t = tuple(z_s.shape),tuple(z_t.shape)
+    z_s,z_t = _rows(z_s),_rows(z_t)
+    if shape_s!=shape_t:
         raise ValueError(f'teacher gives {z_t.shape[-1]} outputs, student {z_s.shape[-1]} '
-                         f'(shapes {shapes[0]} and {shapes[1]}): logits are compared class by class. '
+                         f'(shapes {shape_t} and {shape_s}): logits are compared class by class. '
                          'Use a teacher with the same classes.')
     if z_s.shape[-1]<least:
-        raise ValueError('the networks give one number for each sample: there are no classes whose probabilities could be '
-                         'compared. Use LogitsMSE, or compare features.')
+        raise ValueError('the networks give one number for each sample: there are no classes whose probabilities could '
+                         'be compared. Use LogitsMSE, or compare features.')
     return z_s,z_t
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #ab8337f0
@@ -93,5 +97,6 @@ def check_batch(
 # %% ../../../nbs/10_distill.losses.shared.ipynb #1d798340
 def _check_maps(*fs):
     for f in fs:
-        if f.ndim!=4: raise ValueError(f'features have shape {tuple(f.shape)}, expected maps (B, C, H, W). '
-                                       'Choose a convolutional layer, or a loss that compares vectors.')
+        if f.ndim==4: continue
+        raise ValueError(f'features have shape {tuple(f.shape)}, expected maps (B, C, H, W). '
+                         'Choose a convolutional layer, or a loss that compares vectors.')
