@@ -35,7 +35,8 @@ def _check(how, n_epoch, steps, round_to, criterion, tries, fresh=0.):
             raise ValueError(f'{k} is {v!r}, expected a whole number, {least} or more.')
     if isinstance(fresh, bool) or not isinstance(fresh, Real) or not 0<=fresh<=1:
         raise ValueError(f'fresh is {fresh!r}, expected the part of the weights that is drawn anew, from 0 to 1.')
-    if fresh and not n_epoch: raise ValueError(f'fresh is {fresh:g} and n_epoch 0: fresh weights know nothing before they are trained.')
+    if fresh and not n_epoch:
+        raise ValueError(f'fresh is {fresh:g} and n_epoch 0: fresh weights know nothing before they are trained.')
     if how!='variational': return
     if n_epoch<2: raise ValueError(f"n_epoch is {n_epoch}, and how='variational' trains gates before the cut: 2 or more.")
     if steps>1: raise ValueError(f"steps is {steps}, and how='variational' cuts once: what is left has no gates any more.")
@@ -100,12 +101,12 @@ def compress_to(self:Learner,
     bytes:float|str|None=None, # Limit on parameters and buffers in bytes, likewise
     ms:float|str|None=None, # Limit on the time for a validation batch, a fraction or '3ms': a median on one thread
     runtime:str='torch', # Where `ms` is measured: 'torch', or 'onnx' for onnxruntime
-    max_drop:float|None=None, # Instead: what the first metric on the validation set may lose, .005 for half a point; the smallest network is searched
+    max_drop:float|None=None, # Instead: what the first metric may lose on the validation set, .005 for half a point
     how:str='sensitivity', # Which channels go: by 'sensitivity', 'uniform', 'global' or 'variational'
     n_epoch:int=5, # Epochs of distillation from the dense network, all in all
     steps:int=1, # In how many cuts
     round_to:int|None=None, # Widths are multiples of it, or those of now
-    lr:float|None=None, # Largest learning rate; if None the learner's, which is little: about twice that of the dense network is good
+    lr:float|None=None, # Largest learning rate; if None the learner's, which is often too little
     terms:object=None, # What is distilled, a term or a sum of them; if None what the task asks for
     task:float|None=None, # Weight of the task loss, see `KnowledgeDistillation`
     fresh:float=0., # Part of the weights that is drawn anew after each cut, from 0 (kept) to 1 (from nothing)
@@ -139,7 +140,8 @@ def _check_max_drop(learn, limits, max_drop):
     if not learn.metrics: raise ValueError('max_drop needs a metric: Learner(..., metrics=accuracy).')
     number = isinstance(max_drop, Real) and not isinstance(max_drop, bool) and 0<=max_drop<math.inf
     if not re.search(_percent, name := learn.metrics[0].name):
-        if not number: raise ValueError(f'max_drop is {max_drop!r}, expected a number in the unit of {name}, 0 or more.')
+        if not number:
+            raise ValueError(f'max_drop is {max_drop!r}, expected a number in the unit of {name}, 0 or more.')
         return
     if number and .5<=max_drop<=1:
         raise ValueError(f'max_drop is {max_drop:g}: half of the samples or more. For {max_drop:g} points write {max_drop/100:g}.')

@@ -37,7 +37,9 @@ def _built(dense):
 # %% ../../nbs/40b_export.build.ipynb #8e73872a
 def _is_ours(model):
     "Was `model` built just now, without data and of plain layers? Then it needs no copy"
-    def plain(m): return not (is_parametrized(m) or hasattr(m, 'fold_masks') or m._forward_pre_hooks or m._state_dict_hooks)
+    def plain(m):
+        computed = is_parametrized(m) or hasattr(m, 'fold_masks')
+        return not (computed or m._forward_pre_hooks or m._state_dict_hooks)
     params = [*model.parameters()]
     return bool(params) and all(p.is_meta for p in params) and all(map(plain, model.modules()))
 
