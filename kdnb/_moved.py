@@ -19,7 +19,7 @@ SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations c
          'distill.callback': 'distill.learner distill.show distill.seen',
          'distill.task': 'distill.adapter',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
-         'sweep.worker': 'sweep.trial', 'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
+         'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 
 def _finds(module, places, warn=False):
     "Let `module` look for what it lacks in the modules `places`"

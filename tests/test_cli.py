@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from common import X, Y
 from PIL import Image
-from kdnb import cli
+from kdnb.cli import command,commands
 from kdnb.all import *
 from kdnb.cli import main
 
@@ -266,8 +266,7 @@ def test_what_is_handed_to_the_recipe(monkeypatch, tmp_path, capsys):
 
 def test_each_folder_has_a_name_of_its_own(photos, tmp_path):
     from kdnb.cli import parser
-    from kdnb.cli.commands import _load_data
-    def name(o): return _load_data(parser().parse_args(['compress','--data',str(o)]))[1]
+    def name(o): return commands._load_data(parser().parse_args(['compress','--data',str(o)]))[1]
     for o in ('a.v1','a.v2'): shutil.copytree(photos, tmp_path/o)
     (tmp_path/'a.v1'/'labels.csv').rename(tmp_path/'a.v1'/'mine.csv')
     assert [name(tmp_path/o) for o in ('a.v2','a.v2/labels.csv','a.v1/mine.csv')]==['a.v2','a.v2','mine']
@@ -287,11 +286,11 @@ assert not {'torch','numpy','matplotlib'} & {*sys.modules}'''
     from kdnb.recipes.registry import shipped
     res = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
     for o in (*shipped, '--n-per-class', 'Training images a class', 'labels.csv', 'kdnb compress --data', '--seeds', 'goes on where it stopped', 'KDNB_DATA'): assert o in res.stdout
-    assert max(map(len, cli._help.splitlines()+cli._compress_help.splitlines()))<=120
+    assert max(map(len, command._help.splitlines()+command._compress_help.splitlines()))<=120
 
 def test_a_size_is_for_image_sets_too():
     for size,shape in ((None,(1,8,8)), ((4,4),(1,4,4))):
-        dls,name = cli._load_data(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
+        dls,name = commands._load_data(SimpleNamespace(data='digits', size=size, bs=None, pad=0, flip=False, model=None))
         assert dls.in_shape==shape and name=='digits'
 
 def test_a_trained_network_to_a_budget(run, photos, capsys, tmp_path):

@@ -121,9 +121,9 @@ class Verdict:
 
     @property
     def spreads(self) -> float:
-        "The mean difference in units of its spread: 0 if there is none, infinite if it is the same with every seed"
-        if abs(self.mean)<1e-9: return 0.
-        return math.inf if self.std<1e-9 else abs(self.mean)/self.std
+        "The mean difference in units of its spread; what is printed as 0.00 is none"
+        if abs(self.mean)<.005: return 0.
+        return math.inf if self.std<.005 else abs(self.mean)/self.std
 
     @property
     def holds(self) -> bool|None:

@@ -48,6 +48,15 @@ def value(self:Run,
     wait_for_all()
     return known()['value']
 
+# %% ../../nbs/50f_recipes.run.ipynb #3ac58cc0
+@patch
+def _save_exhibit(self:Run, id_, e):
+    path = self.path/'exhibits'/f'{id_}.safetensors'
+    if self.rank: return
+    try: same = fingerprint(load_state(path))==fingerprint(vars(e))
+    except (ValueError,OSError): same = False
+    if not same: save_state(path, vars(e))
+
 # %% ../../nbs/50f_recipes.run.ipynb #4e31d01f
 @patch
 def exhibit(self:Run,
@@ -64,15 +73,6 @@ def exhibit(self:Run,
     self._shown[id_] = e
     if not self.finished: self._save_exhibit(id_, e)
     self._write()
-
-# %% ../../nbs/50f_recipes.run.ipynb #3ac58cc0
-@patch
-def _save_exhibit(self:Run, id_, e):
-    path = self.path/'exhibits'/f'{id_}.safetensors'
-    if self.rank: return
-    try: same = fingerprint(load_state(path))==fingerprint(vars(e))
-    except (ValueError,OSError): same = False
-    if not same: save_state(path, vars(e))
 
 # %% ../../nbs/50f_recipes.run.ipynb #9b2ab368
 def _latencies(models, dls):
