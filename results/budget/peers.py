@@ -4,16 +4,18 @@ from functools import partial
 from kdnb.all import *
 from kdnb.compress.budget import Budget
 from kdnb.compress.cut import cut_to
+from kdnb.compress.learner import mix_fresh
 from kdnb.recipes.run import Run
 from kdnb.recipes.settings import check_epochs,check_settings
 
 OURS,NOTHING,LONGER = 'kdnb','from nothing','from nothing, longer'
+HALF = 'kdnb, half fresh'
 PRUNERS = 'uniform magnitude','global group norm'
 WAYS = OURS,*PRUNERS,NOTHING,LONGER
 
 peers_defaults = dict(
     macs=(.5,.25), # Budgets: fractions of the dense network's multiply-accumulates
-    ways=WAYS, # Which of them; 'longer' has the epochs of the dense network, too
+    ways=WAYS, # Which of them, or HALF; 'longer' has the epochs of the dense network, too
     criterion='magnitude', # What the least worthy channels of a group go by, in kdnb
     update_bn=11, # Training batches for BatchNorm statistics after every cut
     lrs=(3e-3,1e-2), # Largest learning rates that are tried for every small network: Adam, one cycle
@@ -55,7 +57,8 @@ def cut_by(way, learn, limit, s, folder):
     budget = Budget(learn.model, inputs(learn.dls, learn.model), dict(macs=limit))
     if way in PRUNERS: return averaged(within(budget, partial(pruned, way, learn.model, budget.xb[0][:1])), learn.dls, s['update_bn'])
     model = cut_to(learn, budget, 'sensitivity', s['criterion'], update_bn=s['update_bn'], cache=folder, show=False).model
-    if way!=OURS:
+    if way==HALF: mix_fresh(model, .5)
+    elif way!=OURS:
         for m in model.modules():
             if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return model
