@@ -18,6 +18,12 @@ def data_dir():
     if folder := os.environ.get('KDNB_DATA'): return Path(folder)
     pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
 
+@pytest.fixture(scope='session')
+def two_ranks(tmp_path_factory):
+    "What variational training and pruning end with in each of two processes, which are started once: `{name: state}`"
+    import two_processes as ddp
+    return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.NOISY, *ddp.PRUNERS)
+
 def pytest_runtest_setup():
     "A test draws the same numbers whatever ran before it in its process"
     set_seed(0)

@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 import kdnb.recipes.run as run_module
 from kdnb.all import *
 
-KILLS,STAGES = 3,('teacher','student','sparse','small','thin','finish')
+KILLS,STAGES = 5,('teacher','student','sparse','small','thin','finish')
 
 def work(path, pipe=None):
     "The whole run; says on `pipe` which stage begins"

@@ -219,9 +219,10 @@ def test_what_stays(model, why):
     with pytest.raises(ValueError, match="'a' cannot be removed exactly"): remove_channels(model, x, {'a': [0]})
 
 class Recurrent(nn.Module):
-    def __init__(self):
+    def __init__(self, both=True):
         super().__init__()
-        self.l,self.g,self.h,self.f = nn.Linear(32,24),nn.GRU(24,16,batch_first=True),nn.Linear(16,20),nn.Linear(20,10)
+        self.l,self.g = nn.Linear(32,24),nn.GRU(24,8 if both else 16,batch_first=True,bidirectional=both)
+        self.h,self.f = nn.Linear(16,20),nn.Linear(20,10)
     def forward(self, x): return self.f(F.relu(self.h(self.g(F.relu(self.l(x[:,0])))[0][:,-1])))
 
 def test_what_cannot_be_followed_stays_and_the_rest_goes():
@@ -231,6 +232,11 @@ def test_what_cannot_be_followed_stays_and_the_rest_goes():
     s = shrink(m, x)
     assert s.h[1].weight.shape==(15,15) and s.l.out_features==24 and list(s.stays)==['l']
     assert max_difference(s, m, x)<=1e-6
+    m = Recurrent(False)
+    with torch.no_grad():
+        for t in (m.l.weight[:4], m.l.bias[:4]): t.zero_()
+    s = shrink(m, x)
+    assert s.l.out_features==s.g.input_size==20 and not s.stays and max_difference(s, m, x)<=1e-6
 
 class Untraced(nn.Module):
     def __init__(self): super().__init__(); self.a,self.b = nn.Linear(8,6),nn.Linear(6,4)

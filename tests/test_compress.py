@@ -189,6 +189,18 @@ def test_given_terms_and_fit_method():
     assert [n for n in small.learn.recorder.metric_names if 'KD' in n or 'AT' in n]==[]      # the terms are gone after training
     assert max(small.learn.recorder.lrs)==pytest.approx(1e-3)
 
+@pytest.mark.parametrize('fresh', [0,.5,1])
+def test_a_part_of_the_weights_is_fresh(fresh, monkeypatch):
+    "What the table calls 'cut' is the network that kept its weights; the training begins with the mixture"
+    begun = []
+    class Begins(Callback):
+        def before_fit(self): begun.append(self.model.conv2.weight.detach().clone())
+    learn = learner('lenet5')
+    with torch.no_grad(): learn.model.conv2.weight.fill_(1.)
+    small = compress(learn, params=.5, how='uniform', n_epoch=1, fresh=fresh, cbs=Begins(), update_bn=0)
+    assert begun[0].mean().item()==pytest.approx(1-fresh, abs=.02) and (fresh>0)==(begun[0].std().item()>0)
+    with pytest.raises(ValueError, match='fresh is 1.5, expected'): learn.compress_to(macs=.5, fresh=1.5)
+
 def test_masked_and_frozen_networks():
     learn = learner()
     prune_model(learn, .5)

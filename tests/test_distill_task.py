@@ -544,9 +544,9 @@ def test_the_table_is_what_the_classes_say(own):
     with pytest.raises(ValueError, match='weight is -1'): usual_weights['Cosine'] = -1
 
 def test_the_table_is_as_it_was():
-    assert {k: usual_weights[k] for k in vars(kdnb.all) if k in usual_weights}=={k: v for k,v in dict(
-        KD=.9, BinaryKD=.9, LogitsMSE=1., DKD=1., DIST=1., LwF=1., AT=1000., NST=50., SP=3000., PKT=30000., RKD=1., FSP=50., FitNet=100., VID=10., VIDLP=10., CRD=.8, SRRL=1.,
-        SemCKD=400., SimKD=1., DistillToken=.5).items()}
+    assert {k: usual_weights[k] for k in vars(kdnb.all) if k in usual_weights}==dict(
+        KD=.9, BinaryKD=.9, LogitsMSE=1., DKD=1., DIST=1., LwF=1., DistillToken=.5, AT=1000., NST=50., SP=3000., PKT=30000., RKD=1.,
+        FSP=50., FitNet=100., VID=10., VIDLP=10., CRD=.8, SRRL=1., SemCKD=400., SimKD=1., ReviewKD=1., CC=100., ICKD=2.5)
     assert method_names('vid-lp + Similarity + logits')==['VIDLP','SP','LogitsMSE']
 
 

@@ -124,7 +124,8 @@ def test_where_nothing_counts_nothing_is_lost():
         o.head = term.prepare(o)
         assert term(o)==0
 
-@pytest.mark.parametrize('term', [AT('b'), FSP(['b','b']), FitNet('b'), PKT('b'), CRD('b'), SemCKD('b','b')], ids=lambda t: t.name)
+@pytest.mark.parametrize('term', [AT('b'), FSP(['b','b']), FitNet('b'), PKT('b'), CRD('b'), SemCKD('b','b'), ReviewKD(['b','b']), ICKD('b')],
+                         ids=lambda t: t.name)
 def test_masks_that_cannot_be(term):
     o = seen(labels=torch.arange(20)%3, index=torch.arange(B), bs=B)
     o.head = term.prepare(o)
@@ -134,8 +135,8 @@ def test_masks_that_cannot_be(term):
     with pytest.raises(ValueError, match=r'the mask has shape \(4, 16\), expected \(4, 17\)'): term(o)
     o.mask = torch.ones(B,N).bool()
     o.mask[0,3] = False
-    if isinstance(term, SemCKD):
-        with pytest.raises(ValueError, match='SemCKD compares whole layers, and some tokens do not count'): term(o)
+    if isinstance(term, (SemCKD,ReviewKD,ICKD)):
+        with pytest.raises(ValueError, match=f'{type(term).__name__} compares whole layers, and some tokens do not count'): term(o)
     elif isinstance(term, AT):
         o.f_t = {'b': torch.randn(B,8,4,4)}
         with pytest.raises(ValueError, match="layers 'b' and 'b' give tokens and maps"): term(o)

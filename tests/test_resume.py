@@ -21,7 +21,7 @@ def test_killed_in_every_stage_again_and_again(tmp_path):
     out = subprocess.run([sys.executable, Path(__file__).parent/'killed.py', tmp_path, '0'], env=ENV, capture_output=True, text=True, timeout=500)
     assert out.returncode==0, out.stderr[-3000:]
     kills = json.loads(out.stdout.splitlines()[-1])
-    assert sum(kills.values())>=13 and kills.keys()=={'teacher','student','sparse','small','thin','finish'}, kills
+    assert sum(kills.values())>=21 and kills.keys()=={'teacher','student','sparse','small','thin','finish'}, kills
     whole,killed = content(tmp_path/'whole'),content(tmp_path/'killed')
     assert whole.keys()==killed.keys()
     for k in whole: assert whole[k]==killed[k], k
@@ -515,7 +515,7 @@ import sys, warnings; warnings.filterwarnings('ignore')
 from kdnb.all import *
 torch.set_num_threads(1)
 dls = image_dls('digits', bs=128, drop_last=True)
-run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', sys.argv[1], (4,4,20), data='digits', gamma_weight=20., show=False)
+run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', sys.argv[1], (6,6,40), data='digits', gamma_weight=20., show=False)
 if run.rank==0: run.report()
 '''
 

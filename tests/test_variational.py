@@ -1041,9 +1041,6 @@ def test_optimiser_of_the_paper():
     for _ in range(2): ref.grad = torch.tensor([2.]); sgd.step()
     assert torch.allclose(p, ref)
 
-@pytest.fixture(scope='module')
-def two(tmp_path_factory): return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.NOISY)
-
 class Apart(nn.Module):
     "Two layers of one gate, each recomputed in the backward pass"
     def __init__(self, again):
@@ -1067,9 +1064,9 @@ def test_recomputed_layers_see_the_same_draw():
     assert torch.allclose(*grads, atol=1e-6)
 
 @pytest.mark.parametrize('name', ddp.NOISY)
-def test_two_processes_equal_one(name, two):
+def test_two_processes_equal_one(name, two_ranks):
     "Without noise; the gates move"
-    one,first,second = ddp.train(name),*(o[name] for o in two)
+    one,first,second = ddp.train(name),*(o[name] for o in two_ranks)
     assert all((v-1).abs().max()>1e-3 for k,v in one.items() if k.endswith('gamma'))
     for k,v in one.items():
         assert torch.equal(first[k], second[k]), k

@@ -15,7 +15,8 @@ from .groups import _removable
 from .layers import copy_network
 from .trial import _silence,_summing
 from ..core import evaluating
-from ..layers import channel_axis,kind_of,makers,masks_over,n_channels,norms,weighted
+from ..kinds import masks_over
+from ..layers import channel_axis,kind_of,makers,n_channels,norms,weighted
 
 # %% ../../nbs/08i_channels.dead.ipynb #f6281c6e
 def _speaks(m, reads=False):

@@ -12,7 +12,8 @@ from dataclasses import dataclass,field
 import pandas as pd, torch
 from .layers import _narrow_layer,_narrow_tensor,note_attributes
 from .labels import components
-from ..layers import is_depthwise,is_spread,kind_of,makers,n_channels,own_axes,table_axis,_usual,weighted
+from ..kinds import table_axis
+from ..layers import is_depthwise,is_spread,kind_of,n_channels,own_axes,_usual
 
 # %% ../../nbs/08f_channels.groups.ipynb #f5600e08
 Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, and the group's channel at each position

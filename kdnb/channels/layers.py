@@ -18,8 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm,SpectralNormLoadStateDictP
 from torch.nn.utils.spectral_norm import SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from ..core import evaluating,unwrap
-import kdnb.kinds     # more of them
-from ..layers import is_depthwise,is_spread,kind_of,makers,n_channels,table_axis,_usual,weighted
+from ..kinds import table_axis
+from ..layers import is_depthwise,is_spread,kind_of,makers,n_channels,_usual,weighted
 
 # %% ../../nbs/08_channels.layers.ipynb #61b23c26
 def index_layer(index, # Kept positions of the last axis (n,)

@@ -52,20 +52,6 @@ def _carry_state(old, new, # Optimisers
         for a,b in states:
             if p in a: b[p] = a[p]
 
-# %% ../../nbs/08k_channels.learner.ipynb #d537a45d
-@patch
-def shrink(self:Learner,
-    tol=1e-5, # Largest difference allowed, relative to the largest output
-    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, or True for all
-    "Replace the model by its shrunken copy; the optimiser keeps its state, so that training goes on. Returns the model"
-    if isinstance(self.opt_func, OptimWrapper):
-        raise ValueError('the optimiser was built by hand for the present parameters and cannot be built again. '
-                         'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
-    headed = [c for c in self.cbs if len(getattr(c, 'heads', ()))]      # heads of a distillation read layers that get narrower
-    self.remove_cbs(headed)
-    try: return _replace_model(self, tol, update_bn)
-    finally: self.add_cbs(headed)      # with new heads
-
 # %% ../../nbs/08k_channels.learner.ipynb #27ce0960
 def _replace_model(self, tol, update_bn):
     model,opt = unwrap(self.model),self.opt
@@ -79,3 +65,17 @@ def _replace_model(self, tol, update_bn):
     for a,b in zip(old, new): b.update({k: deepcopy(v) for k,v in a.items() if k!='params'})
     self.opt.frozen_idx = opt.frozen_idx
     return small
+
+# %% ../../nbs/08k_channels.learner.ipynb #d537a45d
+@patch
+def shrink(self:Learner,
+    tol=1e-5, # Largest difference allowed, relative to the largest output
+    update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, or True for all
+    "Replace the model by its shrunken copy; the optimiser keeps its state, so that training goes on. Returns the model"
+    if isinstance(self.opt_func, OptimWrapper):
+        raise ValueError('the optimiser was built by hand for the present parameters and cannot be built again. '
+                         'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
+    headed = [c for c in self.cbs if len(getattr(c, 'heads', ()))]      # heads of a distillation read layers that get narrower
+    self.remove_cbs(headed)
+    try: return _replace_model(self, tol, update_bn)
+    finally: self.add_cbs(headed)      # with new heads

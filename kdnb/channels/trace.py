@@ -15,8 +15,8 @@ from .labels import _labelled,labels_of,LOST,OUTPUT,Trace,WIDTHS
 from .sizes import output_tensors
 import kdnb.channels.arithmetic     # its rules
 from ..core import evaluating,first_samples
-from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers,n_channels,norms
-from ..layers import table_axis,weighted
+from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers,n_channels,norms,weighted
+from ..kinds import table_axis
 
 # %% ../../nbs/08e_channels.trace.ipynb #d01ffd99
 @patch

@@ -19,7 +19,8 @@ from .layers import copy_network,plain_copy
 from .sizes import output_tensors
 from .trace import trace_channels
 from ..core import evaluating,first_samples,inputs
-from ..layers import channel_axis,kind_of,makers,masks_over,n_channels,norms
+from ..kinds import masks_over
+from ..layers import channel_axis,kind_of,makers,n_channels,norms
 
 # %% ../../nbs/08g_channels.trial.ipynb #1dd75c50
 @torch.no_grad()

@@ -69,7 +69,9 @@ class Budget:
     ):
         check_choice('runtime', runtime, ('torch','onnx'))
         if not limits: raise ValueError('no budget is given. Say how small: macs=.5, params=\'100k\', bytes=.25, ms=\'3ms\', or max_drop=.5.')
-        if runtime!='torch' and 'ms' not in limits: raise ValueError(f'runtime={runtime!r} is where milliseconds are measured, and ms is no limit here. Give ms=, or leave it out.')
+        if runtime!='torch' and 'ms' not in limits:
+            raise ValueError(f'runtime={runtime!r} is where milliseconds are measured, and ms is no limit here. '
+                             'Give ms=, or leave it out.')
         self.model,self.xb,self.given,self.runtime,self.ready = dense,xb,limits,runtime,None
         self.dense = self.cost(dense)
         self.limits = {k: read_limit(k, v, self.dense[k]) for k,v in limits.items()}
@@ -110,7 +112,8 @@ def time(self:Budget,
 @patch(as_prop=True)
 def timed(self:Budget) -> str:
     "How milliseconds are measured, in words"
-    return f'for a batch of {len(tree_leaves(self.xb)[0])} in {"onnxruntime" if self.runtime=="onnx" else "torch"} on one thread'
+    where = 'onnxruntime' if self.runtime=='onnx' else 'torch'
+    return f'for a batch of {len(tree_leaves(self.xb)[0])} in {where} on one thread'
 
 # %% ../../nbs/45_compress.budget.ipynb #ee3e0f0f
 @patch

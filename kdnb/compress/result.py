@@ -42,7 +42,8 @@ def _metric(df):
     return names[0] if len(names) else 'valid_loss'
 
 # %% ../../nbs/45d_compress.result.ipynb #45d00005
-_percent = r'acc|error_rate|precision|recall|f1|fbeta|dice|jaccard|iou|hamming|^top_?\d'      # names of fractions of samples, pixels or classes
+# fractions of samples, pixels or classes; metrics of which more is worse
+_percent = r'acc|error_rate|precision|recall|f1|fbeta|dice|jaccard|iou|hamming|^top_?\d'
 _error = r'err|loss|mse|mae|msle|mspe|perplexity|brier|hamming'
 
 def _lost(metric, a, b):

@@ -38,11 +38,11 @@ class _Fit:
     places:torch.Tensor|None = None                      # of the last batch's samples (B,)
     checked:set = field(default_factory=set)             # teachers whose answers have been looked at
     judged:set = field(default_factory=set)              # terms that have seen what they compare
-    after:list = field(default_factory=list)             # functions to be called after the backward pass
+    after:list = field(default_factory=list)             # functions called after the backward pass
 
 # %% ../../nbs/13_distill.callback.ipynb #e4c119a9
-def answering(teacher, tfm=None, cache=False, logits=None, i=None):
-    "What answers for `teacher`, the `i`-th of several: live, cached (in the folder `cache`), or stored logits"
+def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
+    "`teacher`, the `i`-th of several, as a live, a cached (in memory or the folder `cache`), or a stored one"
     net,adapter = as_teacher(teacher),TeacherAdapter(teacher, tfm)
     if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, logits)
     if not cache: return LiveTeacher(net, adapter, logits)
@@ -53,14 +53,15 @@ def answering(teacher, tfm=None, cache=False, logits=None, i=None):
 def check_arguments(named, by_task, task, cache, n_views, logits, mask):
     "Raise `ValueError` for what cannot be meant"
     if isinstance(task, (Term,Terms)):
-        raise ValueError('task is a term, expected the weight of the task loss. Add terms up: KD() + AT(...).')
+        raise ValueError('task is a term, expected the weight of the task loss. Add terms up: '
+                         'KD() + AT(...).')
     if n_views and not cache:
         raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
     if not named and not by_task:
         raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
     if not (logits is None or callable(logits) or isinstance(logits, (str,int))):
-        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what the networks '
-                         'return.')
+        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what '
+                         'the networks return.')
     if not (mask is None or callable(mask)):
         raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as '
                          'lambda xb,yb: yb[0]!=255.')
@@ -94,7 +95,7 @@ class KnowledgeDistillation(LossTerm):
         self.mask = mask
         several = list(teacher) if isinstance(teacher, (tuple,list)) and len(teacher) else [teacher]
         numbers = range(len(several)) if len(several)>1 else [None]
-        self.teachers = [answering(o, teacher_tfm, cache, logits, i) for o,i in zip(several, numbers)]
+        self.teachers = [make_teacher(o, teacher_tfm, cache, logits, i) for o,i in zip(several, numbers)]
         self.shares = check_shares(shares, len(several))
         check_teachers(named, len(several))
         self.heads = Heads()
@@ -166,7 +167,8 @@ def tensors(self:KnowledgeDistillation) -> list[torch.Tensor]:
 @patch
 def __getstate__(self:KnowledgeDistillation):
     gone = ('_fit','_built','_decided','_replaced','mask')
-    return {**self.__dict__, **dict.fromkeys(gone), 'teachers': [], 'heads': Heads(), '_params': [], '_files': {}}
+    new = dict(teachers=[], heads=Heads(), _params=[], _files={})
+    return {**self.__dict__, **dict.fromkeys(gone), **new}
 
 # %% ../../nbs/13_distill.callback.ipynb #51be2556
 @patch
@@ -219,8 +221,9 @@ def _see(self:KnowledgeDistillation, name, z_s, answers, raw, f_s, pct=0., **mor
 def _labels(self:KnowledgeDistillation):
     "The labels of the whole training set (N,)"
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
-        raise ValueError(f'{self._who_counts()} needs the labels of the whole training set at `dls.train.dataset.y`, and the place of '
-                         'each sample in its batch. Use image_dls or from_arrays.')
+        raise ValueError(f'{self._who_counts()} needs the labels of the whole training set at '
+                         '`dls.train.dataset.y`, and the place of each sample in its batch. Use image_dls or '
+                         'from_arrays.')
     return y.as_subclass(torch.Tensor)
 
 # %% ../../nbs/13_distill.callback.ipynb #b589e1ae
@@ -308,8 +311,9 @@ def attach(self:KnowledgeDistillation) -> None:
     self._fault = None
     try:
         if any(isinstance(c, KnowledgeDistillation) for c in self.learn.cbs):
-            raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s terms. Add the '
-                             'terms up in one, KD()*.9 + VID(...), or take the first away: learn.remove_cb(KnowledgeDistillation).')
+            raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s '
+                             'terms. Add the terms up in one, KD()*.9 + VID(...), or take the first away: '
+                             'learn.remove_cb(KnowledgeDistillation).')
         self._choose_terms()
         self._prepare()
         LossTerm.attach(self)
@@ -365,7 +369,8 @@ def _number(self:KnowledgeDistillation):
         if self.stores and not self.cache: who,instead = 'a teacher of stored logits','a network as the teacher'
         self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
         self._fit.places = vars(self.learn).get('sample_index')
-    if not all(torch.equal(m.labels.cpu(), self._labels().cpu()) for m in self.heads.modules() if hasattr(m, 'labels')):
+    known = [m.labels.cpu() for m in self.heads.modules() if hasattr(m, 'labels')]
+    if not all(torch.equal(y, self._labels().cpu()) for y in known):
         raise ValueError('CRD has a memory of another training set: the labels of this one differ. '
                          'Attach a new KnowledgeDistillation(teacher, ...).')
 
@@ -384,7 +389,9 @@ def _store(self:KnowledgeDistillation):
 # %% ../../nbs/13_distill.callback.ipynb #77d0f27a
 @patch
 def before_train(self:KnowledgeDistillation) -> None:
-    "Begin a fit in its first epoch; in every epoch: the next of the fixed views. Raises `ValueError` if the task is not certain."
+    """Begin a fit in its first epoch; in every epoch: the next of the fixed views
+
+    Raises `ValueError` if the task is not certain."""
     LossTerm.before_train(self)
     if self._unsure is not None: raise self._unsure
     if self._fit is None: self._begin()
@@ -408,8 +415,8 @@ def before_batch(self:KnowledgeDistillation) -> None:
 def _targets(self:KnowledgeDistillation, term):
     "The targets of this batch, for `term`"
     if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
-    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
-                     'Use terms that compare with the teacher alone, such as KD, or a loader whose batches have targets.')
+    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. Use terms that '
+                     'compare with the teacher alone, such as KD, or a loader whose batches have targets.')
 
 # %% ../../nbs/13_distill.callback.ipynb #f13ca5a2
 @patch
@@ -452,7 +459,9 @@ def _judge(self:KnowledgeDistillation, name, o, raw):
 def values(self:KnowledgeDistillation,
     names:list, # Names of the terms that count now
 ) -> dict[str,torch.Tensor]:
-    "The terms called `names`, scalars by name. Raises `ValueError` if answers or targets are not what a term compares."
+    """The terms called `names`, scalars by name
+
+    Raises `ValueError` if logits or targets are not what a term compares."""
     fit = self._fit
     f_s = fit.capture.take()
     asked = sorted({i for k in names for i in self.whom(self.terms[k])})

@@ -25,7 +25,7 @@ def congruence(
     gamma:float=.4, # Width of the kernel
     order:int=2, # Highest power
 ) -> torch.Tensor:
-    "Mean squared difference of Gaussian kernels, as a series, over B×B (correlation congruence, Peng et al. 2019, eq. 8)"
+    "Mean squared difference of Gaussian kernels, as a series, over B×B (Peng et al. 2019, eq. 8)"
     check_batch(v_s, v_t)
     def kernel(v):
         cosine = unit(vectors(v))@unit(vectors(v)).T
@@ -34,7 +34,9 @@ def congruence(
 
 # %% ../../nbs/11m_distill.correlation.ipynb #20739506
 class CC(VectorTerm):
-    "Correlation congruence (Peng et al. 2019), on the layer before the last; usual weight 100, of ours: kernels differ by hundredths"
+    """Correlation congruence (Peng et al. 2019), on the layer before the last; usual weight 100
+
+    The weight is ours: kernels differ by hundredths."""
     usual = 100.
     def compare(self,
         f_s:torch.Tensor, # The student's vectors (B, D)
@@ -49,7 +51,7 @@ def channel_correlation(
     f_s:torch.Tensor, # Student's maps (B, C, H, W)
     f_t:torch.Tensor, # Teacher's maps (B, C, H', W'), as many channels
 ) -> torch.Tensor:
-    """Mean over samples and pairs of channels of the squared difference of correlations (ICKD-C, Liu et al. 2021), times C
+    """Mean over samples and pairs of channels of the squared difference of correlations, times C (Liu et al. 2021)
 
     Raises `ValueError` if the channels are not as many."""
     check_batch(f_s, f_t)
@@ -66,6 +68,7 @@ def channel_correlation(
 class ICKD(HeadTerm):
     "Inter-channel correlation (Liu et al. 2021), on the last map or block of tokens; usual weight 2.5"
     usual = 2.5
+    whole = True
     usual_layers = on_both(last_features)
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens

@@ -63,8 +63,11 @@ class ContrastHead(nn.Module):
         self.K = K if K and K<len(labels) else None
         count = labels.bincount()
         memory_s,memory_t = unit(torch.randn(2, len(labels), dim), 2)
-        for name,o in dict(memory_s=memory_s, memory_t=memory_t, Z=torch.zeros(2)).items(): self.register_buffer(name, o)
-        of_data = dict(labels=labels, by_class=labels.argsort(stable=True), count=count, start=count.cumsum(0)-count)
+        self.register_buffer('memory_s', memory_s)
+        self.register_buffer('memory_t', memory_t)
+        self.register_buffer('Z', torch.zeros(2))
+        by_class = labels.argsort(stable=True)
+        of_data = dict(labels=labels, by_class=by_class, count=count, start=count.cumsum(0)-count)
         self._new = None                 # embeddings of the last batch
         self._of_data = list(of_data)
         vars(self).update(of_data)

@@ -63,7 +63,7 @@ class FSP(HeadTerm):
     Its usual weight is 50. Raises `ValueError` if there is only one pair."""
     usual = 50.
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         teacher:int|None=None, # Which of several teachers
     ):
@@ -111,7 +111,7 @@ class FitNet(HeadTerm):
     "Regress the teacher's features (Romero et al. 2015); usual weight 100"
     usual = 100.
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         norm:bool=True, # BatchNorm in the regressor of maps
         relu:bool=True, # ReLU at its end, for layers of the teacher that end in one; not of tokens

@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..core import check_choice
-from .losses.features import attention,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
+from .losses.features import attention,check_whole,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
 from .losses.shared import check_batch
 from .seen import Seen
 from .terms import on_both,Term
@@ -29,8 +29,9 @@ def blank_out(f, mask):
 # %% ../../nbs/11b_distill.layers.ipynb #a92bdd80
 class LayerTerm(Term, abstract=True):
     "A term on pairs of layers"
+    whole = False      # are all tokens of a sample compared together, so that none can be left out?
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's; those of the student if None
         teacher:int|None=None, # Which of several teachers
     ):
@@ -59,9 +60,11 @@ def features(self:LayerTerm,
     for s,t in self.pairs:
         f_s,f_t = o.f_s[s],o.f_t[t]
         check_batch(f_s, f_t)
-        if f_s.ndim!=f_t.ndim and 4 in (f_s.ndim,f_t.ndim) and any(token_mask(f, mask) is not None for f in (f_s, f_t)):
-            raise ValueError(f'layers {s!r} and {t!r} give tokens and maps, and some tokens do not count. '
-                             'Choose two layers of tokens, or train without a mask.')
+        masked = any(token_mask(f, mask) is not None for f in (f_s, f_t))
+        if masked and f_s.ndim!=f_t.ndim and 4 in (f_s.ndim,f_t.ndim):
+            raise ValueError(f'layers {s!r} and {t!r} give tokens and maps, and some tokens do not '
+                             'count. Choose two layers of tokens, or train without a mask.')
+        if self.whole: check_whole(type(self).__name__, (f_s,f_t), mask)
         res.append((blank_out(f_s, mask),blank_out(f_t, mask)))
     return res
 
@@ -81,7 +84,7 @@ def token_blocks(
     model:nn.Module, # Any module
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of inputs
 ) -> list[str]:
-    "Paths of a transformer's blocks in their order: the numbered layers that give tokens (B, N, C); none, if there are no such"
+    "Paths of a transformer's blocks in their order, the numbered layers that give tokens (B, N, C)"
     found = defaultdict(list)
     for path,shape in layer_shapes(model, data)['shape'].items():
         if len(shape)==3 and (m := re.match(r'(.*?)\d+$', path)): found[m[1]].append(path)
@@ -102,7 +105,7 @@ def last_features(model, data):
 
 # %% ../../nbs/11b_distill.layers.ipynb #0285dc23
 def stage_pairs(student, teacher, data):
-    "Ends of the stages whose maps are equally large; the last maps, if there are none; of transformers some blocks"
+    "Ends of the stages of equally large maps, or the last maps; of transformers some blocks"
     s,t = (token_blocks(m, data) for m in (student, teacher))
     if s and t: return block_pairs(s, t)
     try: return match_stages(student, teacher, data, show=False)
@@ -113,7 +116,7 @@ class AT(LayerTerm):
     "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage; usual weight 1000"
     usual = 1000.
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         p:float=2, # Power of the activations
         squared:bool=True, # Mean of squares, as everyone runs it; else the paper's norm
@@ -171,7 +174,7 @@ class VectorTerm(LayerTerm, abstract=True):
     usual_layers = on_both(penultimate)
     token = 'mean'
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         token:str='mean', # Of tokens: their 'mean', or the 'class' token, which is the first
         teacher:int|None=None, # Which of several teachers
@@ -202,7 +205,7 @@ class PKT(VectorTerm):
 class RKD(VectorTerm):
     "Relational distillation (Park et al. 2019), on the penultimate vector; usual weight 1"
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the angles

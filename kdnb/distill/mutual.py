@@ -48,8 +48,8 @@ def before_train(self:MutualLearning) -> None:
     if peer.model is self.model: raise ValueError('peer has the same network as this learner. Give it one of its own.')
     for c in self.learn.cbs:
         if isinstance(c, (GradientAccumulation,MixedPrecision)):
-            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of its peer would be others. '
-                             'Train both without it.')
+            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of its peer would '
+                             'be others. Train both without it.')
     if self._modes is None: self._modes = [(m, m.training) for m in peer.model.modules()]
     peer.model.to(next(self.model.parameters()).device).train()
     if peer.opt is None: peer.create_opt()

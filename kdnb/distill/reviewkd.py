@@ -58,19 +58,21 @@ def context_loss(
 
 # %% ../../nbs/11l_distill.reviewkd.ipynb #6a72803a
 class ReviewKD(HeadTerm):
-    """Knowledge review (Chen et al. 2021): each of the teacher's maps from the student's map there and all deeper ones; usual weight 1
+    """Knowledge review (Chen et al. 2021): a map of the teacher from the student's there and all deeper ones; usual weight 1
 
     Raises `ValueError` if there is only one pair."""
+    whole = True
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}` from early to late, or the names of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, early ones first, or names
         teacher_layers:list|tuple|str|None=None, # Names of the teacher's
-        width:int|None=None, # Channels of what goes from layer to layer; those of the student's last map, at most 512, if None
+        width:int|None=None, # Of what goes from layer to layer; as the student's last map, at most 512, if None
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
         self.width = width
         if len(self.pairs)<2:
-            raise ValueError(f'ReviewKD has one pair, {self.pairs[0]}, expected two or more: late layers look at early ones.')
+            raise ValueError(f'ReviewKD has one pair, {self.pairs[0]}, expected two or more: '
+                             'late layers look at early ones.')
     def maps(self,
         o:Seen, # What the term sees of a batch
     ) -> list:
@@ -82,7 +84,8 @@ class ReviewKD(HeadTerm):
         "A `Fusion` for each pair, from the last to the first"
         maps = self.maps(o)
         width = self.width or min(512, maps[0][0].shape[1])
-        def fusion(i, f_s, f_t): return Fusion(f_s.shape[1], f_t.shape[1], width, tuple(f_s.shape[2:]), deepest=i==0)
+        def fusion(i, f_s, f_t):
+            return Fusion(f_s.shape[1], f_t.shape[1], width, tuple(f_s.shape[2:]), deepest=i==0)
         return nn.ModuleList([fusion(i, *f) for i,f in enumerate(maps)])
     def __call__(self, o):
         loss,left = 0,None

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from .heads import as_map,batch_norm
 from .layers import stage_pairs
-from .losses.features import same_size,token_mask
+from .losses.features import check_whole,same_size
 from .losses.shared import at_least_float32,check_batch,unit
 from .seen import Seen
 from .terms import Term
@@ -116,12 +116,8 @@ def maps(self:SemCKD,
 
     Raises `ValueError` if they are not of the same samples, or if there are tokens that do not count."""
     fs_s,fs_t = [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
-    mask = getattr(o, 'mask', None)
-    for f in (*fs_s,*fs_t):
-        check_batch(fs_s[0], f)
-        if (m := token_mask(f, mask)) is not None and not m.all():
-            raise ValueError('SemCKD compares whole layers, and some tokens do not count. Use FitNet, VID or AT, which '
-                             'leave them out, or train without a mask.')
+    for f in (*fs_s,*fs_t): check_batch(fs_s[0], f)
+    check_whole(type(self).__name__, (*fs_s,*fs_t), getattr(o, 'mask', None))
     return [as_map(f) for f in fs_s],[as_map(f) for f in fs_t]
 
 # %% ../../nbs/11g_distill.semckd.ipynb #8aad0c81

@@ -29,8 +29,9 @@ def reorder(rest, order):
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
     if not isinstance(layer, (nn.Linear,nn.Conv2d)) or getattr(layer, 'groups', 1)>1:
-        raise ValueError("the student's classes are not the teacher's, in their order, and the teacher does not end in a linear "
-                         'layer whose outputs SimKD could choose. Train the student on classes in the teacher\'s order.')
+        raise ValueError("the student's classes are not the teacher's, in their order, and the teacher does not end "
+                         'in a linear layer whose outputs SimKD could choose. Train the student on classes in the '
+                         'teacher\'s order.')
     for k,p in layer.named_parameters(recurse=False):
         setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))

@@ -22,7 +22,7 @@ from ..features.halves import cut
 
 # %% ../../nbs/11f_distill.srrl.ipynb #2a1d17ba
 class ConnectorHead(nn.Module):
-    "From the student's map or tokens to the teacher's, and through the rest of the teacher (frozen, no part of this module)"
+    "From the student's features to the teacher's, and through the rest of the teacher (frozen, no part of it)"
     def __init__(self,
         c_s:int, # Channels of the student
         c_t:int, # Channels of the teacher
@@ -50,20 +50,20 @@ def rest_of(
 ) -> nn.Module:
     """A frozen copy of what follows the layer `path` in `teacher`, up to its `logits`, for the student's maps `f_s`
 
-    Raises `ValueError` if these are neither maps nor as many tokens, or if what follows cannot take maps of that size."""
+    Raises `ValueError` if these are neither maps nor as many tokens, or of a size that cannot follow."""
     tokens = f_s.ndim==f_t.ndim==3 and f_s.shape[1]==f_t.shape[1]
     if not tokens and not f_s.ndim==f_t.ndim==4:
-        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W), or tokens '
-                         '(B, N, C), as many on both sides.')
+        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W), '
+                         'or tokens (B, N, C), as many on both sides.')
     with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
     if tokens: return rest
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
     except RuntimeError:
-        raise ValueError(f'what follows {path!r} in the teacher takes maps of {f_t.shape[2]} × {f_t.shape[3]}, the '
-                         f'student\'s are {f_s.shape[2]} × {f_s.shape[3]}. Choose a layer of the student with larger maps.'
-                        ) from None
+        raise ValueError(f'what follows {path!r} in the teacher takes maps of {f_t.shape[2]} × {f_t.shape[3]}, '
+                         f'the student\'s are {f_s.shape[2]} × {f_s.shape[3]}. Choose a layer of the student '
+                         'with larger maps.') from None
     return rest
 
 # %% ../../nbs/11f_distill.srrl.ipynb #95f12ba5
@@ -94,10 +94,12 @@ class SRRL(HeadTerm):
 
 # %% ../../nbs/11f_distill.srrl.ipynb #a8081049
 def same_places(z, z_t, mask):
-    "The logits `z` and the teacher's, of the places that count; class maps at the size of `mask`, or of the teacher's"
+    "The logits `z` and the teacher's, where they count; class maps at the size of `mask`, or of the teacher's"
     if z.ndim==z_t.ndim==4:
         size = mask.shape[1:] if mask is not None and mask.ndim==3 else z_t.shape[2:]
-        def fit(z): return z if z.shape[2:]==size else F.interpolate(z, size=size, mode='bilinear', align_corners=False)
+        def fit(z):
+            if z.shape[2:]==size: return z
+            return F.interpolate(z, size=size, mode='bilinear', align_corners=False)
         z,z_t = fit(z),fit(z_t)
     return counted(z, mask),counted(z_t, mask)
 

@@ -71,7 +71,7 @@ class VID(HeadTerm):
     usual = 10.
     aliases = 'VID-I',
     def __init__(self,
-        layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, or the name(s) of the student's
+        layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
         depth:int=3, # Number of 1×1 convolutions in the mean network
         hidden:float=2., # Their width, in multiples of the teacher's channels
@@ -83,7 +83,8 @@ class VID(HeadTerm):
         super().__init__(layers, teacher_layers, teacher)
         if depth<1: raise ValueError(f'depth is {depth}, expected the number of convolutions of the mean, 1 or more.')
         if not 0<eps<variance:
-            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above eps, and eps above 0.')
+            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above eps, '
+                             'and eps above 0.')
         self.depth = depth
         self.hidden = hidden
         self.norm = norm

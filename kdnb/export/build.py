@@ -9,6 +9,7 @@ __all__ = []
 import math
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from ..channels.layers import index_layer,set_sizes
@@ -32,6 +33,15 @@ def _built(dense):
     except Exception as e:
         if 'meta' not in str(e): raise
     return dense()
+
+# %% ../../nbs/40b_export.build.ipynb #8e73872a
+def _is_ours(model):
+    "Was `model` built just now, without data and of plain layers? Then it needs no copy"
+    def plain(m):
+        computed = is_parametrized(m) or hasattr(m, 'fold_masks')
+        return not (computed or m._forward_pre_hooks or m._state_dict_hooks)
+    params = [*model.parameters()]
+    return bool(params) and all(p.is_meta for p in params) and all(map(plain, model.modules()))
 
 # %% ../../nbs/40b_export.build.ipynb #6f6e8d7c
 def _index_owner(model, key):

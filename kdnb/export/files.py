@@ -17,7 +17,8 @@ from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.layers import attributes_of,plain_copy,fold_noted,set_attributes
-from .build import _built,_check_fit,_cut,_put
+from ..core import unwrap
+from .build import _built,_check_fit,_cut,_is_ours,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
 from ..files import atomic_write
@@ -133,7 +134,9 @@ def load_model(
     arch = header['arch']
     def dense():
         with torch.random.fork_rng(devices=[]): return build(**arch['kwargs']) if build else create(arch['name'], **arch['kwargs'])
-    try: model = plain_copy(_built(dense))
+    try:
+        model = unwrap(_built(dense))
+        model = model if _is_ours(model) else plain_copy(model)
     except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     tensors,packed = _read(path, header, shapes)

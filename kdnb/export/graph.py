@@ -169,7 +169,7 @@ def _met(n, k, stride, before, after, dilation):
 
 # %% ../../nbs/41_export.graph.ipynb #3c274718
 def _trimmed(node, size, w):
-    "Of a convolution on a map of `size`: the kernel `w` without the rim that only meets padding, and its padding then; or None"
+    "The kernel `w` of a convolution on a map of `size`, without the rim that only meets padding, and its padding; or None"
     one,given = [1]*len(size),{o.name: list(o.ints) for o in node.attribute}
     pads = given.get('pads', 2*len(size)*[0])
     axes = zip(size, w.shape[2:], given.get('strides', one), pads[:len(size)], pads[len(size):], given.get('dilations', one))
@@ -198,6 +198,6 @@ def _trim(graph):
         g.initializer.append(onnx.numpy_helper.from_array(small.copy(), f'{n.input[1]}_{i}'))
         n.input[1] = g.initializer[-1].name
         for o in [o for o in n.attribute if o.name in ('pads','kernel_shape')]: n.attribute.remove(o)
-        n.attribute.extend([onnx.helper.make_attribute('pads', pads), onnx.helper.make_attribute('kernel_shape', small.shape[2:])])
+        for k,v in dict(pads=pads, kernel_shape=small.shape[2:]).items(): n.attribute.append(onnx.helper.make_attribute(k, v))
     used = {k for n in g.node for k in n.input} | {o.name for o in g.output}
     for o in [o for o in g.initializer if o.name not in used]: g.initializer.remove(o)

@@ -33,7 +33,9 @@ def fisher(
     s:Scoring, # What is scored
     n_samples:int=128, # Training samples, one after the other
 ) -> dict[str,torch.Tensor]:
-    "½ · mean over samples of (w · gradient of the sample's loss)², for a channel of the sum over its weights (Theis et al. 2018; Liu et al. 2021)"
+    """½ · mean over samples of (w · gradient of the sample's loss)² (Theis et al. 2018)
+
+    Of a channel: of the sum over its weights (Liu et al. 2021)."""
     sums,n = {},0
     with s.differentiable():
         for b in _samples(s, n_samples):
@@ -46,13 +48,16 @@ def _divided(f, T):
     "The loss `f` of logits over `T`"
     return lambda z,*yb: f(z/T, *yb)
 
+# %% ../../nbs/31d_prune.with_data.ipynb #bd909a7c
 @criterion
 def grasp(
     s:Scoring, # What is scored
     n_batches:int=1, # Batches of the shuffled training set
     T:float=200., # What the logits are divided by
 ) -> dict[str,torch.Tensor]:
-    "w · (Hg), by how much less the gradient would be without the weight (Wang et al. 2020): for networks that are not trained yet"
+    """w · (Hg), by how much less the gradient would be without the weight (Wang et al. 2020)
+
+    For networks that are not trained yet."""
     flat = copy(s)
     flat.loss_func = _divided(s.loss_func, T)
     with s.differentiable(batch_stats=True):
@@ -73,7 +78,7 @@ def _input_squares(m, x):
 # %% ../../nbs/31d_prune.with_data.ipynb #42acf791
 @contextmanager
 def _watching(model, see, readers=(), makers=()):
-    "Call `see(path, layer, tensor)` with the first input of `readers` and the output of `makers`, paths of layers, whenever they run"
+    "Call `see(path, layer, tensor)` with the first input of each of `readers`, and the output of each of `makers`"
     def before(path): return lambda m,args: see(path, m, args[0].detach())
     def after(path): return lambda m,args,out: see(path, m, out.detach())
     handles = [get_layer(model, k).register_forward_pre_hook(before(k)) for k in readers]
@@ -82,6 +87,7 @@ def _watching(model, see, readers=(), makers=()):
     finally:
         for h in handles: h.remove()
 
+# %% ../../nbs/31d_prune.with_data.ipynb #83084225
 def _watch(s, n_batches, see, readers=(), makers=()):
     "Run training batches in evaluation mode, and `see` what goes into `readers` and comes out of `makers`"
     with torch.no_grad(), evaluating(s.model), _watching(s.model, see, readers, makers):
@@ -89,6 +95,7 @@ def _watch(s, n_batches, see, readers=(), makers=()):
             xb,_ = split_batch(b, getattr(s.dls(), 'n_inp', None))
             s.model(*inputs(xb, s.model))
 
+# %% ../../nbs/31d_prune.with_data.ipynb #310972f1
 @criterion(by='weight')
 def wanda(
     s:Scoring, # What is scored
@@ -99,9 +106,12 @@ def wanda(
 
     Raises `ValueError` for weights of other than linear and convolution layers."""
     layers = {k.rpartition('.')[0]: get_layer(s.model, k.rpartition('.')[0]) for k in s.weights}
-    other = next((k for k,m in layers.items() if not isinstance(m, (nn.Linear,_ConvNd)) or getattr(m, 'transposed', False)), None)
-    if other: raise ValueError(f'wanda scores linear and convolution layers, and {other!r} is a {type(layers[other]).__name__}. '
-                               f'Leave it out: ignore={other!r}, or use another criterion.')
+    def is_known(m): return isinstance(m, nn.Linear) or isinstance(m, _ConvNd) and not m.transposed
+    other = next((k for k,m in layers.items() if not is_known(m)), None)
+    if other:
+        kind = type(layers[other]).__name__
+        raise ValueError(f'wanda scores linear and convolution layers, and {other!r} is a {kind}. '
+                         f'Leave it out: ignore={other!r}, or use another criterion.')
     seen = {k: 0 for k in layers}
     def see(path, m, x): seen[path] = seen[path]+_input_squares(m, x)
     _watch(s, n_batches, see, layers)
@@ -114,7 +124,8 @@ def wanda(
 def _means(s, n_batches, measure, parts, made=False):
     """Mean over samples of `measure` of what channels are at layers, `{group: (n,)}`
 
-    `parts` gives the `Part`s of a group, which take them in, or have `made` them; `measure` makes (B, K) of tensors (B, K, …).
+    `parts` gives the `Part`s of a group, which take them in, or have `made` them;
+    `measure` makes (B, K) of tensors (B, K, …).
     Raises `ValueError` where no layer does."""
     paths = list(dict.fromkeys(p.path for g in s.groups for p in parts(g)))
     sums,counts = {},dict.fromkeys(paths, 0)
@@ -125,12 +136,16 @@ def _means(s, n_batches, measure, parts, made=False):
     _watch(s, n_batches, see, **{'makers' if made else 'readers': paths})
     res = {}
     for g in s.groups:
-        means = [(p.unit, sums[p.path][p.at.to(sums[p.path].device)]/counts[p.path]) for p in parts(g) if p.path in sums]
-        if not means: raise ValueError(f'no layer reads the channels of {g.name!r} in training data. Use another criterion, or `ignore` them.')
+        def mean(p): return sums[p.path][p.at.to(sums[p.path].device)]/counts[p.path]
+        means = [(p.unit, mean(p)) for p in parts(g) if p.path in sums]
+        if not means:
+            raise ValueError(f'no layer reads the channels of {g.name!r} in training data. '
+                             'Use another criterion, or `ignore` them.')
         times = add_up(g.n, [(unit, torch.ones_like(v)) for unit,v in means])
         res[g.name] = (add_up(g.n, means)/times.clamp(min=1)).to(s.weights[f'{g.name}.weight'].dtype)
     return res
 
+# %% ../../nbs/31d_prune.with_data.ipynb #faf7492d
 def _readers(g): return g.readers
 def _over_places(x): return x.flatten(2).mean(2) if x.ndim>2 else x
 
@@ -140,7 +155,7 @@ def apoz(
     s:Scoring, # What is scored
     n_batches:int|None=None, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
-    "1 - APoZ: how often the activation of a channel is not zero (average percentage of zeros, Hu et al. 2016), 0 to 1"
+    "1 - the average fraction of zeros (APoZ, Hu et al. 2016): how often a channel is active, 0 to 1"
     return _means(s, n_batches, lambda x: _over_places((x!=0).double()), _readers)
 
 # %% ../../nbs/31d_prune.with_data.ipynb #d36664fd
@@ -154,14 +169,18 @@ def mean_activation(
 
 # %% ../../nbs/31d_prune.with_data.ipynb #9a8d0e44
 def _rank(x):
-    if x.ndim!=4: raise ValueError(f'hrank needs feature maps (B, C, height, width) and was given {tuple(x.shape)}. '
-                                   'Use another criterion, such as apoz, or `ignore` the layer.')
+    if x.ndim!=4:
+        raise ValueError(f'hrank needs feature maps (B, C, height, width) and was given {tuple(x.shape)}. '
+                         'Use another criterion, such as apoz, or `ignore` the layer.')
     return torch.linalg.matrix_rank(x.clamp(min=0).float()).double()
 
+# %% ../../nbs/31d_prune.with_data.ipynb #f95195d5
 @criterion(by='channel')
 def hrank(
     s:Scoring, # What is scored
     n_batches:int|None=2, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
-    "Mean rank of the positive part of a channel's feature maps (Lin et al. 2020). Raises `ValueError` where there are no maps."
+    """Mean rank of the positive part of a channel's feature maps (Lin et al. 2020)
+
+    Raises `ValueError` where there are no maps."""
     return _means(s, n_batches, _rank, lambda g: g.norms or g.makers, made=True)

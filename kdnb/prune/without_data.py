@@ -29,11 +29,13 @@ def _rows(n, part, w):
 def fpgm(
     s:Scoring, # What is scored
 ) -> dict[str,torch.Tensor]:
-    "Sum of the distances to the other channels of the group, over the weights of all layers that make them (He et al. 2019)"
+    "Sum of the distances to the other channels, over the weights of all layers that make them (He et al. 2019)"
     res,pruned = {},s.pruned()
     for g in s.groups:
-        def weight(p): return _outputs_first(get_layer(s.model, p.path), s.weights[f'{p.path}.weight']).double()
-        rows = torch.cat([_rows(g.n, p, weight(p)) for p in g.makers], 1)
+        def rows_of(p):
+            w = s.weights[f'{p.path}.weight'].double()
+            return _rows(g.n, p, _outputs_first(get_layer(s.model, p.path), w))
+        rows = torch.cat([rows_of(p) for p in g.makers], 1)
         far = torch.cdist(rows, rows, compute_mode='donot_use_mm_for_euclid_dist')
         res[g.name] = far.masked_fill(pruned[g.name], 0).sum(1).to(s.weights[f'{g.name}.weight'].dtype)
     return res
@@ -51,28 +53,32 @@ def _beside_larger(v):
 def lamp(
     s:Scoring, # What is scored
 ) -> dict[str,torch.Tensor]:
-    "Squared weight over the squares of all that are not smaller in its layer (Lee et al. 2021): for one threshold in all layers"
+    "Squared weight over the squares of all that are not smaller in its layer (Lee et al. 2021)"
     return {k: _beside_larger(v) for k,v in s.sum({k: w**2 for k,w in s.weights.items()}).items()}
 
 # %% ../../nbs/31c_prune.without_data.ipynb #8da29e67
 def _ones(o): return torch.ones_like(o, dtype=torch.float64) if o.is_floating_point() else o
 
+# %% ../../nbs/31c_prune.without_data.ipynb #1d67533b
 @criterion
 def synflow(
     s:Scoring, # What is scored
 ) -> dict[str,torch.Tensor]:
     """w · ∂R/∂w, where R is the sum of the outputs of the network of |w| for an input of ones (Tanaka et al. 2020)
 
-    Computed in float64 on a copy, in evaluation mode; as in the authors' code statistics of BatchNorm are made positive, too.
+    Computed in float64 on a copy, in evaluation mode. As in the authors' code statistics of BatchNorm are made
+    positive, too.
     Raises `ValueError` if there are no data, which give the shape of the input."""
-    if s.data is None: raise ValueError('synflow runs the network once. Pass `data`: DataLoaders or a batch of inputs.')
+    if s.data is None:
+        raise ValueError('synflow runs the network once. Pass `data`: DataLoaders or a batch of inputs.')
     xb = tree_map_only(torch.Tensor, _ones, first_samples(inputs(s.data, s.model), 1))
     flow = copy(s)
     flow.model = deepcopy(s.model).double()
     with torch.no_grad():
         for p in [*flow.model.parameters(), *flow.model.buffers()]: p.abs_()
     with flow.differentiable():
-        total = sum(o.sum() for o in tree_leaves(flow.model(*xb)) if isinstance(o, torch.Tensor) and o.requires_grad)
+        outputs = [o for o in tree_leaves(flow.model(*xb)) if isinstance(o, torch.Tensor) and o.requires_grad]
+        total = sum(o.sum() for o in outputs)
         flows = flow.sum(flow.mask_grads(total))
     return {k: v.to(s.weights[k].dtype if k in s.weights else torch.float32) for k,v in flows.items()}
 
@@ -82,16 +88,18 @@ def magnitude_increase(
     s:Scoring, # What is scored
     start:dict|None=None, # State dict of the network before its training
 ) -> dict[str,torch.Tensor]:
-    """Σ|w| - |w before the training| (magnitude increase, Zhou et al. 2019): `partial(magnitude_increase, start=state_dict)`
+    """Σ|w| - |w before the training| (Zhou et al. 2019): `partial(magnitude_increase, start=state_dict)`
 
     Raises `ValueError` if `start` is not given, or has other weights."""
     if start is None:
         raise ValueError('magnitude_increase compares with the weights before the training. '
-                         'Keep them, start = deepcopy(model.state_dict()), and pass criterion=partial(magnitude_increase, start=start).')
+                         'Keep them, start = deepcopy(model.state_dict()), and pass '
+                         'criterion=partial(magnitude_increase, start=start).')
     was = {}
     for k,w in s.weights.items():
         before = start.get(k, start.get(f'{k}_orig'))
         given = 'nothing' if before is None else f'a shape of {tuple(before.shape)}'
-        if before is None or before.shape!=w.shape: raise ValueError(f'start has {given} for {k!r}, expected {tuple(w.shape)}.')
+        if before is None or before.shape!=w.shape:
+            raise ValueError(f'start has {given} for {k!r}, expected {tuple(w.shape)}.')
         was[k] = before.to(w)
     return s.sum({k: w.abs()-was[k].abs() for k,w in s.weights.items()})

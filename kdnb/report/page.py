@@ -105,8 +105,8 @@ _templates['report'] = '''
 {% if exported %}
 <h2>Without torch</h2>
 {{ exported }}
-<p class=note>Files beside this page that run in onnxruntime. Milliseconds on one thread, medians in turn with plain torch, and how many times as
-fast as that; accuracy on the validation set.</p>
+<p class=note>Files beside this page that run in onnxruntime. Milliseconds on one thread, medians in turn
+with plain torch, and how many times as fast as that; accuracy on the validation set.</p>
 {% endif %}
 <h2>How it was made</h2>
 <div class=facts>{{ facts|join('\n') }}</div>

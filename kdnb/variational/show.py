@@ -165,6 +165,12 @@ class ThresholdExplorer:
         return self.limit
     def __repr__(self): return self.describe()
 
+# %% ../../nbs/23_variational.show.ipynb #7914174e
+@patch
+def compress(self:ThresholdExplorer) -> nn.Module:
+    "The small network at the present threshold"
+    return self.learn.compress(self.limit)
+
 # %% ../../nbs/23_variational.show.ipynb #28a53ecd
 @patch
 def widget(self:ThresholdExplorer) -> object:
@@ -178,12 +184,6 @@ def widget(self:ThresholdExplorer) -> object:
         text.value = self.describe()
     slider.observe(moved, 'value')
     return w.VBox([slider, text])
-
-# %% ../../nbs/23_variational.show.ipynb #7914174e
-@patch
-def compress(self:ThresholdExplorer) -> nn.Module:
-    "The small network at the present threshold"
-    return self.learn.compress(self.limit)
 
 # %% ../../nbs/23_variational.show.ipynb #46178080
 @patch

@@ -57,6 +57,14 @@ def lwf(
     "Learning without forgetting: KL at temperature `T`, without T², mean over the batch (Li and Hoiem 2016)"
     return kd(z_s, z_t, T)/T**2
 
+# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d05f81
+def _split(z, y):
+    "Log probabilities of the class `y` and of all the others (B, 2), and among the others (B, C-1)"
+    target = F.one_hot(y, z.shape[1]).bool()
+    others = z[~target].view(len(z), -1)
+    both = torch.stack([z[target], others.logsumexp(1)], 1)
+    return both.log_softmax(1),others.log_softmax(1)
+
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #bc5350d7
 @in_float32
 def dkd(
@@ -74,19 +82,18 @@ def dkd(
     z_s,z_t = _check_logits(z_s, z_t)
     if y.is_floating_point() or y.numel()!=len(z_s):
         raise ValueError(f'DKD needs the number of the right class of each sample, but targets are {y.dtype} of shape '
-                         f'{tuple(y.shape)}. Use KD for soft labels, BinaryKD for several labels, LogitsMSE for numbers.')
+                         f'{tuple(y.shape)}. Use KD for soft labels, BinaryKD for several labels, LogitsMSE for '
+                         'numbers.')
     (right_s,others_s),(right_t,others_t) = (_split(z/T, y.flatten().long()) for z in (z_s, z_t))
     tckd = F.kl_div(right_s, right_t, reduction='batchmean', log_target=True)
     nckd = F.kl_div(others_s, others_t, reduction='batchmean', log_target=True)
     return T**2*(alpha*tckd + beta*nckd)
 
-# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d05f81
-def _split(z, y):
-    "Log probabilities of the class `y` and of all the others (B, 2), and among the others (B, C-1)"
-    target = F.one_hot(y, z.shape[1]).bool()
-    others = z[~target].view(len(z), -1)
-    both = torch.stack([z[target], others.logsumexp(1)], 1)
-    return both.log_softmax(1),others.log_softmax(1)
+# %% ../../../nbs/10a_distill.losses.logits.ipynb #58d64726
+def _unlike(a, b):
+    "One minus the correlation of two rows, its mean over the rows"
+    a,b = (unit(o - o.mean(1, keepdim=True), eps=1e-7) for o in (a, b))
+    return 1 - (a*b).sum(1).mean()
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #bfd78f31
 @in_float32
@@ -102,10 +109,6 @@ def dist(
     check_T(T)
     p_s,p_t = ((z/T).softmax(1) for z in _check_logits(z_s, z_t))
     return (beta*_unlike(p_s, p_t) + gamma*_unlike(p_s.T, p_t.T))*(T**2 if scaled else 1)
-
-def _unlike(a, b):
-    a,b = (unit(o - o.mean(1, keepdim=True), eps=1e-7) for o in (a, b))
-    return 1 - (a*b).sum(1).mean()
 
 # %% ../../../nbs/10a_distill.losses.logits.ipynb #9d74a834
 @in_float32
@@ -155,6 +158,6 @@ def counted(
     if mask is None or z.ndim==2 and mask.ndim>1: return z      # one answer for each sample, not for each place
     rows = z.movedim(class_dim(z), -1)
     if mask.shape!=rows.shape[:-1]:
-        raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {tuple(rows.shape[:-1])} for logits of shape '
-                         f'{tuple(z.shape)}: True for each place that counts.')
+        raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {tuple(rows.shape[:-1])} for logits '
+                         f'of shape {tuple(z.shape)}: True for each place that counts.')
     return rows[mask.bool()] if mask.any() else 0*z
