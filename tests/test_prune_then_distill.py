@@ -75,7 +75,7 @@ def same_shape(a, b): assert [p.shape for p in a.parameters()]==[p.shape for p i
 def test_who_teaches_whom(demo):
     df = pd.DataFrame([o for o in demo.stages if 'student' in o])
     want = {(f'ST{s}',t) for s in (36,59,79) for t in ('nobody','teacher','pruned 0.36','pruned 0.59','pruned 0.79')}
-    assert {*zip(df.student, df.taught_by)}==want and len(df)==2*len(want) and 'Table 12' in demo.exhibits['students'].title
+    assert {*zip(df.student, df.taught_by)}==want and len(df)==2*len(want) and 'Tables 8 and 12' in demo.exhibits['students'].title
 
 def test_the_record(demo):
     "Agreement, smoothness and uncertainty are those of the networks; the table is their mean and spread"
@@ -118,7 +118,7 @@ def test_a_trained_learner_is_left_as_it_was(tmp_path):
     run = recipe(tmp_path/'run', dls, learn, student=net(1), sparsities=(.36,), pairs=('unpruned','pruned'))
     assert same(before, state(learn.model)) and run.models['teacher'] is learn.model and 'epochs' not in rows(run, 'teacher')[0]
     assert {o['name'] for o in run.stages}=={'teacher','pruned 0.2','pruned 0.36','student from teacher','student from pruned 0.36'}
-    assert 'Tables 1 and 3' in run.exhibits['students'].title and 'agreement (%)' in taught_table(run)
+    assert 'Tables 1, 3 and 8' in run.exhibits['students'].title and 'agreement (%)' in taught_table(run)
 
 @pytest.mark.parametrize('trained', [False,True])
 def test_self_distillation(tmp_path, trained):
@@ -126,7 +126,7 @@ def test_self_distillation(tmp_path, trained):
     dls,teacher = data(),net()
     run = recipe(tmp_path/'run', dls, Learner(dls, teacher) if trained else teacher, student='self', sparsities=(.2,), seeds=(0,5))
     same_shape(run.models['student alone'], teacher)
-    assert run.exhibits['students'].title.startswith('Students by teacher (as Table 2')
+    assert run.exhibits['students'].title.startswith('Students by teacher (as Tables 2 and 8')
     a,b,c = (untrained(dls, teacher, s) for s in (0,0,1))
     assert same(state(a), state(b)) and not torch.equal(a.fc1.weight, c.fc1.weight) and not torch.equal(c.fc1.weight, teacher.fc1.weight)
     assert run.models['student alone'].fc1.weight.ne(run.models['teacher'].fc1.weight).all()
