@@ -5,15 +5,21 @@ from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
          'checkpoint': 'training.checkpoint training.state training.fingerprint files',
-         'processes': 'training.processes', 'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers', 'prune.masks': 'masks layers',
+         'processes': 'training.processes',
+         'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers',
+         'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
                          'recipes.record training.schedules files',
-         'distill.methods': ' '.join(f'distill.{o}' for o in 'terms logits layers heads vid crd srrl semckd simkd names'.split()),
+         'distill.methods': ' '.join(f'distill.{o}' for o in
+                                     'terms logits layers heads vid crd srrl semckd simkd names'.split()),
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
-SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic', 'channels.trial': 'channels.remove',
-         'variational.layers': 'variational.gates', 'variational.convert': 'variational.threshold', 'variational.callback': 'variational.show',
+SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
+         'channels.trial': 'channels.remove',
+         'variational.layers': 'variational.gates',
+         'variational.convert': 'variational.threshold',
+         'variational.callback': 'variational.show',
          'prune.criteria': 'prune.scoring prune.lowest prune.select prune.penalties',
          'prune.callback': 'prune.lowest prune.select prune.rewind', 'prune.select': 'prune.lowest',
          'distill.callback': 'distill.learner distill.show distill.seen',
@@ -26,8 +32,8 @@ def _finds(module, places, warn=False):
     def find(name):
         for o in map(importlib.import_module, places) if not name.startswith('__') else ():
             if not hasattr(o, name): continue
-            if warn: warnings.warn(f'{name} of {module.__name__} is in {o.__name__} now; the old place goes with the next version.',
-                                   FutureWarning, stacklevel=2)
+            if warn: warnings.warn(f'{name} of {module.__name__} is in {o.__name__} now; '
+                                   'the old place goes with the next version.', FutureWarning, stacklevel=2)
             return getattr(o, name)
         raise AttributeError(f'module {module.__name__} has no attribute {name}')
     module.__getattr__ = find

@@ -52,7 +52,8 @@ class _Weight(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/00b_kinds.ipynb #9ae3bbcb
-@layer_kind(*(f'timm.layers.std_conv.{n}' for n in ('StdConv2d','StdConv2dSame','ScaledStdConv2d','ScaledStdConv2dSame')))
+@layer_kind(*(f'timm.layers.std_conv.{n}'
+              for n in ('StdConv2d','StdConv2dSame','ScaledStdConv2d','ScaledStdConv2dSame')))
 class StandardisedKind(ConvKind):
     "Convolutions whose weight is standardised over what they read: a plain convolution once they read less"
     sums = True
@@ -91,6 +92,8 @@ def masks_over(
 def table_axis(
     t:torch.Tensor, # A parameter or buffer that belongs to no known layer
 ) -> int|None:
-    "The axis of `t` that may be one of channels: the only one, the last of a table of parameters, the second of a map; or None"
+    """The axis of `t` that may be one of channels, or None
+
+    The only one, the last of a table of parameters, the second of a map."""
     if (d := spanned_axis(t)) is not None or not isinstance(t, nn.Parameter) or t.ndim not in (2,3,4): return d
     return 1 if t.ndim==4 else t.ndim-1

@@ -37,8 +37,11 @@ class LayerKind:
     def axis(self, m:nn.Module) -> int: "The axis of channels in what `m` reads and makes"; return 1
     def together(self, m:nn.Module) -> int: "How many neighbours live and die together"; return 1
     def holds(self, m:nn.Module) -> str|None: "Why channels that `m` reads cannot go, with {} for its name; or None"
-    def rescale(self, m:nn.Module, before:int) -> None: "Make up in `m` for channels of zeros that are gone: there were `before`"
-    def noted(self, m:nn.Module) -> tuple: "Attributes that a saved network cannot tell from the shapes of its tensors"; return ()
+    def rescale(self, m:nn.Module, before:int) -> None:
+        "Make up in `m` for channels of zeros that are gone: there were `before`"
+    def noted(self, m:nn.Module) -> tuple:
+        "Attributes that a saved network cannot tell from the shapes of its tensors"
+        return ()
 
 # %% ../nbs/00a_layers.ipynb #67dc8e2e
 @patch
@@ -252,7 +255,8 @@ def _by_size(m, name):
 def _computed_by(h):
     "The name of what the hook `h` computes, or None"
     if getattr(h, 'adopted', False): return None
-    return h.name if isinstance(h, (WeightNorm,SpectralNorm)) else h._tensor_name if isinstance(h, BasePruningMethod) else None
+    return (h.name if isinstance(h, (WeightNorm,SpectralNorm)) else
+            h._tensor_name if isinstance(h, BasePruningMethod) else None)
 
 # %% ../nbs/00a_layers.ipynb #1c474e12
 _norms = nn.LayerNorm,nn.RMSNorm
@@ -263,7 +267,8 @@ def weight_names(
     "Names of the tensors of `m` itself that are weights: of two dimensions or more, no biases, no scales of a norm"
     if isinstance(m, weighted): return ['weight']
     if isinstance(m, _norms): return []
-    made = dict.fromkeys([*filter(None, map(_computed_by, m._forward_pre_hooks.values())), *(m.parametrizations if is_parametrized(m) else ())])
+    made = dict.fromkeys([*filter(None, map(_computed_by, m._forward_pre_hooks.values())),
+                          *(m.parametrizations if is_parametrized(m) else ())])
     def is_weight(n, p):
         if p is None or is_lazy(p) or 'bias' in n or n.rpartition('_')[0] in made: return False
         return p.ndim>1 and ('weight' in n or sum(s>1 for s in p.shape)>1)
@@ -273,4 +278,5 @@ def weight_names(
 def _all_weights(model):
     "`(name, layer, name in the layer)` of all weights of the network; what computes them is passed over"
     inside = {o for m in model.modules() if is_parametrized(m) for o in m.parametrizations.modules()}
-    return [(f'{path}.{n}'.lstrip('.'), m, n) for path,m in model.named_modules() if m not in inside for n in weight_names(m)]
+    return [(f'{path}.{n}'.lstrip('.'), m, n) for path,m in model.named_modules() if m not in inside
+            for n in weight_names(m)]

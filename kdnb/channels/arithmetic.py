@@ -22,7 +22,8 @@ def mixed(self:Trace,
     "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
     if not (dims := [d for d in dims if varies(l, d)]): return l
     path = self._running[-1][0] if self._running else ''
-    of = self.classes[_small(l).long()]       # a class token's labels are others than those of the patches, until they are joined
+    # a class token's labels are others than those of the patches, until they are joined
+    of = self.classes[_small(l).long()]
     if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
     first = l
     for d in dims: first = first.narrow(d, 0, 1)
@@ -64,12 +65,14 @@ def merge(self:Trace,
 def _spanned(l, axes): return [d for d in axes if _spans(l, d)]
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #23d2bc36
-@follows('pointwise','hardswish','hardswish_','hardsigmoid_','_to_copy','native_dropout','_prelu_kernel','zeros_like','ones_like','empty_like',
-         'full_like','rand_like','randn_like','bernoulli','bernoulli_','fill_','zero_','rrelu_with_noise')
+@follows('pointwise','hardswish','hardswish_','hardsigmoid_','_to_copy','native_dropout','_prelu_kernel',
+         'zeros_like','ones_like','empty_like','full_like','rand_like','randn_like','bernoulli','bernoulli_',
+         'fill_','zero_','rrelu_with_noise')
 def _pointwise(trace, func, named, out):
     o,ts = tree_leaves(out)[0],_inputs(named)
     l = trace.merge(o, [t for t in ts if t.ndim<=o.ndim])
-    if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None: trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
+    if func.overloadpacket.__name__[-1]=='_' and ts[0]._base is not None:
+        trace.hold(l[(labels_of(ts[0])==0) & (l>0)], LOST)
     return tree_map_only(torch.Tensor, lambda o: l, out)
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #c902b0d7
@@ -77,7 +80,8 @@ def _pointwise(trace, func, named, out):
 def _new(trace, func, named, out):
     "As large as channels that it is made beside, or of size 1 there"
     l = labels_of(named['self'])
-    if l.ndim!=out.ndim or any(varies(l, d) and out.shape[d]!=l.shape[d] for d in range(l.ndim)): return torch.zeros([1]*out.ndim, dtype=torch.int32, device='cpu').expand(out.shape).clone()
+    if l.ndim!=out.ndim or any(varies(l, d) and out.shape[d]!=l.shape[d] for d in range(l.ndim)):
+        return torch.zeros([1]*out.ndim, dtype=torch.int32, device='cpu').expand(out.shape).clone()
     for d in range(l.ndim):
         if not varies(l, d): l = l.narrow(d, 0, 1)
     return l.expand(out.shape)
@@ -89,8 +93,9 @@ def _copy(trace, func, named, out):
     return trace.hold(l, LOST) if out._base is not None else l
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #20860d25
-@follows('mean','sum','amax','amin','max','min','prod','std','var','var_mean','std_mean','any','all','norm','linalg_vector_norm','logsumexp',
-         'argmax','argmin','cumsum','cumprod','sort','topk','median','_softmax','_safe_softmax','_log_softmax','softmax','log_softmax')
+@follows('mean','sum','amax','amin','max','min','prod','std','var','var_mean','std_mean','any','all',
+         'norm','linalg_vector_norm','logsumexp','argmax','argmin','cumsum','cumprod','sort','topk','median',
+         '_softmax','_safe_softmax','_log_softmax','softmax','log_softmax')
 def _reduce(trace, func, named, out):
     l,dims = labels_of(named['self']),named.get('dim')
     dims = [d%l.ndim for d in ([dims] if isinstance(dims, int) else dims or range(l.ndim))]
@@ -156,7 +161,8 @@ def paired(self:Trace,
 def _matmul(trace, func, named, out):
     *rest,a,b = _inputs(named)
     for o in rest: trace.hold(labels_of(o), f'{func.overloadpacket.__name__} reads them')
-    a,b = (trace.mixed(labels_of(o), [d], 'a product of activations sums over them') for o,d in ((a,a.ndim-1), (b,b.ndim-2)))
+    a,b = (trace.mixed(labels_of(o), [d], 'a product of activations sums over them')
+           for o,d in ((a,a.ndim-1), (b,b.ndim-2)))
     if _labelled(a) and _labelled(b): return trace.paired(a, b).expand(out.shape)
     return (b.narrow(-2, 0, 1) if _labelled(b) else a.narrow(-1, 0, 1)).expand(out.shape)
 
@@ -168,8 +174,11 @@ def _attention(trace, func, named, out):
     if varies(v, v.ndim-2): v = trace.hold(v, LOST)
     rows = [l for l in (q,k) if _labelled(l)]
     l = trace.paired(*rows, v) if rows else v.narrow(-2, 0, 1)
-    for mask in [t for t in _inputs(named) if t.ndim>2 and t is not named['query'] and t is not named['key'] and t is not named['value']]:
+    for mask in [t for t in _inputs(named) if t.ndim>2
+                 and t is not named['query'] and t is not named['key'] and t is not named['value']]:
         m = trace.mixed(labels_of(mask), [mask.ndim-1,mask.ndim-2], 'attention adds them')
-        if rows and (mask.shape[-3]>1 or _labelled(m)): trace.paired(l.narrow(-1, 0, 1), m, why='the attention mask has a part for each head')
+        if rows and (mask.shape[-3]>1 or _labelled(m)):
+            trace.paired(l.narrow(-1, 0, 1), m, why='the attention mask has a part for each head')
     l = l.expand(o.shape)
-    return tree_map_only(torch.Tensor, lambda t: l if t is o else torch.zeros(t.shape, dtype=torch.int32, device='cpu'), out)
+    return tree_map_only(torch.Tensor,
+        lambda t: l if t is o else torch.zeros(t.shape, dtype=torch.int32, device='cpu'), out)

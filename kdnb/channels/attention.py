@@ -50,14 +50,17 @@ def open_attention(
 ) -> nn.Module:
     """A copy of `model` whose `nn.MultiheadAttention` are linear layers around a product, so that heads can go
 
-    It gives no weights of attention, and takes no masks. Raises `ValueError` for layers that need them, or drop some at random."""
+    It gives no weights of attention, and takes no masks.
+    Raises `ValueError` for layers that need them, or drop some at random."""
     model = copy_network(model)
     for path,m in list(model.named_modules()):
         if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            raise ValueError(f'{path} is a {type(m).__name__}, which passes masks to its attention. Prune its neurons, or write the block with plain layers.')
+            raise ValueError(f'{path} is a {type(m).__name__}, which passes masks to its attention. '
+                             'Prune its neurons, or write the block with plain layers.')
         if not isinstance(m, nn.MultiheadAttention): continue
         if m.bias_k is not None or m.add_zero_attn or m.dropout:
-            raise ValueError(f'{path} has extra keys (add_bias_kv, add_zero_attn) or dropout={m.dropout}, which an open one has not. Build it without.')
+            raise ValueError(f'{path} has extra keys (add_bias_kv, add_zero_attn) or dropout={m.dropout}, '
+                             'which an open one has not. Build it without.')
         if not path: return _opened(m)
         set_layer(model, path, _opened(m))
     return model

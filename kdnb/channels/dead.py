@@ -59,7 +59,9 @@ def _constant(model, g):
 # %% ../../nbs/08i_channels.dead.ipynb #930a7985
 @torch.no_grad()
 def _hear_zeros(model, paths, xb, training=False):
-    "`{path: mask}` of the inputs of layers that are zero everywhere in a batch, in evaluation and, where the network runs so, in training"
+    """`{path: mask}` of the inputs of layers that are zero everywhere in a batch
+
+    In evaluation and, where the network runs so, in training."""
     zero,hooks = {},[]
     def listen(m, x, path):
         if isinstance(x[0], PackedSequence): x = (x[0].data,)
@@ -68,7 +70,8 @@ def _hear_zeros(model, paths, xb, training=False):
         if kind_of(m).recurs: x = torch.cat([x, ~_speaks(m).to(x.device)])
         zero[path] = zero[path] & x if path in zero else x
     for p in paths:
-        hooks.append(model.get_submodule(p).register_forward_pre_hook(lambda m,x,kw,p=p: listen(m, x or (*kw.values(),), p), with_kwargs=True))
+        hooks.append(model.get_submodule(p).register_forward_pre_hook(
+            lambda m,x,kw,p=p: listen(m, x or (*kw.values(),), p), with_kwargs=True))
     try:
         with evaluating(model): model.train(training)(*xb)
     finally:
@@ -86,7 +89,8 @@ def _other_inputs(xb):
     def coin(o): return (torch.rand(o.shape, generator=rng, device='cpu')<.5).to(o.device)
     yield xb
     for f in (lambda o: -10*o, partial(drawn, size=10.), partial(drawn, size=1e3)):
-        yield tree_map_only(torch.Tensor, lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
+        yield tree_map_only(torch.Tensor,
+            lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
 
 # %% ../../nbs/08i_channels.dead.ipynb #de15eb2c
 @torch.no_grad()
@@ -110,7 +114,9 @@ def _silent(model, groups, xb):
         for x in _other_inputs(xb):
             for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
-    return [(g, c & _every(g.readers+_summing(model, g), g.n, lambda p: silent.get(p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu')))) for g,c in asked]
+    return [(g, c & _every(g.readers+_summing(model, g), g.n, lambda p: silent.get(
+                p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu'))))
+            for g,c in asked]
 
 # %% ../../nbs/08i_channels.dead.ipynb #a7317b29
 def _why_left(model, g, gone, zero):

@@ -29,7 +29,7 @@ class ChannelGroup:
     readers:list   # `Part`s of convolutions and linear layers that take them in
     stays:str=None # Why they cannot be removed exactly, or None
     blocks:torch.Tensor=None # Block of each channel (n,): as many must go from each
-    tensors:list=field(default_factory=list) # `Part`s of parameters and buffers outside of layers, such as a layer scale
+    tensors:list=field(default_factory=list) # `Part`s of parameters and buffers outside of layers: a layer scale, say
     sizes:list=field(default_factory=list) # `Part`s of attributes that count them, whose path is a `Size`
 
     @property
@@ -70,7 +70,8 @@ def _hold_odd(t, model):
     for (kind,path),labels in t.parts.items():
         if kind in ('tensors','sizes'): continue
         m = model.get_submodule(path)
-        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items()) if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
+        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items())
+                    if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
         if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
         elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
         elif odd: t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
@@ -88,13 +89,15 @@ def _whole(cls, blocks):
 
 # %% ../../nbs/08f_channels.groups.ipynb #b8800f8f
 def _partitions(t, model):
-    "`(classes, blocks, why)` for each place of trace `t` where channels are split into blocks that cannot go as a whole"
+    "`(classes, blocks, why)` for each place of trace `t` with channels in blocks that cannot go as a whole"
     of = t.classes
     for (kind,path),labels in t.parts.items():
         if kind not in ('makers','readers') or not (labels>0).any(): continue
         m = model.get_submodule(path)
         if getattr(m, 'groups', 1)==1 or is_depthwise(m) or is_spread(m): continue
-        yield torch.where(labels>0, of[labels.long()], -1),torch.arange(len(labels), device='cpu')//(len(labels)//m.groups),f'grouped convolution {path} needs all of them'
+        yield (torch.where(labels>0, of[labels.long()], -1),
+               torch.arange(len(labels), device='cpu')//(len(labels)//m.groups),
+               f'grouped convolution {path} needs all of them')
     for (labels,blocks),why,whole in t.balanced:
         cls = torch.where(labels>0, of[labels.long()], -1)
         if not (whole and _whole(cls, blocks)): yield cls,blocks,why
@@ -104,7 +107,8 @@ def _meeting(t):
     "`{class: number of its component}`: makers whose classes meet are one component"
     of,made = t.classes,[l for (kind,_),l in t.parts.items() if kind=='makers']
     n = int(of.max())+1
-    pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')]) for i,l in enumerate(made)]
+    pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')])
+             for i,l in enumerate(made)]
     comp = components(torch.cat([torch.zeros(2, 0, dtype=torch.long, device='cpu'), *pairs], 1), n+len(made))
     return {c: int(comp[c]) for p in pairs for c in p[0].tolist()}
 
@@ -138,11 +142,12 @@ def _collect(t, model):
     comp,stays,blocks = _settled(t, model)
     of,members = t.classes,{}
     made = [of[l.long()].tolist() for (kind,_),l in t.parts.items() if kind=='makers' and (l>0).any()]
-    whole = {cs[0] for cs in made if len({*cs})==1}     # all channels of a layer are one: no group, it cannot be emptied
+    whole = {cs[0] for cs in made if len({*cs})==1}     # all channels of a layer are one: it cannot be emptied
     for cs in made:
         for c in cs:
             if c in comp and c not in whole: members.setdefault((comp[c], c in stays), {})[c] = None
-    group,unit,groups = torch.full((int(of.max())+1,), -1, device='cpu'),torch.zeros(int(of.max())+1, dtype=torch.long, device='cpu'),[]
+    group,unit,groups = (torch.full((int(of.max())+1,), -1, device='cpu'),
+                         torch.zeros(int(of.max())+1, dtype=torch.long, device='cpu'),[])
     for i,cs in enumerate(members.values()):
         cs = torch.tensor(list(cs), device='cpu')
         group[cs],unit[cs] = i,torch.arange(len(cs), device='cpu')
@@ -156,7 +161,8 @@ def _collect(t, model):
         g.name = g.makers[0].path
         if held: g.stays = Counter(stays[c] for c in cs).most_common(1)[0][0]
         elif not g.readers: g.stays = 'nobody reads them'
-        elif all(found := [blocks.get(c) for c in cs]): g.blocks = torch.tensor([sorted({*found}).index(b) for b in found], device='cpu')
+        elif all(found := [blocks.get(c) for c in cs]):
+            g.blocks = torch.tensor([sorted({*found}).index(b) for b in found], device='cpu')
     return groups
 
 # %% ../../nbs/08f_channels.groups.ipynb #ea432c4e
@@ -167,7 +173,8 @@ def _others(groups, model, layers, why):
         n = n_channels(model.get_submodule(path))[0]
         at = torch.arange(n, device='cpu')
         if made: at = at[~torch.isin(at, torch.cat(made))]
-        if len(at): yield ChannelGroup(path, len(at), [Part(path, at, torch.arange(len(at), device='cpu'))], [], [], why if n>1 else 'it is the only one')
+        if len(at): yield ChannelGroup(path, len(at), [Part(path, at, torch.arange(len(at), device='cpu'))], [], [],
+                                       why if n>1 else 'it is the only one')
 
 # %% ../../nbs/08f_channels.groups.ipynb #bd9e7f91
 def _removable(g, found, first=None):
@@ -208,7 +215,9 @@ def _lengths_left(gone):
     "`{size: length}` of what attributes count, when the channels `gone`, pairs of group and mask, go"
     alive = {}
     for g,dead in gone:
-        for p in g.sizes: alive.setdefault(p.path, torch.ones(math.prod(p.path.shape), dtype=torch.bool, device='cpu'))[p.at[dead[p.unit]]] = False
+        for p in g.sizes:
+            alive.setdefault(p.path, torch.ones(math.prod(p.path.shape), dtype=torch.bool, device='cpu')
+                             )[p.at[dead[p.unit]]] = False
     def left(size, there):
         there = there.view(size.shape)
         inner = math.prod(size.shape[size.axis+1:])==1      # within each row

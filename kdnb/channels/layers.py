@@ -81,9 +81,12 @@ def _unhook(m):
             needs = any(p.requires_grad for n,p in m._parameters.items() if n.startswith(f'{name}_'))
             h.remove(m)
             m._parameters[name].requires_grad_(needs)
-            m._parameters = {n: m._parameters[n] for n in ('weight','bias') if n in m._parameters} | m._parameters      # as in a new layer
-    for k in [k for k,h in m._state_dict_hooks.items() if isinstance(h, SpectralNormStateDictHook)]: del m._state_dict_hooks[k]
-    m._load_state_dict_pre_hooks = type(m._load_state_dict_pre_hooks)((k,h) for k,h in m._load_state_dict_pre_hooks.items()
+            # as in a new layer
+            m._parameters = {n: m._parameters[n] for n in ('weight','bias') if n in m._parameters} | m._parameters
+    for k in [k for k,h in m._state_dict_hooks.items() if isinstance(h, SpectralNormStateDictHook)]:
+        del m._state_dict_hooks[k]
+    m._load_state_dict_pre_hooks = type(m._load_state_dict_pre_hooks)(
+        (k,h) for k,h in m._load_state_dict_pre_hooks.items()
         if not isinstance(getattr(h, 'hook', h), SpectralNormLoadStateDictPreHook))
 
 # %% ../../nbs/08_channels.layers.ipynb #01270b6e
@@ -151,7 +154,9 @@ def set_attributes(
     model:nn.Module, # Network as it was built
     attributes:dict, # `{path: {attribute: value}}`, from `attributes_of`
 ) -> None:
-    "Give modules of `model` these attributes. Raises `ValueError` for one that is none of them, of another type, or larger."
+    """Give modules of `model` these attributes
+
+    Raises `ValueError` for one that is none of them, of another type, or larger."""
     modules = dict(model.named_modules())
     if not isinstance(attributes, dict) or not all(isinstance(o, dict) for o in attributes.values()):
         raise ValueError(f'attributes are {attributes!r}, expected {{path: {{attribute: value}}}}.')

@@ -28,8 +28,10 @@ def _carry_masks(model, small, kept, paths):
     "Masks of `model` that still have something to hold at zero in `small` go on holding it"
     for path,m in model.named_modules():
         for name,mask in (m.own_masks() if hasattr(m, 'fold_masks') else {}).items():      # kdnb's masks
-            if not (mask := _left(mask, model, path, name, kept)).all(): m.give_masks(small.get_submodule(paths.get(path, path)), {name: mask})
-        for name in [h._tensor_name for h in m._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)]:      # torch's
+            if not (mask := _left(mask, model, path, name, kept)).all():
+                m.give_masks(small.get_submodule(paths.get(path, path)), {name: mask})
+        # torch's masks
+        for name in [h._tensor_name for h in m._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)]:
             mask = _left(m._buffers[f'{name}_mask'], model, path, name, kept)
             if not mask.all(): custom_from_mask(small.get_submodule(paths.get(path, path)), name, mask)
 
@@ -45,7 +47,8 @@ def _carry_state(old, new, # Optimisers
         target = params.get(f'{paths.get(path, path)}.{attr}'.lstrip('.'))
         if target is None: continue
         def cut(t):
-            return _left(t, model, path, attr, kept) if isinstance(t, torch.Tensor) and t.shape==p.shape else deepcopy(t)
+            return (_left(t, model, path, attr, kept) if isinstance(t, torch.Tensor) and t.shape==p.shape
+                    else deepcopy(t))
         for a,b in states:
             if p in a: b[target] = {k: cut(v) for k,v in a[p].items()}
     for p in (p for ps in new.param_lists for p in ps):        # of others than the network, such as a loss term
@@ -75,7 +78,8 @@ def shrink(self:Learner,
     if isinstance(self.opt_func, OptimWrapper):
         raise ValueError('the optimiser was built by hand for the present parameters and cannot be built again. '
                          'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
-    headed = [c for c in self.cbs if len(getattr(c, 'heads', ()))]      # heads of a distillation read layers that get narrower
+    # heads of a distillation read layers that get narrower
+    headed = [c for c in self.cbs if len(getattr(c, 'heads', ()))]
     self.remove_cbs(headed)
     try: return _replace_model(self, tol, update_bn)
     finally: self.add_cbs(headed)      # with new heads

@@ -39,7 +39,8 @@ def _rule_of(func):
     "The rule of an operation: by its name, a part of it, or what PyTorch says of it"
     name = func.overloadpacket.__name__
     rule = _rules.get(name) or next((f for k,f in _rules.items() if k[0]=='*' and k[1:] in name), None)
-    if rule is None: rule = _rules['moves' if func.is_view else 'pointwise' if torch.Tag.pointwise in func.tags else 'unknown']
+    if rule is None:
+        rule = _rules['moves' if func.is_view else 'pointwise' if torch.Tag.pointwise in func.tags else 'unknown']
     return rule
 
 _rules['unknown'] = _unknown
@@ -51,13 +52,17 @@ def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     if self._quiet or not any(hasattr(o, '_labels') for o in tree_leaves((args, kwargs))): return out
     name,given = func.overloadpacket.__name__,_inputs(dict(args=args, kwargs=kwargs))
     if not all(o.numel() for o in _outputs(out)[:1]):
-        for o in given: self.hold(labels_of(o), 'nothing of them was left in this batch')      # no boxes, say: who would read them is not seen
+        # no boxes, say: who would read them is not seen
+        for o in given: self.hold(labels_of(o), 'nothing of them was left in this batch')
     rule = _rule_of(func)
     named = dict(zip((o.name for o in func._schema.arguments), args)) | kwargs
     try: labels = tree_leaves(rule(self, func, named, out))
-    except Exception: labels = tree_leaves(_unknown(self, func, named, out))     # used in a way that its rule does not know
+    except Exception:
+        # used in a way that its rule does not know
+        labels = tree_leaves(_unknown(self, func, named, out))
     for o,l in zip(tree_leaves(out), labels):
-        if isinstance(o, torch.Tensor): self.mark(o, l if l.shape==o.shape else self.hold(l, LOST).new_zeros(()).expand(o.shape).clone())
+        if isinstance(o, torch.Tensor):
+            self.mark(o, l if l.shape==o.shape else self.hold(l, LOST).new_zeros(()).expand(o.shape).clone())
     return out
 
 # %% ../../nbs/08c_channels.operations.ipynb #553bf812
@@ -77,8 +82,10 @@ def follow(
 @follows('moves','repeat','flip','roll','pixel_shuffle','pixel_unshuffle','contiguous','tile','cat','stack')
 def _move(trace, func, named, out):
     name = func.overloadpacket.__name__
-    if name in ('cat','stack'): trace.align([labels_of(o) for o in _inputs(named)], named.get('dim', 0) if name=='cat' else None)
-    if name=='roll' and any(varies(labels_of(named['self']), d) for d in (named.get('dims') or range(named['self'].ndim))):
+    if name in ('cat','stack'):
+        trace.align([labels_of(o) for o in _inputs(named)], named.get('dim', 0) if name=='cat' else None)
+    if name=='roll' and any(varies(labels_of(named['self']), d)
+                            for d in (named.get('dims') or range(named['self'].ndim))):
         return trace.hold(labels_of(named['self']), 'the code rolls them')
     new = func(*tree_map_only(torch.Tensor, labels_of, tuple(named.values())))
     if 'dim' in named and name in ('slice','split','split_with_sizes','select','unbind','chunk'):
@@ -107,7 +114,8 @@ def _sliced(trace, l, dim, new, name, named={}):
     if trace.by_size(l, dim, name, named): return
     sizes = {o.shape[dim] for o in tree_leaves(new)}
     if name=='split_with_sizes' or len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size:
-        if name=='split_with_sizes' or name=='slice' and size<l.shape[dim]: trace.hold(l, 'the code picks them by number')
+        if name=='split_with_sizes' or name=='slice' and size<l.shape[dim]:
+            trace.hold(l, 'the code picks them by number')
         return
     l = _small(l)
     at = torch.arange(l.shape[dim], dtype=torch.int32, device='cpu')//size
@@ -122,7 +130,8 @@ def _view(trace, func, named, out):
     if len(before)==1 and len(after)>1: trace.tear(new, after)
     for d in before: trace.sized(l, d)
     for d in after: trace.sized(new, d)
-    if len(before)>1 and len(after)==1 and varies(trace.rows(l), before[-1]): trace.join(l.narrow(before[-1], 0, 1).expand_as(l), l)
+    if len(before)>1 and len(after)==1 and varies(trace.rows(l), before[-1]):
+        trace.join(l.narrow(before[-1], 0, 1).expand_as(l), l)
     return new
 
 # %% ../../nbs/08c_channels.operations.ipynb #b7bb7bbe
@@ -133,7 +142,9 @@ def tear(self:Trace,
 ) -> None:
     "Labels `l` change along several `axes`, the last of them inside the rows: as many must go from each row"
     row = torch.zeros((), dtype=torch.int32, device='cpu')
-    for d in axes[:-1]: row = row*l.shape[d] + torch.arange(l.shape[d], dtype=torch.int32, device='cpu').view(-1, *[1]*(l.ndim-1-d))
+    for d in axes[:-1]:
+        row = row*l.shape[d] + torch.arange(l.shape[d], dtype=torch.int32, device='cpu'
+                                            ).view(-1, *[1]*(l.ndim-1-d))
     l = _small(l)
     self._row[l.flatten().long()] = row.expand(l.shape).flatten()
     self.balance(l, row, f'the code views them as {"×".join(str(l.shape[d]) for d in axes)}', whole=True)

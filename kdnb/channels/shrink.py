@@ -97,7 +97,7 @@ def _no_tf32():
 # %% ../../nbs/08j_channels.shrink.ipynb #154da7fc
 @torch.no_grad()
 def max_difference(a, b, data):
-    "Largest difference between outputs of `a` and `b` on one batch, relative to the largest output; computed in float64"
+    "Largest difference between outputs of `a` and `b` on a batch, relative to the largest output; in float64"
     xb,said = inputs(data, a),[]
     with _no_tf32():
         for m,x in (_exact(m, xb) for m in (a, b)):
@@ -115,8 +115,9 @@ def _check_training(model, small, xb):
         try: copy_network(model).train()(*xb)
         except Exception: return
         try: copy_network(small).train()(*xb)
-        except Exception as e: raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). '
-                                                'Please report the architecture; the masked network itself is unchanged and can be used.') from e
+        except Exception as e:
+            raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). Please report the '
+                             'architecture; the masked network itself is unchanged and can be used.') from e
 
 # %% ../../nbs/08j_channels.shrink.ipynb #472c5d51
 def _prove(model, small, kept, paths, xb, tol):
@@ -128,7 +129,8 @@ def _prove(model, small, kept, paths, xb, tol):
     ends = [[o for k,o in s if not k] for s in said]
     diff = max([relative_difference(p, q) for p,q in zip(*ends) if p.shape==q.shape], default=math.nan)
     raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}), first at '
-                     f'{where or "its output"}. Please report the architecture; the masked network itself is unchanged and can be used.')
+                     f'{where or "its output"}. Please report the architecture; '
+                     'the masked network itself is unchanged and can be used.')
 
 # %% ../../nbs/08j_channels.shrink.ipynb #c81caa7b
 def shrink(model, # A network with zeros; masks may be attached
@@ -142,7 +144,8 @@ def shrink(model, # A network with zeros; masks may be attached
 @torch.inference_mode(False)
 def _checked(model, xb, data, tol, update_bn):
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError('the network is a TorchScript module, whose layers cannot be cut. Shrink it before torch.jit.script or trace.')
+        raise ValueError('the network is a TorchScript module, whose layers cannot be cut. '
+                         'Shrink it before torch.jit.script or trace.')
     xb = first_samples(xb, 16)
     for positions in (True,False):
         small,kept,paths = _shrunken(model, xb, positions)

@@ -17,7 +17,8 @@ from .labels import Trace,varies
 from ..core import evaluating
 
 # %% ../../nbs/08b_channels.sizes.ipynb #d4e1f06b
-Size = namedtuple('Size', 'path name index shape axis')   # attribute `name` of a module counts labels of this shape along `axis`
+# attribute `name` of a module counts labels of this shape along `axis`
+Size = namedtuple('Size', 'path name index shape axis')
 
 @patch
 def _note_running(self:Trace, path, m):
@@ -31,7 +32,8 @@ def _lengths(m, n):
     "`(name, index)` of attributes of module `m` that are the number `n`, or are lists with it"
     for k,v in vars(m).items():
         if type(v) is int and v==n: yield k,None
-        elif type(v) in (list,tuple) and v and all(type(o) is int for o in v): yield from ((k, i) for i,o in enumerate(v) if o==n)
+        elif type(v) in (list,tuple) and v and all(type(o) is int for o in v):
+            yield from ((k, i) for i,o in enumerate(v) if o==n)
 
 # %% ../../nbs/08b_channels.sizes.ipynb #1b6f3a58
 @patch
@@ -40,7 +42,7 @@ def sized(self:Trace,
     axis:int, # Axis whose length the code may know
     at:int|None=None, # Only lists with the length at this index
 ) -> list[tuple[str,str]]:
-    "`(path, name)` of attributes of the running module that are the length of `axis`: they may have to follow what is cut"
+    "`(path, name)` of the running module's attributes of the length of `axis`: they may have to follow what is cut"
     if not self._running or not varies(l, axis): return []
     path,m,*call = self._running[-1]
     n,names = l.shape[axis],[]
@@ -86,7 +88,7 @@ def output_tensors(
     out:object, # What a network returned
     seen:set|None=None, # Objects that were looked into already, by id
 ) -> list[torch.Tensor]:
-    "All tensors in what a network returns: in containers, dataclasses and objects that hold them; what is none is passed over"
+    "All tensors in what a network returns: in containers, dataclasses and objects; what holds none is passed over"
     seen = {} if seen is None else seen
     if isinstance(out, torch.Tensor): return [out]
     if id(out) in seen or isinstance(out, (str,bytes,nn.Module,type)): return []

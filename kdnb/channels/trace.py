@@ -60,7 +60,8 @@ def layer(self:Trace,
         self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
     if makes: self.note('makers', path, labels)
     outs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-    if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs): self.hold(labels, LOST)
+    if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs):
+        self.hold(labels, LOST)
     else:
         for o in outs: self.mark(o, labels, axis)
 
@@ -102,8 +103,9 @@ def _held(self:Trace, path, m, why):
 # %% ../../nbs/08e_channels.trace.ipynb #6dc53f36
 @patch
 def label_tensors(self:Trace) -> None:
-    "Parameters and buffers outside of known layers have labels of their own, such as a layer scale or a table of positions"
-    inside = {id(t) for m in self.model.modules() if isinstance(m, makers+norms) or holds(m) for t in (*m.parameters(), *m.buffers())}
+    "Parameters and buffers outside of known layers have labels of their own: a layer scale, a table of positions"
+    inside = {id(t) for m in self.model.modules() if isinstance(m, makers+norms) or holds(m)
+              for t in (*m.parameters(), *m.buffers())}
     for name,t in (*self.model.named_parameters(), *self.model.named_buffers()):
         if id(t) in inside or not t.is_floating_point() or (axis := table_axis(t)) is None: continue
         self.note('tensors', name, self.new_labels(name, t.shape[axis]))
@@ -121,7 +123,8 @@ def run(self:Trace,
     self._uses.append([])
     for path,m in self.model.named_modules():
         layer = isinstance(m, makers) or isinstance(m, norms) and n_channels(m)[0]>1
-        if layer and 'forward' in vars(m): wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
+        if layer and 'forward' in vars(m):
+            wrapped[m] = self._held(path, m, '{} has a forward of its own, which a copy does not follow')
         elif layer: wrapped[m] = self._known(path, m)
         elif (why := holds(m)) or isinstance(m, nn.LayerNorm): wrapped[m] = self._held(path, m, why)
     before,hooks = {m: vars(m).get('forward') for m in wrapped},[]
@@ -144,8 +147,10 @@ def hold_unseen(self:Trace) -> None:
     "Layers that did not run, since another input, or targets, would take their way: what they could read stays"
     inside = {c for m in self.model.modules() if holds(m) for c in m.modules()}
     for path,m in self.model.named_modules():
-        if not isinstance(m, makers+norms) or path in self.ran or m in inside or isinstance(m, norms) and n_channels(m)[0]==1: continue
-        for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]: self.hold(labels, f'{path} did not run, and may read them')
+        if (not isinstance(m, makers+norms) or path in self.ran or m in inside
+            or isinstance(m, norms) and n_channels(m)[0]==1): continue
+        for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]:
+            self.hold(labels, f'{path} did not run, and may read them')
 
 # %% ../../nbs/08e_channels.trace.ipynb #7fb01271
 @torch.no_grad()

@@ -64,7 +64,8 @@ def layer_outputs(model, xb):
         if isinstance(m, makers+norms):
             hooks.append(m.register_forward_pre_hook(lambda m,x,path=path: begun.append(path)))
         if isinstance(m, makers):
-            hooks.append(m.register_forward_hook(lambda m,x,out,path=path: said.append((path, output_tensors(out)[0].clone()))))
+            hooks.append(m.register_forward_hook(
+                lambda m,x,out,path=path: said.append((path, output_tensors(out)[0].clone()))))
     try:
         with constant_draws(model), evaluating(model): return said + [('', o) for o in output_tensors(model(*xb))]
     except Exception as e: e.where = begun[-1]; raise
@@ -81,7 +82,7 @@ def relative_difference(a, b):
 
 # %% ../../nbs/08g_channels.trial.ipynb #6307d08e
 def _first_difference(a, b, model, kept, tol, paths={}):
-    "The first layer at which the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
+    "First layer where the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
     old = {new: path for path,new in paths.items()}
     for (p,x),(q,y) in zip(a, [(old.get(q, q), y) for q,y in b]):
         if p and p in kept: x = x.index_select(channel_axis(model.get_submodule(p)), kept[p][0].to(x.device))
@@ -111,7 +112,7 @@ def _silence(model, g, dead, kinds=('makers','norms','readers')):
 
 # %% ../../nbs/08g_channels.trial.ipynb #96f7701a
 def _some(g, order):
-    "A third of the channels of `g`, and of each of its blocks: the first and the last, and those that are first in `order`"
+    "A third of the channels of `g`, and of each of its blocks: the first, the last, and those first in `order`"
     dead = torch.zeros(g.n, dtype=torch.bool, device='cpu')
     for b in [torch.ones_like(dead)] if g.blocks is None else [g.blocks==b for b in g.blocks.unique()]:
         mine,n = b.nonzero()[:,0],max(1, int(b.sum())//3)
@@ -132,7 +133,7 @@ def _summing(model, g):
 
 # %% ../../nbs/08g_channels.trial.ipynb #264e6a65
 def _difference(model, xb, groups):
-    "What is wrong with removing a third of the channels of `groups` when nobody reads them, and at which layer; or None"
+    "What is wrong with removing a third of the channels of `groups` that nobody reads, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
     masked = deepcopy(model)
@@ -141,7 +142,8 @@ def _difference(model, xb, groups):
     small = deepcopy(masked)
     try:
         kept = _remove(small, gone)
-        with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)       # torch.fx prints the errors of its modules
+        # torch.fx prints the errors of its modules
+        with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)
     except Exception as e:
         return f"the network's code counts on their number ({_said(e)})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
@@ -153,7 +155,9 @@ def _late(until): return ('there was no time to try them',None) if time.thread_t
 
 # %% ../../nbs/08g_channels.trial.ipynb #3b2811fe
 def _try(model, xb, groups, until):
-    "Let those of `groups` stay that cannot be removed exactly, alone or together, or are not tried when this thread has run `until`"
+    """Let those of `groups` stay that cannot be removed exactly, alone or together
+
+    Those, too, that are not tried when this thread has run `until`."""
     aside,sound = [],list(groups)
     while sound and (found := _late(until) or _difference(model, xb, sound)):
         bad = [g for g in sound if any(p.path==found[1] for p in g.parts)]
@@ -185,11 +189,14 @@ def _probes(model, xb):
     home = str(next((p.device for p in model.parameters()), 'cpu'))
     for device in dict.fromkeys(['cpu',home]):
         for dtype in (torch.float64,torch.float32):
-            yield lambda device=device,dtype=dtype: (_randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
+            yield lambda device=device,dtype=dtype: (
+                _randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
 
 # %% ../../nbs/08g_channels.trial.ipynb #6a9f41c8
 def _tried(model, t, x, until):
-    "Groups of `model` by trace `t` of a copy of it, tried there; where rows such as heads cannot go as a whole, they are cut inside"
+    """Groups of `model` by trace `t` of a copy of it, tried there
+
+    Where rows such as heads cannot go as a whole, they are cut inside."""
     probe,inside = t.model,set()
     while True:
         _hold_odd(t, model)

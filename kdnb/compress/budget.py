@@ -39,7 +39,8 @@ def read_limit(
     expected = f'{what} is {given!r}, expected a fraction between 0 and 1, or a number with a unit such as {example!r}'
     if isinstance(given, str):
         m = re.fullmatch(r'\s*(\d+\.?\d*|\d{1,3}(?:[,_]\d{3})+(?:\.\d*)?|\.\d+)\s*([a-zA-Zµ%]*)\s*', given)
-        if not m or m[2] not in (*unit,'%'): raise ValueError(f'{expected}. Units of {what} are {", ".join(filter(None, unit))} and %.')
+        if not m or m[2] not in (*unit,'%'):
+            raise ValueError(f'{expected}. Units of {what} are {", ".join(filter(None, unit))} and %.')
         v = float(re.sub('[,_]', '', m[1]))
         if not m[2] and 0<v<1: raise ValueError(f'{expected}. A fraction is no text: {what}={v:g}.')
         v *= dense/100 if m[2]=='%' else unit[m[2]]
@@ -47,7 +48,9 @@ def read_limit(
         raise ValueError(f'{expected}.')
     else: v = given*dense if given<1 else given
     if v<=0: raise ValueError(f'{expected}; nothing would be left.')
-    if v>=dense: raise ValueError(f'{what}={given!r} is no limit: the network has {_number(dense)}. Ask for less, e.g. {what}=.5.')
+    if v>=dense:
+        raise ValueError(f'{what}={given!r} is no limit: the network has {_number(dense)}. '
+                         f'Ask for less, e.g. {what}=.5.')
     return v
 
 # %% ../../nbs/45_compress.budget.ipynb #3303084e
@@ -68,7 +71,9 @@ class Budget:
         runtime:str='torch', # Where milliseconds are measured: 'torch' or 'onnx'
     ):
         check_choice('runtime', runtime, ('torch','onnx'))
-        if not limits: raise ValueError('no budget is given. Say how small: macs=.5, params=\'100k\', bytes=.25, ms=\'3ms\', or max_drop=.5.')
+        if not limits:
+            raise ValueError('no budget is given. Say how small: '
+                             'macs=.5, params=\'100k\', bytes=.25, ms=\'3ms\', or max_drop=.5.')
         if runtime!='torch' and 'ms' not in limits:
             raise ValueError(f'runtime={runtime!r} is where milliseconds are measured, and ms is no limit here. '
                              'Give ms=, or leave it out.')

@@ -58,7 +58,7 @@ def _scoring(learn, ignore):
 
 # %% ../../nbs/45b_compress.cut.ipynb #45b00007
 def _order(learn, s, budget, how, criterion, round_to, **kwargs):
-    "Worth of the channels, widths of the groups, names of groups in the order in which they lose one, and what was measured"
+    "Worth of the channels, widths of the groups, their names in the order in which they lose one, what was measured"
     check_choice('how', how, hows)
     if how=='variational' and not callable(criterion):
         raise ValueError("how='variational' goes by gates that were trained: ask learn.compress_to(how='variational').")
@@ -76,8 +76,9 @@ def _refuse(budget, smallest, over, round_to, share):
         most,left = _number(budget.at(share)[k]),_number(cost[k])
         return (f'{k}={budget.given[k]!r} is at most {most}, the smallest network has {left} '
                 f'({100*cost[k]/budget.dense[k]:.2g} % of {_number(budget.dense[k])})')
-    raise ValueError(f'this budget cannot be reached by removing channels: {"; ".join(map(part, over))}, since no group is emptied{why}. '
-                     f'Ask for no less than that{", or round less" if round_to else ""}, or distil into another network.')
+    raise ValueError(f'this budget cannot be reached by removing channels: {"; ".join(map(part, over))}, '
+                     f'since no group is emptied{why}. Ask for no less than that'
+                     f'{", or round less" if round_to else ""}, or distil into another network.')
 
 # %% ../../nbs/45b_compress.cut.ipynb #e5123c25
 def _prove(model, small, gone, xb, tol=1e-5):
@@ -85,14 +86,15 @@ def _prove(model, small, gone, xb, tol=1e-5):
     masked = plain_copy(model)
     mask_model(masked, channel_masks(masked, {g.name: ~dead for g,dead in gone}, [g for g,_ in gone]))
     if not (diff := max_difference(masked, small, first_samples(xb, 4)))<=tol:
-        raise ValueError(f'the small network differs from the masked one by {diff:.2g} (allowed: {tol:g}). Please report the architecture.')
+        raise ValueError(f'the small network differs from the masked one by {diff:.2g} (allowed: {tol:g}). '
+                         'Please report the architecture.')
 
 # %% ../../nbs/45b_compress.cut.ipynb #828f954f
 def cut_to(
     learn:Learner, # Trained; it stays as it is
     budget:Budget, # What the network may cost
     how:str='sensitivity', # Which channels go: one of `hows`
-    criterion:str|Callable='magnitude', # What the least worthy of a group go by: one of `criteria`, or a function of a `Scoring`
+    criterion:str|Callable='magnitude', # Who goes first in a group: one of `criteria`, or a function of a `Scoring`
     round_to:int|None=None, # Widths are multiples of it, or those of now
     ignore:object=(), # Layers whose channels stay: paths, modules or types
     n:int|None=1000, # Validation samples that sensitivity asks, see `sensitivity`
@@ -105,19 +107,23 @@ def cut_to(
 
     Raises `ValueError` if no channel may go, or if not even the smallest network is within the budget."""
     s = _scoring(learn, ignore)
-    worth,widths,order,found = _order(learn, s, budget, how, criterion, round_to, n=n, update_bn=update_bn, ignore=ignore, cache=cache, show=show)
+    worth,widths,order,found = _order(learn, s, budget, how, criterion, round_to,
+                                      n=n, update_bn=update_bn, ignore=ignore, cache=cache, show=show)
     def gone(i):
         steps = Counter(order[:i])
-        return [(g, least(worth[g.name], g.n-widths[g.name][steps[g.name]], g.blocks)) for g in s.groups if steps[g.name]]
+        return [(g, least(worth[g.name], g.n-widths[g.name][steps[g.name]], g.blocks))
+                for g in s.groups if steps[g.name]]
     def cut(i): return without(s.model, gone(i))
     def exceeded(m): return budget.exceeded(m, share)
     smallest = cut(len(order))
     if over := exceeded(smallest): _refuse(budget, smallest, over, round_to, share)
     i,model = first_within(len(order), cut, exceeded)
-    while any((cost := budget.cost(model))[k]>v for k,v in budget.at(share).items()) and i<len(order): i,model = i+1,cut(i+1)
+    while any((cost := budget.cost(model))[k]>v for k,v in budget.at(share).items()) and i<len(order):
+        i,model = i+1,cut(i+1)
     went = gone(i)
     _prove(s.model, model, went, budget.xb)
     if update_bn: _estimate_bn(model, b := _Batches(learn.dls.train, n=update_bn), b)
     lost = {g.name: int(dead.sum()) for g,dead in went}
-    table = pd.DataFrame([dict(group=g.name, before=g.n, after=g.n-lost.get(g.name, 0)) for g in s.groups]).set_index('group')
+    table = pd.DataFrame([dict(group=g.name, before=g.n, after=g.n-lost.get(g.name, 0))
+                          for g in s.groups]).set_index('group')
     return Cut(model, cost, table, found)

@@ -34,7 +34,8 @@ def successor(
                          'Give the Learner a function, such as opt_func=partial(OptimWrapper, opt=torch.optim.SGD).')
     keep = 'loss_func','opt_func','lr','path','model_dir','wd','wd_bn_bias','train_bn','moms'
     splitter = getattr(learn.splitter, 'splitter', learn.splitter)
-    new = Learner(learn.dls, model.requires_grad_(), metrics=list(learn.metrics), splitter=splitter, **{k: getattr(learn, k) for k in keep})
+    new = Learner(learn.dls, model.requires_grad_(), metrics=list(learn.metrics), splitter=splitter,
+                  **{k: getattr(learn, k) for k in keep})
     new.logger,new.recorder.add_time = learn.logger,learn.recorder.add_time
     if not hasattr(learn, 'progress'): new.remove_cbs([cb for cb in new.cbs if cb.name=='progress'])
     return new
@@ -52,7 +53,8 @@ def train_gates(
     try: noisy = successor(learn, to_variational(learn, groups='channels'))
     except ValueError as e:
         if 'built by hand' in str(e): raise
-        raise ValueError(f"how='variational' cannot be used: {str(e).rstrip('.')}. how='sensitivity' needs no gates.") from None
+        raise ValueError(f"how='variational' cannot be used: {str(e).rstrip('.')}. "
+                         "how='sensitivity' needs no gates.") from None
     noisy.add_cb(VariationalSparsifier())
     with warnings.catch_warnings():
         for o in ('half of training is over','all groups of'): warnings.filterwarnings('ignore', o)
@@ -71,7 +73,8 @@ def gate_of(
         if not hasattr(gates, 'gates'): found.append(gates)
         else:
             here = torch.stack([p.at, p.unit]).cpu()
-            found.append(next((o for i,o in enumerate(gates.gates) if torch.equal(getattr(gates, f'places{i}').cpu(), here)), None))
+            found.append(next((o for i,o in enumerate(gates.gates)
+                               if torch.equal(getattr(gates, f'places{i}').cpu(), here)), None))
     gate = found[0] if found else None
     return gate if gate is not None and gate.n==g.n and all(o is gate for o in found) else None
 
@@ -86,8 +89,10 @@ def settled(
     plain = successor(noisy, to_deterministic(model, math.inf))
     gates = {g.name: gate_of(model, g) for g in channel_groups(plain.model, plain.dls) if not g.stays}
     worth = {k: -o.log_alpha.detach() for k,o in gates.items() if o is not None}
-    if not worth: raise ValueError("how='variational' found no group of channels with a gate. how='sensitivity' needs none.")
-    without = [p.path for g in channel_groups(plain.model, plain.dls) if g.name in gates.keys()-worth.keys() for p in g.makers]
+    if not worth:
+        raise ValueError("how='variational' found no group of channels with a gate. how='sensitivity' needs none.")
+    without = [p.path for g in channel_groups(plain.model, plain.dls)
+               if g.name in gates.keys()-worth.keys() for p in g.makers]
     return plain,partial(_by_noise, worth),without
 
 # %% ../../nbs/45c_compress.noise.ipynb #45c00011

@@ -59,7 +59,7 @@ def rising_slopes(
     x:list, # Where a curve was measured, rising
     y:list, # What was measured there
 ) -> list[tuple]:
-    "`(x, slope)` of each piece of the lower convex hull of the curve, which is not let fall: slopes rise, none is negative"
+    "`(x, slope)` of each piece of the lower convex hull of the curve, not let fall: slopes rise, none is negative"
     def slope(a, b): return (b[1]-a[1])/(b[0]-a[0])
     hull = []
     for p in zip(x, np.maximum.accumulate(y)):
@@ -96,4 +96,5 @@ def savings_of(
     return res
 
 # %% ../../nbs/45a_compress.order.ipynb #45a00013
-hows = dict(sensitivity=_sensitivity_values, uniform=_uniform_values, variational=_noise_values, **{'global': _global_values})
+hows = dict(sensitivity=_sensitivity_values, uniform=_uniform_values, variational=_noise_values,
+            **{'global': _global_values})

@@ -77,7 +77,8 @@ def said(self:Compressed) -> str:
     a,b = t[metric].iloc[0],t[metric].iloc[-1]
     epochs = f'{self.n_epoch} epoch{"s" if self.n_epoch>1 else ""}'
     after = f' after {epochs} of distillation ({_shown(metric, t[metric]["cut"])} before them)' if self.n_epoch else ''
-    return f'{", ".join(map(part, shown))}; {metric} on the validation set {_shown(metric, a)} → {_shown(metric, b)}{_change(metric, a, b)}{after}.'
+    return (f'{", ".join(map(part, shown))}; {metric} on the validation set '
+            f'{_shown(metric, a)} → {_shown(metric, b)}{_change(metric, a, b)}{after}.')
 
 # %% ../../nbs/45d_compress.result.ipynb #e2d34e79
 @patch
@@ -92,7 +93,7 @@ def _repr_html_(self:Compressed): return f'<p>{self.said}</p>{self.table.to_html
 def plot(self:Compressed,
     figsize:tuple=(10,3.2), # Of both pictures
 ) -> np.ndarray:
-    "Channels of each group, before and after; the metric against MACs, from dense to cut to distilled; returns the axes"
+    "Channels of each group before and after; the metric against MACs, dense to cut to distilled; returns the axes"
     axs = plt.subplots(1, 2, figsize=figsize, layout='constrained')[1]
     w,t,metric = self.widths[::-1],self.table,_metric(self.table)
     axs[0].barh(w.index, w.before, color='.85', label='dense')
@@ -100,7 +101,8 @@ def plot(self:Compressed,
     axs[0].set(xlabel='channels', title='What is left of each group')
     axs[0].legend(frameon=False)
     axs[1].plot(t.macs, t[metric], '.-', ms=10)
-    for name,o in t.iterrows(): axs[1].annotate(f' {name}', (o.macs, o[metric]), xytext=(4,4), textcoords='offset points')
+    for name,o in t.iterrows():
+        axs[1].annotate(f' {name}', (o.macs, o[metric]), xytext=(4,4), textcoords='offset points')
     axs[1].set(xlabel='MACs', ylabel=metric, title='What it cost', xlim=(0, 1.2*t.macs.max()))
     axs[1].xaxis.set_major_formatter(EngFormatter(sep=' '))
     axs[1].grid(alpha=.3)

@@ -67,15 +67,16 @@ def class_order(
     if numbers[0]!=numbers[1]: return                         # one side has no names
     if missing := [o for o in names if o not in known]:
         some = lambda o: ', '.join(map(repr, o[:5])) + (' …' if len(o)>5 else '')
-        raise ValueError(f'the teacher does not know {len(missing)} of the student\'s {len(names)} classes, {some(missing)}; '
-                         f'it knows {some(known)}. Use a teacher of these classes, or terms that compare features.')
+        raise ValueError(f'the teacher does not know {len(missing)} of the student\'s {len(names)} classes, '
+                         f'{some(missing)}; it knows {some(known)}. '
+                         'Use a teacher of these classes, or terms that compare features.')
     return [known.index(o) for o in names]
 
 # %% ../../nbs/11k_distill.adapter.ipynb #0f1e6303
 def normalisation(
     dls:DataLoaders, # `DataLoaders`, or None
 ) -> tuple|None:
-    "`(mean, std)` of the images of `dls` before they were normalised, `(0, 1)` if they are not; None if that is not known"
+    "`(mean, std)` of the images of `dls` before they were normalised, `(0, 1)` if they are not; None if unknown"
     tfms = getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', ())
     found = [t for t in tfms if isinstance(t, Normalize)]
     if any(t.mean is None or t.std is None for t in found): return
@@ -114,8 +115,9 @@ class Feed:
         (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
         if isinstance(x, dict) or x.ndim!=s_s.ndim or not x.is_floating_point(): return x
         if s_s.shape[1] not in (1,x.shape[1]):
-            raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are normalised over '
-                             f'{s_s.shape[1]}. Pass the bare network, teacher.model, and let teacher_tfm normalise, too.')
+            raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are '
+                             f'normalised over {s_s.shape[1]}. Pass the bare network, teacher.model, '
+                             'and let teacher_tfm normalise, too.')
         if x.device not in self._on: self._on[x.device] = (s_s/s_t).to(x.device),((m_s-m_t)/s_t).to(x.device)
         a,b = self._on[x.device]
         return (x.float()*a + b).to(x.dtype)
@@ -134,8 +136,9 @@ def feed_of(
     if ours is None or theirs is None or all(map(alike, ours, theirs)): return None if tfm is None else Feed(tfm)
     if (ours[1]/theirs[1]).log().abs().max()>math.log(20):
         raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the student\'s about '
-                         f'{ours[1].mean():.3g}: their pixels are on other scales, such as 0…255 and 0…1. Pass the bare network, teacher.model, and '
-                         'teacher_tfm=, a function from the student\'s inputs to what the teacher wants.')
+                         f'{ours[1].mean():.3g}: their pixels are on other scales, such as 0…255 and 0…1. '
+                         'Pass the bare network, teacher.model, and teacher_tfm=, '
+                         'a function from the student\'s inputs to what the teacher wants.')
     return Feed(tfm, ours, theirs)
 
 # %% ../../nbs/11k_distill.adapter.ipynb #f2e3e51a
@@ -162,9 +165,9 @@ def check_size(
     try:
         with evaluating(teacher), torch.no_grad(): teacher(*xb)
     except Exception as e:
-        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these of {by(got)}. Pass teacher_tfm=, '
-                         f'a function from the student\'s inputs to the teacher\'s, such as lambda x: F.interpolate(x, size={shape[1:]}).'
-                        ) from e
+        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these of {by(got)}. '
+                         'Pass teacher_tfm=, a function from the student\'s inputs to the teacher\'s, '
+                         f'such as lambda x: F.interpolate(x, size={shape[1:]}).') from e
     return (f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as they are; '
             'teacher_tfm= can resize them.')
 
@@ -172,7 +175,9 @@ def check_size(
 def input_codes(
     dls:DataLoaders, # `DataLoaders`, or None
 ) -> dict[str,list]:
-    "What numbers in inputs of `dls` stand for: columns, categories and scales of a table, tokens of a text; {} of others"
+    """What numbers in inputs of `dls` stand for
+
+    Columns, categories and scales of a table, tokens of a text; {} of others."""
     v,to = getattr(dls, 'vocab', None),getattr(getattr(dls, 'train', None), 'dataset', None)
     if not hasattr(to, 'cont_names'):
         several = isinstance(v, (tuple,list,L)) and len(v)>1 and not isinstance(v[0], (str,CategoryMap))
@@ -189,7 +194,8 @@ def _first_unlike(a, b):
     "Where two lists of `input_codes` differ, in words, `a` being the student's; None if they do not"
     if all(isinstance(o, float) for o in (*a, *b)):
         if all(abs(p-q)<=.05*b[1] for p,q in zip(a, b)): return
-        return 'mean and deviation are {:.4g} and {:.4g} for the teacher, {:.4g} and {:.4g} for the student'.format(*b, *a)
+        return ('mean and deviation are {:.4g} and {:.4g} for the teacher, '
+                '{:.4g} and {:.4g} for the student').format(*b, *a)
     for i,(p,q) in enumerate(zip_longest(a, b)):
         if p!=q: return f'number {i} is {q!r} for the teacher, {p!r} for the student'
 
@@ -198,13 +204,14 @@ def check_codes(
     dls:DataLoaders, # The student's `DataLoaders`
     source:DataLoaders, # The teacher's
 ) -> None:
-    "Raises `ValueError` if the same number in an input stands for one thing to the student, for another to the teacher."
+    "Raises `ValueError` if a number in an input stands for one thing to the student, for another to the teacher."
     ours,theirs = input_codes(dls),input_codes(source)
     for k in ours:
         if k not in theirs or (how := _first_unlike(ours[k], theirs[k])) is None: continue
-        raise ValueError(f'the teacher was trained on inputs that mean something else. Of the {k}, {how}. Make the student\'s loaders '
-                         'from the teacher\'s (for texts: text_vocab=teacher.dls.vocab[0]), or pass teacher_tfm=, a function '
-                         'from the student\'s inputs to the teacher\'s.')
+        raise ValueError(f'the teacher was trained on inputs that mean something else. Of the {k}, {how}. '
+                         'Make the student\'s loaders from the teacher\'s '
+                         '(for texts: text_vocab=teacher.dls.vocab[0]), '
+                         'or pass teacher_tfm=, a function from the student\'s inputs to the teacher\'s.')
 
 # %% ../../nbs/11k_distill.adapter.ipynb #5596ee73
 class TeacherAdapter:
@@ -290,13 +297,15 @@ def _match(self:TeacherAdapter, dls, z_s, z_t):
     self.order = class_order(ours, theirs)
     if self.order is None:
         if ours and theirs and ours!=theirs:
-            self.say('The classes of one side are plain numbers, those of the other have names: they are taken in the order '
-                     'they stand in.')
+            self.say('The classes of one side are plain numbers, those of the other have names: '
+                     'they are taken in the order they stand in.')
         return
     if 1 in (c_s,c_t):
-        raise ValueError(f'one output says yes or no, and yes is {theirs[-1]!r} for the teacher, {ours[-1]!r} for the student. '
+        raise ValueError(f'one output says yes or no, and yes is {theirs[-1]!r} for the teacher, '
+                         f'{ours[-1]!r} for the student. '
                          'Number the classes alike, or use terms that compare features.')
-    what = 'reordered' if len(ours)==len(theirs) else f'taken for the {len(ours)} of its {len(theirs)} that the student has'
+    what = ('reordered' if len(ours)==len(theirs)
+            else f'taken for the {len(ours)} of its {len(theirs)} that the student has')
     self.say(f'Teacher and student number their classes differently: the teacher\'s answers are {what}, by name.')
 
 # %% ../../nbs/11k_distill.adapter.ipynb #a2dcebfe
@@ -311,14 +320,14 @@ def check(
     self.form,self.numbered = probabilities_in(z_t),y is not None and are_class_numbers(y, z_s)
     if y is not None: check_targets(term, z_s, y)
     if term.softmax and term.by_class and probabilities_in(z_s)=='probabilities':
-        raise ValueError(f'the student answers in probabilities, and {type(term).__name__} compares logits. Leave its softmax '
-                         'out: cross-entropy has one of its own.')
+        raise ValueError(f'the student answers in probabilities, and {type(term).__name__} compares logits. '
+                         'Leave its softmax out: cross-entropy has one of its own.')
     if self.form and (term.softmax or self.numbered):
         how = 'their logarithms are taken' if self.form=='probabilities' else 'they are taken as they are'
         self.say(f'The teacher answers in {self.form}: {how} for its logits.')
     if isinstance(term, BinaryKD) and ((z_t>=0) & (z_t<=1)).all():
-        warnings.warn('all of the teacher\'s answers lie between 0 and 1, as if it ended in a sigmoid, and BinaryKD expects '
-                      'logits. If it does, leave the sigmoid out.')
+        warnings.warn('all of the teacher\'s answers lie between 0 and 1, as if it ended in a sigmoid, '
+                      'and BinaryKD expects logits. If it does, leave the sigmoid out.')
 
 # %% ../../nbs/11k_distill.adapter.ipynb #260d1319
 @patch

@@ -70,8 +70,8 @@ def check_arguments(named, by_task, task, cache, n_views, logits, mask):
 class KnowledgeDistillation(LossTerm):
     """Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss
 
-    Raises `ValueError` if what is given is no teacher, term, weight or place of logits. What does not fit the learner is
-    raised when training begins: an error while callbacks are added would leave fastai half way."""
+    Raises `ValueError` if what is given is no teacher, term, weight or place of logits. What does not fit the
+    learner is raised when training begins: an error while callbacks are added would leave fastai half way."""
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
         teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list

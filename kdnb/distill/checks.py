@@ -18,10 +18,12 @@ def named_terms(terms):
     "`{name: term}` of a term or a sum of them; raises `ValueError` if `terms` is neither"
     if isinstance(terms, (Term,Terms)): return (Terms()+terms).named()
     do = ''
-    if isinstance(terms, (Number,slice)): do = f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).'
+    if isinstance(terms, (Number,slice)):
+        do = f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).'
     elif isinstance(terms, type): do = f'Make one: {terms.__name__}(...).'
     elif isinstance(terms, (tuple,list,dict)): do = 'Add them up: KD() + AT(...).'
-    raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum of terms. {do}'.strip())
+    raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum of terms. '
+                     f'{do}'.strip())
 
 # %% ../../nbs/12b_distill.checks.ipynb #9bf0d28d
 def check_networks(
@@ -39,9 +41,11 @@ def check_networks(
     s = next(student.parameters())
     if t is None: return
     if t.dtype!=s.dtype:
-        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. Convert the teacher: teacher.to({s.dtype}).')
+        raise ValueError(f'teacher computes in {t.dtype}, student in {s.dtype}. '
+                         f'Convert the teacher: teacher.to({s.dtype}).')
     if placed and t.device!=s.device:
-        raise ValueError(f'teacher is on {t.device}, student on {s.device}. Move the teacher: teacher.to({str(s.device)!r}).')
+        raise ValueError(f'teacher is on {t.device}, student on {s.device}. '
+                         f'Move the teacher: teacher.to({str(s.device)!r}).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #df4de2c4
 def check_teachers(terms, n):
@@ -49,7 +53,8 @@ def check_teachers(terms, n):
     for t in terms.values():
         who = type(t).__name__
         if t.teacher is not None and not t.teacher<n:
-            raise ValueError(f'{who} asks teacher {t.teacher}, and there {"is" if n==1 else "are"} {n}, counted from 0.')
+            raise ValueError(f'{who} asks teacher {t.teacher}, and there {"is" if n==1 else "are"} {n}, '
+                             'counted from 0.')
         if n>1 and t.teacher is None and len(t.teacher_layers):
             raise ValueError(f'{who} compares layers, and there are {n} teachers. Say whose: {who}(..., teacher=0).')
 
@@ -59,7 +64,8 @@ def check_shares(shares, n):
     if shares is None: return [1/n]*n
     numbers = isinstance(shares, (tuple,list)) and all(isinstance(o, Number) and o>=0 for o in shares)
     if not numbers or len(shares)!=n or not sum(shares)>0:
-        raise ValueError(f'shares is {shares!r}, expected {n} number{"s" if n>1 else ""} from 0 on: one for each teacher.')
+        raise ValueError(f'shares is {shares!r}, expected {n} number{"s" if n>1 else ""} from 0 on: '
+                         'one for each teacher.')
     return [o/sum(shares) for o in shares]
 
 # %% ../../nbs/12b_distill.checks.ipynb #ad31a53e
@@ -74,7 +80,8 @@ def fresh_index(learn, last):
     take_index(learn)
     now = vars(learn).get('sample_index')
     if now is None or now is last:
-        raise ValueError('a batch came without the places of its samples: another callback took them away with the targets. '
+        raise ValueError('a batch came without the places of its samples: '
+                         'another callback took them away with the targets. '
                          'Add SampleIndex(), which takes them first.')
     return now
 

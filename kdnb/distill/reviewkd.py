@@ -16,7 +16,9 @@ from .seen import Seen
 
 # %% ../../nbs/11l_distill.reviewkd.ipynb #c145a00a
 class Fusion(nn.Module):
-    "A student's map and what deeper layers have left, weighed place by place (attention-based fusion, Chen et al. 2021)"
+    """A student's map and what deeper layers have left, weighed place by place
+
+    Attention-based fusion, Chen et al. 2021."""
     def __init__(self,
         c_s:int, # Channels of the student's map
         c_t:int, # Channels of the teacher's
@@ -58,7 +60,7 @@ def context_loss(
 
 # %% ../../nbs/11l_distill.reviewkd.ipynb #6a72803a
 class ReviewKD(HeadTerm):
-    """Knowledge review (Chen et al. 2021): a map of the teacher from the student's there and all deeper ones; usual weight 1
+    """Knowledge review (Chen et al. 2021): a teacher's map from the student's there and all deeper; usual weight 1
 
     Raises `ValueError` if there is only one pair."""
     whole = True

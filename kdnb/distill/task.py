@@ -28,7 +28,8 @@ _kinds = dict(
     labels=(nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits,
             F.multilabel_soft_margin_loss),
     probabilities=(nn.BCELoss, F.binary_cross_entropy),
-    values=(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss))
+    values=(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
+            F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss))
 
 def _known(loss):
     for kind,of in _kinds.items():
@@ -51,7 +52,7 @@ def loss_kind(
     loss:Callable, # Any loss function
     depth:int=4, # How deep to look into what is wrapped around it
 ) -> str|None:
-    "'classes', 'labels', 'values' or 'probabilities' (of labels), as the class of `loss` says, or of what it holds; or None"
+    "'classes', 'labels', 'values' or 'probabilities' (of labels), by the class of `loss` or of what it holds; or None"
     if (kind := _known(loss)) or not depth: return kind
     kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o) and not isinstance(o, (type,Learner))} - {None}
     return kinds.pop() if len(kinds)==1 else None
@@ -63,7 +64,9 @@ def unseen_shift(
     z:torch.Tensor, # Outputs
     yb:tuple, # Targets, a tuple of tensors, the first with as many numbers as `z`
 ) -> str|None:
-    "What `loss` does not see: that logits of a sample move ('rows'), outputs and targets ('both'), 'none'; None if unknown"
+    """What `loss` does not see: that logits of a sample move ('rows'), outputs and targets ('both'), 'none'
+
+    None if that is unknown."""
     z,y,more = z.float(),yb[0].float(),yb[1:]
     d = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
     def at(z, y): return float(torch.as_tensor(loss(z, y, *more)).float().mean())
@@ -120,8 +123,8 @@ def _kind_of(loss, z, y, yb):
     if unseen=='none' and asks_yes_or_no(loss, z, yb): return 'labels'
 
 # %% ../../nbs/11j_distill.task.ipynb #b5d04ffd
-_terms = ('KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, LogitsMSE()*.9 for numbers, or for any '
-          "task one that compares layers, such as FitNet('layer4')")
+_terms = ('KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, '
+          "LogitsMSE()*.9 for numbers, or for any task one that compares layers, such as FitNet('layer4')")
 
 _uncertain = 'what the loss function {} asks of the outputs is not certain'
 
@@ -129,14 +132,17 @@ def task_of(
     loss:Callable, # Loss function of the training
     ask:Callable, # Gives outputs and targets of a batch, `(z, yb)`; called if the loss does not say it by its class
 ) -> str:
-    "What outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'; ValueError if unknown"
+    """What outputs are: logits of 'classes' of which one is right, logits of 'labels', or 'values'
+
+    Raises `ValueError` if that is unknown."""
     if (kind := loss_kind(loss))=='probabilities':
         raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. '
                          'Leave the sigmoid out of student and teacher, and train with BCEWithLogitsLossFlat.')
     if kind: return kind
     said = _uncertain.format(getattr(loss, '__name__', type(loss).__name__))
     try: z,yb = ask()
-    except Exception as e: raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, {_terms}.') from e
+    except Exception as e:
+        raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, {_terms}.') from e
     yb = tuple(o.to(z.device) if isinstance(o, torch.Tensor) else o for o in yb)
     y = yb[0] if yb and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
     if kind := _kind_of(loss, z, y, yb): return kind
@@ -160,12 +166,15 @@ def check_targets(
     z:torch.Tensor, # The student's outputs
     y:torch.Tensor, # Targets
 ) -> None:
-    "ValueError, if `term` takes outputs for logits of classes of which one is right, and targets are nothing of the kind"
+    """Raises `ValueError` if targets do not fit `term`
+
+    That is, `term` takes outputs for logits of classes of which one is right, and targets are nothing of the kind."""
     if not (term.softmax and term.by_class) or isinstance(term, DKD) or z.shape[class_dim(z)]<2: return
     if are_class_numbers(y, z) or (y.shape==z.shape and is_distribution(y)): return
     if y.numel()==z.numel() or y.is_floating_point():
-        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, but targets are '
-                         f'{y.dtype} of shape {tuple(y.shape)}, neither class numbers nor distributions over classes. '
+        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, '
+                         f'but targets are {y.dtype} of shape {tuple(y.shape)}, '
+                         'neither class numbers nor distributions over classes. '
                          'Use BinaryKD for several labels, LogitsMSE for numbers.')
 
 # %% ../../nbs/11j_distill.task.ipynb #3145e947

@@ -108,7 +108,7 @@ def mixer(learn):
 
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
 def fixed_views(learn, n_views):
-    "Data sets whose images stay as they are: the training set, or `n_views` copies of it, whose random transforms have been made"
+    "Data sets whose images stay as they are: the training set, or `n_views` copies, their random transforms made"
     dl = learn.dls.train
     if mix := mixer(learn):
         raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use cache=False.')
@@ -207,7 +207,8 @@ class StoredTeacher(CachedTeacher):
         layers:list, # Paths of layers: none
     ) -> None:
         "Raises `ValueError` if layers are asked for: there are none."
-        if layers: raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on logits.')
+        if layers:
+            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on logits.')
 
     def probe(self,
         xb:tuple, # Inputs

@@ -144,7 +144,8 @@ def __repr__(self:Verdict) -> str:
     text += f'{self.mean:+.2f}'
     if self.n>1: text += f' ± {self.std:.2f}'
     text += f' points over {self.n} seed{"s"*(self.n>1)}'
-    if self.n>1: text += f' ({self.spreads:.1f} spreads)' if math.isfinite(self.spreads) else ' (the same with every seed)'
+    if self.n>1:
+        text += f' ({self.spreads:.1f} spreads)' if math.isfinite(self.spreads) else ' (the same with every seed)'
     if self.printed is not None: text += f', printed {self.printed:+.2f}'
     return f'{text}: {self._ends()}.'
 

@@ -28,7 +28,8 @@ def _built(dense):
     "The network of `dense()`: on the meta device, or with data if it cannot be built without"
     try:
         with _NoDraws(),torch.device('meta'): model = dense()
-        loose = [tree_leaves({k: v for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules')}) for m in model.modules()]
+        loose = [tree_leaves({k: v for k,v in vars(m).items() if k not in ('_parameters','_buffers','_modules')})
+                 for m in model.modules()]
         if not any(isinstance(t, torch.Tensor) and t.is_meta for ts in loose for t in ts): return model
     except Exception as e:
         if 'meta' not in str(e): raise
@@ -65,7 +66,8 @@ def _resize(model, key, t):
     path,_,name = key.rpartition('.')
     m = model.get_submodule(path)
     new = torch.empty_like(t, device='meta')
-    _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad) if name in m._parameters else new)
+    _put(model, key, nn.Parameter(new, requires_grad=m._parameters[name].requires_grad)
+         if name in m._parameters else new)
     if not t.ndim: return
     if not isinstance(m, makers): set_sizes(m, len(t), len(t))
     elif isinstance(m, weighted) and name=='weight':
@@ -104,7 +106,8 @@ def _check_fit(model, header, path):
         raise ValueError(f'{path} does not hold every tensor of the architecture.')
     shape = header.get('input') or []
     if not shape: return
-    if not (isinstance(shape, list) and len(shape)<5 and all(isinstance(o, int) and 0<o<=4096 for o in shape) and math.prod(shape)<=2**24):
+    if not (isinstance(shape, list) and len(shape)<5 and all(isinstance(o, int) and 0<o<=4096 for o in shape)
+            and math.prod(shape)<=2**24):
         raise ValueError(f'{path}: the input shape {shape} is not one.')
     try:
         with torch.no_grad(): model(torch.zeros(1, *shape, dtype=next((p.dtype for p in model.parameters()), None)))

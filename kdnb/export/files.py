@@ -50,7 +50,8 @@ def save_model(
 
     Raises `ValueError` if it is no plain network, or if nothing says how to build it."""
     if isinstance(model, Learner): model,dls = model.model,dls or model.dls
-    if not isinstance(model, nn.Module): raise ValueError(f'model is {model!r}, expected a network or a Learner: save_model(model, path).')
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model is {model!r}, expected a network or a Learner: save_model(model, path).')
     model = plain_copy(model)
     arch = arch or getattr(model, 'arch', None)
     if not arch:
@@ -59,7 +60,8 @@ def save_model(
     tensors,sparse = _packed(tensors_of(model))
     if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
-    header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
+    header = dict(format=SPARSE if sparse else FORMAT, arch=arch,
+                  classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
                   **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
     if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
@@ -93,7 +95,8 @@ def read_header(
         except (KeyError,ValueError,RecursionError):
             raise ValueError(f'{path} is no kdnb model: it has no readable header.') from None
         if not isinstance(header, dict) or header.get('format') not in (FORMAT,SPARSE):
-            raise ValueError(f'{path} is not of format {FORMAT} or {SPARSE}. Load it with the kdnb version that wrote it.')
+            raise ValueError(f'{path} is not of format {FORMAT} or {SPARSE}. '
+                             'Load it with the kdnb version that wrote it.')
         a = header.get('arch')
         if not (isinstance(a, dict) and isinstance(a.get('name'), str) and isinstance(a.get('kwargs'), dict)):
             raise ValueError(f'{path} does not name its architecture.')
@@ -133,7 +136,8 @@ def load_model(
     header,shapes = read_header(path)
     arch = header['arch']
     def dense():
-        with torch.random.fork_rng(devices=[]): return build(**arch['kwargs']) if build else create(arch['name'], **arch['kwargs'])
+        with torch.random.fork_rng(devices=[]):
+            return build(**arch['kwargs']) if build else create(arch['name'], **arch['kwargs'])
     try:
         model = unwrap(_built(dense))
         model = model if _is_ours(model) else plain_copy(model)

@@ -33,7 +33,8 @@ def time_file(
     for n in batches:
         x = _resized(xb, n)
         feed = net.feed(*x)
-        with _one_thread(): res[n] = tuple(map(float, median_ms([lambda: net.session.run(None, feed), lambda: still(*x)], rounds)))
+        with _one_thread():
+            res[n] = tuple(map(float, median_ms([lambda: net.session.run(None, feed), lambda: still(*x)], rounds)))
     return res
 
 # %% ../../nbs/43b_export.forms.ipynb #43b0000b
@@ -60,7 +61,8 @@ def export_form(
     found = to_onnx(model, data, path or Path(folder)/'model.onnx', int8, max_drop)
     times = time_file(found.path, model, data, rounds=rounds)
     keys = 'bytes','opset','difference','samples','same','before','accuracy'
-    row = dict(file=found.path.name, form=f'ONNX{", int8" if int8 else ""}', ms=times) | {k: getattr(found, k) for k in keys}
+    row = (dict(file=found.path.name, form=f'ONNX{", int8" if int8 else ""}', ms=times)
+           | {k: getattr(found, k) for k in keys})
     others = [o for o in _noted(folder) if o['file']!=row['file']]
     atomic_write(Path(folder)/'exported.json', json.dumps([*others, row], indent=1))
     return found
@@ -69,8 +71,9 @@ def export_form(
 def form_rows(
     folder:str|Path, # Of a run
 ) -> list[dict]:
-    """A row for each exported file: form, file, bytes, validation accuracy if it was measured, ms and speed-up at one sample and 64
+    """A row for each exported file: form, file, bytes, validation accuracy, ms and speed-up at one sample and 64
 
+    Accuracy is there if it was measured.
     Raises `ValueError` if what is written down is damaged; there are no rows if nothing was exported."""
     rows = []
     for o in _noted(folder):

@@ -45,10 +45,12 @@ def _still(model):
     model = _plain_floats(plain_copy(model))
     for path,m in model.named_modules():
         if type(m).__module__.startswith('kdnb.'):
-            raise ValueError(f'the network still has {type(m).__name__} layers. Export what compress() or shrink() return.')
+            raise ValueError(f'the network still has {type(m).__name__} layers. '
+                             'Export what compress() or shrink() return.')
         if m.training:
-            raise ValueError(f'{path or type(m).__name__} stays in training mode after eval(), where layers may draw random '
-                             'numbers. Let its train() method follow, or replace the layer.')
+            raise ValueError(f'{path or type(m).__name__} stays in training mode after eval(), '
+                             'where layers may draw random numbers. '
+                             'Let its train() method follow, or replace the layer.')
         m._forward_hooks.clear(); m._forward_pre_hooks.clear()
     return model
 
@@ -116,7 +118,8 @@ def _translated(model, xb, custom_translation_table=None, **kwargs):
     try: return export(table)
     except Exception as e: error = e
     if unknown := _unknown(export, table, error):
-        raise ValueError(f'ONNX does not know {", ".join(unknown)}. Write that part of the network with other operations, '
+        raise ValueError(f'ONNX does not know {", ".join(unknown)}. '
+                         'Write that part of the network with other operations, '
                          'or pass custom_translation_table= as torch.onnx.export takes it.')
     raise ValueError(f'{type(model).__name__} cannot be exported: {_cause(error)}')
 
@@ -153,7 +156,9 @@ def _bare(o):
 
 # %% ../../nbs/41_export.graph.ipynb #cd3fab45
 def _layers(graph):
-    "`{path of a layer: name of what it says}`, in the order of running; a convolution that was merged with its norm has none"
+    """`{path of a layer: name of what it says}`, in the order of running
+
+    A convolution that was merged with its norm has none."""
     said = {}
     for n in graph.node:
         noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes')
@@ -162,17 +167,20 @@ def _layers(graph):
 
 # %% ../../nbs/41_export.graph.ipynb #a39c9b69
 def _met(n, k, stride, before, after, dilation):
-    "The first tap of a kernel of `k` that meets one of `n` pixels, and the one behind the last; `before` and `after` are padded"
+    """The first tap of a kernel of `k` that meets one of `n` pixels, and the one behind the last
+
+    `before` and `after` are padded."""
     starts = range(0, n+before+after-dilation*(k-1), stride)
     met = [t for t in range(k) if any(0<=s+t*dilation-before<n for s in starts)]
     return (met[0],met[-1]+1) if met else (0,k)
 
 # %% ../../nbs/41_export.graph.ipynb #3c274718
 def _trimmed(node, size, w):
-    "The kernel `w` of a convolution on a map of `size`, without the rim that only meets padding, and its padding; or None"
+    "Kernel `w` of a convolution on a map of `size` without the rim that only meets padding, and its padding; or None"
     one,given = [1]*len(size),{o.name: list(o.ints) for o in node.attribute}
     pads = given.get('pads', 2*len(size)*[0])
-    axes = zip(size, w.shape[2:], given.get('strides', one), pads[:len(size)], pads[len(size):], given.get('dilations', one))
+    axes = zip(size, w.shape[2:], given.get('strides', one), pads[:len(size)], pads[len(size):],
+               given.get('dilations', one))
     parts,before,after = [],[],[]
     for n,k,stride,p,q,d in axes:
         a,b = _met(n, k, stride, p, q, d)
@@ -191,13 +199,15 @@ def _trim(graph):
     weights = {o.name: o for o in g.initializer}
     for i,n in enumerate(g.node):
         size = shapes.get(n.input[0], [])[2:]
-        asked = any(o.name=='auto_pad' and o.s!=b'NOTSET' for o in n.attribute)      # padding that is computed when it runs
+        # padding that is computed when it runs
+        asked = any(o.name=='auto_pad' and o.s!=b'NOTSET' for o in n.attribute)
         if n.op_type!='Conv' or n.input[1] not in weights or not size or 0 in size or asked: continue
         if (found := _trimmed(n, size, onnx.numpy_helper.to_array(weights[n.input[1]]))) is None: continue
         small,pads = found
         g.initializer.append(onnx.numpy_helper.from_array(small.copy(), f'{n.input[1]}_{i}'))
         n.input[1] = g.initializer[-1].name
         for o in [o for o in n.attribute if o.name in ('pads','kernel_shape')]: n.attribute.remove(o)
-        for k,v in dict(pads=pads, kernel_shape=small.shape[2:]).items(): n.attribute.append(onnx.helper.make_attribute(k, v))
+        for k,v in dict(pads=pads, kernel_shape=small.shape[2:]).items():
+            n.attribute.append(onnx.helper.make_attribute(k, v))
     used = {k for n in g.node for k in n.input} | {o.name for o in g.output}
     for o in [o for o in g.initializer if o.name not in used]: g.initializer.remove(o)

@@ -14,10 +14,13 @@ from fastcore.basics import patch
 
 # %% ../../nbs/40_export.images.ipynb #62857e5d
 def _pixels(dls):
-    "Mean and standard deviation that the images were normalised with, and what bytes were divided by (1: they came as floats)"
+    """Mean and standard deviation that the images were normalised with, and what bytes were divided by
+
+    1 says that they came as floats."""
     tfms = {type(t).__name__: t for t in getattr(getattr(getattr(dls, 'valid', None), 'after_batch', None), 'fs', [])}
     norm,ints = tfms.get('Normalize'),tfms.get('IntToFloatTensor')
-    return dict(stats=[[float(f'{v:.9g}') for v in o.flatten().tolist()] for o in (norm.mean, norm.std)] if norm else [],
+    return dict(stats=[[float(f'{v:.9g}') for v in o.flatten().tolist()]
+                       for o in (norm.mean, norm.std)] if norm else [],
                 div=ints.div if ints else None)
 
 # %% ../../nbs/40_export.images.ipynb #c41f7a04
@@ -43,12 +46,13 @@ class Preprocess:
         if not isinstance(shape, list) or len(shape)!=3 or div is None: return
         try: (mean,std),ok = torch.tensor(stats, dtype=torch.double),div>0 and len(stats[0]) in (1,shape[0])
         except (TypeError,ValueError,RuntimeError): ok = False
-        if not (ok and (std>0).all()): raise ValueError(f'stats {stats!r} and div {div!r} are not how images are normalised.')
+        if not (ok and (std>0).all()):
+            raise ValueError(f'stats {stats!r} and div {div!r} are not how images are normalised.')
         if div==1:      # trained on floats: what would bytes be?
             div = 255. if ((mean>0) & (mean<1) & (std<=.5)).all() else 1. if (mean>1).any() else None
         return cls(tuple(shape), *stats, div)
 
-    def __call__(self, images): # Path, PIL image, bytes (H, W), (H, W, C) or (C, H, W) in an array or tensor; a list or batch of such
+    def __call__(self, images): # Path, PIL image, array or tensor of bytes (H, W), (H, W, C), (C, H, W); list or batch
         "Batch (N, C, H, W) for the network; floats (C, H, W) are normalised only"
         if isinstance(images, (list,tuple)) or getattr(images, 'ndim', 0)==4:
             return torch.cat([self(o) for o in images]) if len(images) else torch.zeros(0, *self.shape)
@@ -67,7 +71,8 @@ class Preprocess:
 def _fitted(self:Preprocess, im):
     "Bytes (C, H, W) of the middle of a PIL image"
     c,h,w = self.shape
-    if c not in (1,3): raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
+    if c not in (1,3):
+        raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
     if im.mode[0] in 'IF': raise ValueError(f'the pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel.')
     im = im.convert('L' if c==1 else 'RGB')
     return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
@@ -83,16 +88,23 @@ def _scaled(self:Preprocess, o):
     if not isinstance(o, (torch.Tensor,np.ndarray)):
         raise ValueError(f'the image is {o!r}, expected a path, a PIL image, an array or a tensor.')
     t = (o.detach() if isinstance(o, torch.Tensor) else torch.as_tensor(o.copy())).as_subclass(torch.Tensor)
-    t = t[None] if t.ndim==2 else t.permute(2,0,1) if t.ndim==3 and t.shape[2] in (1,3,4) and len(t) not in (1,3,4) else t
+    t = (t[None] if t.ndim==2 else
+         t.permute(2,0,1) if t.ndim==3 and t.shape[2] in (1,3,4) and len(t) not in (1,3,4) else t)
     low,high = t.min().item(),t.max().item()
     if t.is_floating_point():
-        if t.shape!=self.shape: raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}. Only bytes and PIL images are resized.')
+        if t.shape!=self.shape:
+            raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}. '
+                             'Only bytes and PIL images are resized.')
         if self.div==255 and not 0<=low<=high<=1:
-            raise ValueError(f'the image has floats from {low:.3g} to {high:.3g}, expected fractions from 0 to 1, or bytes. '
+            raise ValueError(f'the image has floats from {low:.3g} to {high:.3g}, '
+                             'expected fractions from 0 to 1, or bytes. '
                              'What is normalised already goes to the network as it is.')
         return t.float()
-    if self.div is None: raise ValueError('the network was trained on floats, and nothing says what bytes are in their unit. Pass floats.')
+    if self.div is None:
+        raise ValueError('the network was trained on floats, and nothing says what bytes are in their unit. '
+                         'Pass floats.')
     if low<0 or high>255: raise ValueError(f'the image has numbers from {low} to {high}, expected bytes.')
     if t.shape==self.shape: return t.float()/self.div
-    if t.ndim!=3 or len(t) not in (1,3,4): raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}.')
+    if t.ndim!=3 or len(t) not in (1,3,4):
+        raise ValueError(f'the image is {tuple(t.shape)}, the network takes {self.shape}.')
     return self._scaled(Image.fromarray(t.byte().permute(1,2,0).squeeze(2).cpu().numpy())).to(t.device)

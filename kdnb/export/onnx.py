@@ -28,13 +28,15 @@ _made = '# Runs the file of the same name in onnxruntime. '
 def _script(header):
     "Python that runs the ONNX file beside it"
     images,at = header['div'] and len(header['input'])==3 and len(header['inputs'])==1,header['logits']
-    if images: takes = f'predict({"floats" if header["div"]==1 else "bytes"} (N, {", ".join(map(str, header["input"]))}))'
+    if images:
+        takes = f'predict({"floats" if header["div"]==1 else "bytes"} (N, {", ".join(map(str, header["input"]))}))'
     else: takes = 'predict(arrays like the inputs of training)'
     feed = "{'input': x}" if images else '{o.name: x for o,x in zip(net.get_inputs(), xs)}'
     said = f'net.run(None, {feed})' if at is None else f'net.run(None, {feed})[{at}].argmax(1)'
     if len(header['output'])==1 and header['classes']: said = f"[note['classes'][i] for i in {said}]"
     scale = "mean,std = np.float32(note['stats'])[..., None, None]; " if images and header['stats'] else ''
-    ready = (scale and "x = (np.float32(x)/note['div'] - mean)/std; ") or (images and "x = np.float32(x)/note['div']; ") or ''
+    ready = ((scale and "x = (np.float32(x)/note['div'] - mean)/std; ")
+             or (images and "x = np.float32(x)/note['div']; ") or '')
     return (f'{_made}{takes} gives {"the classes" if at is not None else "the outputs"}.\n'
             'import json, pathlib, numpy as np, onnxruntime as ort\n'
             "net = ort.InferenceSession(pathlib.Path(__file__).with_suffix('.onnx')); "
@@ -48,8 +50,10 @@ def _target(path):
     if path.is_dir(): raise ValueError(f'{path} is a folder. Name a file in it: {path/"model.onnx"}.')
     if path.suffix!='.onnx': raise ValueError(f'path is {path}, expected a name that ends in .onnx.')
     script = path.with_suffix('.py')
-    if script.is_dir() or script.exists() and not script.read_text(encoding='utf-8', errors='replace').startswith(_made):
-        raise ValueError(f'{script} is there already, and was not written by to_onnx. Choose another name than {path.name}.')
+    if (script.is_dir() or script.exists()
+        and not script.read_text(encoding='utf-8', errors='replace').startswith(_made)):
+        raise ValueError(f'{script} is there already, and was not written by to_onnx. '
+                         f'Choose another name than {path.name}.')
     return path,script
 
 # %% ../../nbs/43_export.onnx.ipynb #7aff3c07
@@ -85,16 +89,18 @@ class Exported:
         if self.same is not None: said += [f'{kept}{" in int8" if int8 else ""}']
         lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size',
                  f'onnxruntime against torch on {self.samples} samples: {", ".join(said)}']
-        if int8: lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, {100*self.accuracy:.2f} % in int8']
+        if int8:
+            lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, '
+                      f'{100*self.accuracy:.2f} % in int8']
         return '\n'.join([*lines, f'{self.script.name} runs it with numpy and onnxruntime alone'])
 
 # %% ../../nbs/43_export.onnx.ipynb #8bc00e51
 def to_onnx(
     model:nn.Module|Learner, # Network, masked or shrunken, or the `Learner` that holds it
-    data:DataLoaders|torch.Tensor|tuple|None, # `DataLoaders` or a batch of inputs to check on; those of the `Learner` if None
+    data:DataLoaders|torch.Tensor|tuple|None, # `DataLoaders` or a batch to check on; those of the `Learner` if None
     path:str|Path, # File to write (`.onnx`); a script that runs it (`.py`) comes beside it
     int8:bool=False, # Eight bits for weights and for what layers compute; needs `DataLoaders`
-    max_drop:float=.01, # Validation accuracy that int8 may cost, a fraction: .01 is one percent of the samples, 1 all of them
+    max_drop:float=.01, # Validation accuracy int8 may cost, a fraction: .01 is one percent of samples, 1 all of them
     tol:float=1e-5, # Difference allowed between onnxruntime and torch, relative to the largest output
     opset:int=18, # Version of ONNX's operations
     **kwargs, # Passed to `torch.onnx.export`

@@ -13,7 +13,9 @@ import numpy as np, torch
 _floats = torch.float16,torch.bfloat16,torch.float32,torch.float64
 
 def _packed(tensors):
-    "`tensors`, those with many zeros as the bits of a mask and the values that are left, if that is smaller; the shapes of these"
+    """`tensors`, and the shapes of those that are packed
+
+    Those with many zeros become the bits of a mask and the values that are left, if that is smaller."""
     res,shapes = {},{}
     for k,t in tensors.items():
         there = t.ne(0) | t.signbit() if t.dtype in _floats else None
@@ -28,7 +30,8 @@ def _packed(tensors):
 def _unpacked(shape, mask, values, what):
     "The tensor of `shape` whose places in `mask` hold `values`"
     there = torch.from_numpy(np.unpackbits(mask.numpy(), count=math.prod(shape))).bool()
-    if int(there.sum())!=len(values): raise ValueError(f'{what} has {len(values)} values for the {int(there.sum())} places of its mask.')
+    if int(there.sum())!=len(values):
+        raise ValueError(f'{what} has {len(values)} values for the {int(there.sum())} places of its mask.')
     res = values.new_zeros(len(there))
     res[there] = values
     return res.view(shape)

@@ -26,8 +26,12 @@ def check_drop(
     Raises `ValueError` if it is none."""
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not max_drop>=0 or math.isinf(max_drop):
         raise ValueError(f'max_drop is {max_drop!r}, expected a fraction of the validation set, such as .01.')
-    if max_drop>1: raise ValueError(f'max_drop is {max_drop:g}, expected a fraction of the validation set. For {max_drop:g} points write {max_drop/100:g}.')
-    if .5<=max_drop<1: warnings.warn(f'max_drop={max_drop:g} allows {100*max_drop:g} points. For {max_drop:g} points write {max_drop/100:g}.', stacklevel=3)
+    if max_drop>1:
+        raise ValueError(f'max_drop is {max_drop:g}, expected a fraction of the validation set. '
+                         f'For {max_drop:g} points write {max_drop/100:g}.')
+    if .5<=max_drop<1:
+        warnings.warn(f'max_drop={max_drop:g} allows {100*max_drop:g} points. '
+                      f'For {max_drop:g} points write {max_drop/100:g}.', stacklevel=3)
     return max_drop
 
 # %% ../../nbs/42_export.quantize.ipynb #42a00005
@@ -74,14 +78,16 @@ class _Logits(nn.Module):
 def _in_int8(graph, data, logits, max_drop, res):
     "`graph` with eight bits, and `res` with what that costs; too much is refused"
     if logits is None:
-        raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. Write it without int8.')
+        raise ValueError('int8 is judged by its accuracy, and this network returns no logits of classes. '
+                         'Write it without int8.')
     net = OnnxNetwork(graph.SerializeToString())
     graph = _quantised(graph, _calibration(data, net))
     small = OnnxNetwork(graph.SerializeToString())
     res.before,res.accuracy = (accuracy_on(_Logits(o, logits), data.valid) for o in (net, small))
     before,after = 100*res.before,100*res.accuracy
     if res.before-res.accuracy>max_drop:
-        raise ValueError(f'int8 costs {before-after:.2f} points of validation accuracy ({before:.2f} → {after:.2f} %), and '
-                         f'max_drop={max_drop:g} allows {100*max_drop:g}. Nothing was written. Allow more, or write it in float.')
+        raise ValueError(f'int8 costs {before-after:.2f} points of validation accuracy '
+                         f'({before:.2f} → {after:.2f} %), and max_drop={max_drop:g} allows {100*max_drop:g}. '
+                         'Nothing was written. Allow more, or write it in float.')
     res.same = _compare(net, small, _batches(data, net), logits)[1]
     return graph,res

@@ -91,7 +91,7 @@ def _valid(dls):
 # %% ../../nbs/41a_export.session.ipynb #70405d7a
 @torch.no_grad()
 def _compare(model, net, batches, logits=None):
-    "Largest relative difference of what `net` says, of how many samples it names the same class, and how many there were"
+    "Largest relative difference of what `net` says, how many samples it puts in the same class, and of how many"
     diffs,same,n = [],0,0
     for xb in batches:
         a,b = (output_tensors(o(*xb)) for o in (model, net))
@@ -112,7 +112,8 @@ def _first_difference(model, graph, layers, xb, tol):
     there = {o.name for o in loud.graph.output}
     loud.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, {*layers.values()}-there))
     net = OnnxNetwork(loud.SerializeToString())
-    said = dict(zip([o.name for o in net.session.get_outputs()], map(torch.as_tensor, net.session.run(None, net.feed(*xb)))))
+    said = dict(zip([o.name for o in net.session.get_outputs()],
+                    map(torch.as_tensor, net.session.run(None, net.feed(*xb)))))
     def hear(m, x, out, path): heard[path] = out.clone() if isinstance(out, torch.Tensor) else None
     hooks = [m.register_forward_hook(partial(hear, path=p)) for p,m in model.named_modules() if p in layers]
     try: model(*xb)
@@ -123,11 +124,14 @@ def _first_difference(model, graph, layers, xb, tol):
 
 # %% ../../nbs/41a_export.session.ipynb #b69d5f2f
 def _prove(model, graph, layers, logits, batches, tol):
-    "Raise if onnxruntime does not say what `model` says; else the largest difference, samples, and equal predictions of these"
+    """The largest difference, samples, and equal predictions of these
+
+    Raises `ValueError` if onnxruntime does not say what `model` says."""
     diff,same,n = _compare(model, OnnxNetwork(graph.SerializeToString()), batches, logits)
     if diff<=tol and (logits is None or same==n): return diff,n,None if logits is None else same
     where = _first_difference(model, graph, layers, batches[-1], tol)
-    what = f'by {diff:.2g} of the largest output (allowed: {tol:g})' if not diff<=tol else f'in {n-same} of {n} predictions'
+    what = (f'by {diff:.2g} of the largest output (allowed: {tol:g})' if not diff<=tol
+            else f'in {n-same} of {n} predictions')
     where = f'layer {where}' if where else 'the output'
     raise ValueError(f'onnxruntime differs from torch {what}, first at {where}. Nothing was written. '
                      'Look there for code that draws random numbers, or does something else while it is exported.')

@@ -27,13 +27,15 @@ def _eager(net, xb): return lambda: net(*xb)
 
 # %% ../../nbs/43a_export.speed.ipynb #3b002b7a
 def _channels_last(net, xb):
-    if not any(o.ndim==4 for o in tree_leaves(xb) if isinstance(o, torch.Tensor)): raise ValueError('its inputs are no images')
+    if not any(o.ndim==4 for o in tree_leaves(xb) if isinstance(o, torch.Tensor)):
+        raise ValueError('its inputs are no images')
     def last(o): return o.contiguous(memory_format=torch.channels_last) if o.ndim==4 else o
     return _eager(net.to(memory_format=torch.channels_last), tree_map_only(torch.Tensor, last, xb))
 
 # %% ../../nbs/43a_export.speed.ipynb #9e878e44
 def _bf16(net, xb):
-    return _eager(net.bfloat16(), tree_map_only(torch.Tensor, lambda o: o.bfloat16() if o.is_floating_point() else o, xb))
+    return _eager(net.bfloat16(), tree_map_only(torch.Tensor,
+        lambda o: o.bfloat16() if o.is_floating_point() else o, xb))
 
 # %% ../../nbs/43a_export.speed.ipynb #8cd39068
 def _compiled(net, xb): return _eager(torch.compile(net, dynamic=False), xb)
@@ -81,7 +83,7 @@ def _one_thread():
 
 # %% ../../nbs/43a_export.speed.ipynb #e19127d0
 def _same(a, b, at):
-    "Fraction of samples to which the logits, the tensors `at`, give the same class in `a` and `b`; None if there are none"
+    "Fraction of samples to which the logits, the tensors `at`, give one class in `a` and `b`; None if there are none"
     if at is not None and a and b: return (a[at].argmax(1)==b[at].argmax(1)).double().mean().item()
 
 # %% ../../nbs/43a_export.speed.ipynb #9ed6b320
@@ -95,14 +97,16 @@ class Runtimes:
         self.table,self.batches,self.rounds = table,batches,rounds
         self.load = os.getloadavg()[0]
     def _how(self):
-        return f'one thread, median of {self.rounds} rounds in turn, ± half the distance of the quartiles; load {self.load:.1f}'
+        return (f'one thread, median of {self.rounds} rounds in turn, '
+                f'± half the distance of the quartiles; load {self.load:.1f}')
     def __repr__(self): return f'{self.shown().to_string()}\n{self._how()}\n{self.advice}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{self._how()}<p>{self.advice}'
 
     def shown(self) -> pd.DataFrame:
         "The table as text"
         t = self.table.astype(object)
-        for k in t.columns[:-1]: t[k] = ['' if pd.isna(o) else f'{100*o:.1f} %' if k=='same' else f'{o:.3g}' for o in t[k]]
+        for k in t.columns[:-1]:
+            t[k] = ['' if pd.isna(o) else f'{100*o:.1f} %' if k=='same' else f'{o:.3g}' for o in t[k]]
         return t if t['note'].any() else t.drop(columns='note')
 
 # %% ../../nbs/43a_export.speed.ipynb #3ae265dc
@@ -159,7 +163,8 @@ def runtimes(
         runs = {k: f for k,(f,_,_) in ready.items() if f}
         with torch.no_grad(): ms = pd.Series(dict(zip(runs, median_ms(list(runs.values()), rounds))), dtype=object)
         first = ms.iloc[0] if next(iter(ways)) in runs else math.nan
-        table[f'ms {n}'],table[f'± {n}'],table[f'× {n}'] = ms.astype(float),ms.map(lambda o: o.spread),first/ms.astype(float)
+        table[f'ms {n}'],table[f'± {n}'],table[f'× {n}'] = (
+            ms.astype(float),ms.map(lambda o: o.spread),first/ms.astype(float))
     with torch.no_grad(): at = _logits_at(still(*xb))
     table['same'] = [_same(ready['eager'][1], out, at) for _,out,_ in ready.values()]
     table['note'] = [why for *_,why in ready.values()]

@@ -53,7 +53,8 @@ def load(self:Learner,
         here,there = masks(model),masks({k.removeprefix(prefix): v for k,v in state.items()})
         if kwargs.get('strict', True) and (missing := here.keys()-there.keys()):
             raise ValueError(f'{file} holds no mask of {min(missing)}, and the network is masked there. '
-                             'Pass strict=False to keep the masks, or take them off before: unmask(learn.model, masks(learn.model)).')
+                             'Pass strict=False to keep the masks, '
+                             'or take them off before: unmask(learn.model, masks(learn.model)).')
         mask_model(model, {k: v for k,v in there.items() if k not in here})
     hook = unwrap(self.model).register_load_state_dict_pre_hook(bring)
     try: return _load(self, file, device, **kwargs)

@@ -222,7 +222,8 @@ def prue(
     teachers = _uncertain_teachers(run, nets['teacher'], epochs, s)
     lessons = _lessons(run, nets, teachers, epochs, s)
     for _ in run.each_seed():
-        for stage,lesson in lessons.items(): _teach(run, stage, nets['student'], teachers['teacher'], lesson, epochs[2], s)
+        for stage,lesson in lessons.items():
+            _teach(run, stage, nets['student'], teachers['teacher'], lesson, epochs[2], s)
     _show_uncertainty(run, teachers, s)
     best = _best_taught(run)
     stages = {best: best, 'from teacher': 'from the unpruned teacher', 'alone': 'alone'}

@@ -84,8 +84,9 @@ def _show_predictions(run, teachers, s):
     deltas = teachers_table(run)['uncertainty (10⁻²)']
     df['panel'] = [f'{k}, δ = {deltas[k]:.2f} · 10⁻²' for k in df.panel]
     run.exhibit('answers', 'embedding', df, "The teachers' answers (as Figures 1 to 3 of Wang et al. 2022)",
-                't-SNE of the probabilities for images of three classes from the test set; δ is the uncertainty on the '
-                'training set. t-SNE stretches each cluster to what fits, so compare shapes, not sizes.')
+                't-SNE of the probabilities for images of three classes from the test set; '
+                'δ is the uncertainty on the training set. '
+                't-SNE stretches each cluster to what fits, so compare shapes, not sizes.')
 
 # %% ../../nbs/53_recipes.prue_tables.ipynb #f7e162a6
 def _show_uncertainty(run, teachers, s):

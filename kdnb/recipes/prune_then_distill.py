@@ -165,7 +165,8 @@ def _best_student(run):
     "Name of the stage whose network is kept: a smallest student, rather of a pruned teacher, rather designed"
     def of_pruned(o): return o['taught_by'].startswith('pruned')
     def is_designed(o): return not _is_uniform(o['student'])
-    return best_stage(run, lambda o: 'student' in o, of_pruned, is_designed, by=lambda o: (-o['params'], o['valid_accuracy']))
+    return best_stage(run, lambda o: 'student' in o, of_pruned, is_designed,
+                      by=lambda o: (-o['params'], o['valid_accuracy']))
 
 # %% ../../nbs/52a_recipes.prune_then_distill.ipynb #d163a4c9
 @recipe('prune-then-distill', settings=PruneThenDistillSettings,

@@ -151,7 +151,8 @@ def vbgs_kd(
     _refuse_sparsity(dls, teacher, student, s, T_log_alpha, prior, singles, partial(noisy, network_for(dls, student)))
     run = Run(path, 'vbgs-kd', dls, data, seeds, force, show, teacher=name_of(teacher), student=name_of(student),
               epochs=[*epochs], T_log_alpha=T_log_alpha, quick=quick, **vars(s))
-    log_alphas = [_stages(run, teacher, student, epochs, s, noisy, prior, singles, T_log_alpha) for _ in run.each_seed()]
+    log_alphas = [_stages(run, teacher, student, epochs, s, noisy, prior, singles, T_log_alpha)
+                  for _ in run.each_seed()]
     run.log_alphas = log_alphas[0]
     named = T_log_alpha is None or isinstance(T_log_alpha, str)
     run.threshold = threshold(run.log_alphas[-1], T_log_alpha or 'valley') if named else T_log_alpha

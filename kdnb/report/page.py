@@ -137,7 +137,8 @@ def report(
     with _in_style():
         exhibits = [exhibit_html(o) for o in r.exhibits.values()]
         body = _render('report', r=r, title=_title(r), lead=_lead(r), note=_note(r), facts=facts,
-                       several=len(r.seeds)>1, exhibits=exhibits, layers=rows and html_table(rows), exported=exported and html_table(exported),
+                       several=len(r.seeds)>1, exhibits=exhibits, layers=rows and html_table(rows),
+                       exported=exported and html_table(exported),
                        load=how_to_load(r) if has_model else '', version=__version__, **_parts(r))
     return Page(_title(r), body)
 
