@@ -10,11 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .heads import HeadTerm,map_pair,mse
+from .heads import batch_norm,HeadTerm,map_pair
 from .layers import last_features,VectorTerm
 from .losses.features import as_maps,vectors
 from .losses.shared import check_batch,in_float32,unit
-from .seen import Seen
 from .terms import on_both
 
 # %% ../../nbs/11m_distill.correlation.ipynb #56fb8998
@@ -28,7 +27,8 @@ def congruence(
     "Mean squared difference of Gaussian kernels, as a series, over B×B (Peng et al. 2019, eq. 8)"
     check_batch(v_s, v_t)
     def kernel(v):
-        cosine = unit(vectors(v))@unit(vectors(v)).T
+        v = unit(vectors(v))
+        cosine = v@v.T
         return sum(math.exp(-2*gamma)*(2*gamma)**p/math.factorial(p)*cosine**p for p in range(order+1))
     return F.mse_loss(kernel(v_s), kernel(v_t))
 
@@ -77,7 +77,7 @@ class ICKD(HeadTerm):
         "A 1×1 convolution to the teacher's channels, and BatchNorm"
         f_s,f_t = map_pair(f_s, f_t)
         c = f_t.shape[1]
-        return nn.Sequential(nn.Conv2d(f_s.shape[1], c, 1, bias=False), *[nn.BatchNorm2d(c)]*(f_s[0,0].numel()>1))
+        return nn.Sequential(nn.Conv2d(f_s.shape[1], c, 1, bias=False), *batch_norm(c, f_s.shape[2:]))
     def compare(self,
         head:nn.Module, # The convolution
         f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens

@@ -6,17 +6,15 @@
 __all__ = ['fisher', 'grasp', 'wanda', 'apoz', 'mean_activation', 'hrank']
 
 # %% ../../nbs/31d_prune.with_data.ipynb #2b30030c
-from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
-from itertools import islice
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from ..core import evaluating,get_layer,inputs
 from ..measure.outputs import split_batch
-from .criteria import criterion
+from .criteria import _add,criterion
 from .scoring import add_up,Scoring
 
 # %% ../../nbs/31d_prune.with_data.ipynb #074d765c
@@ -40,7 +38,7 @@ def fisher(
     with s.differentiable():
         for b in _samples(s, n_samples):
             n += 1
-            for k,v in s.sum(s.mask_grads(s.loss(b))).items(): sums[k] = sums.get(k, 0)+v**2
+            _add(sums, {k: v**2 for k,v in s.sum(s.mask_grads(s.loss(b))).items()})
     return {k: v/(2*n) for k,v in sums.items()}
 
 # %% ../../nbs/31d_prune.with_data.ipynb #e82491fa
