@@ -17,12 +17,13 @@ from fastai.learner import Learner
 from ..core import described,inputs,undisturbed,unwrap
 from .adapter import TeacherAdapter
 from .checks import check_networks,check_shares,check_teachers,fit_size,fresh_index,ignored_label,named_terms
+from .names import method_names,named_term
 from .parts import build_heads,Heads,HEADS
 from .seen import Seen
 from .task import targets,task_of,usual_terms
 from .teacher import as_teacher,CachedTeacher,check_finite,fixed_views,LiveTeacher,mixer,numbered
 from .teacher import StoredLogits,StoredTeacher
-from .terms import Term,Terms
+from .terms import registered,Term,Terms
 from ..features.capture import Capture,hear
 from ..features.logits import as_logits
 from ..training.terms import LossTerm
@@ -35,6 +36,7 @@ class _Fit:
     undo:ExitStack = field(default_factory=ExitStack)    # puts back what has been changed
     capture:Capture|None = None                          # of the student's layers
     views:list = field(default_factory=list)             # data sets, if answers are stored
+    noted:object = None                                  # `SamplePlaces` of a loader that does not number its batches
     places:torch.Tensor|None = None                      # of the last batch's samples (B,)
     checked:set = field(default_factory=set)             # teachers whose answers have been looked at
     judged:set = field(default_factory=set)              # terms that have seen what they compare
@@ -66,6 +68,11 @@ def check_arguments(named, by_task, task, cache, n_views, logits, mask):
         raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as '
                          'lambda xb,yb: yb[0]!=255.')
 
+# %% ../../nbs/13_distill.callback.ipynb #369f74a6
+def usual_task(terms, names):
+    "The usual weight of the task loss beside `terms`, or beside those called `names`"
+    return min(t.task for t in [*terms, *map(registered, names)])
+
 # %% ../../nbs/13_distill.callback.ipynb #d7279ca0
 class KnowledgeDistillation(LossTerm):
     """Teach `learn.model` with the outputs of `teacher`: `terms` are added to `task` times the task loss
@@ -75,7 +82,7 @@ class KnowledgeDistillation(LossTerm):
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
         teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
-        terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
+        terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
         task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
         cache:bool|str|Path=False, # Ask the teacher once per sample: True (in memory), or a folder (files)
         n_views:int|None=None, # With `cache` and random augmentation: train on so many fixed views of each image
@@ -85,9 +92,10 @@ class KnowledgeDistillation(LossTerm):
         mask:Callable|None=None, # Function of inputs and targets: True where a place counts, (B, H, W) or (B, N)
     ):
         self.by_task = terms is None
-        named = {} if self.by_task else named_terms(terms)
-        check_arguments(named, self.by_task, task, cache, n_views, logits, mask)
-        if task is None: task = .1 if self.by_task else min(t.task for t in named.values())
+        self.by_name = method_names(terms) if isinstance(terms, str) else []
+        named = {} if self.by_task or self.by_name else named_terms(terms)
+        check_arguments(named or self.by_name, self.by_task, task, cache, n_views, logits, mask)
+        if task is None: task = .1 if self.by_task else usual_task(named.values(), self.by_name)
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.cache = cache
         self.n_views = n_views
@@ -176,17 +184,36 @@ def _outputs(self:KnowledgeDistillation, *models):
     "What `models` return for one validation batch"
     with undisturbed(self.model): return tuple(hear(m, [], self.dls, self.logits)[0] for m in models)
 
+# %% ../../nbs/13_distill.callback.ipynb #b30c1997
+@patch
+def _term_of_task(self:KnowledgeDistillation):
+    "What the task loss asks for. Raises `ValueError` if that is not certain."
+    def ask(): return as_logits(*self._outputs(self.model), who='the student'),targets(self.dls)
+    return usual_terms[task_of(self.loss_func, ask)]
+
+# %% ../../nbs/13_distill.callback.ipynb #555d7700
+@patch
+def _terms_of_names(self:KnowledgeDistillation):
+    "Terms called `by_name`, with their usual layers and weights. Raises `ValueError` if a network has no such layers."
+    t = self.teachers[0]
+    with undisturbed(self.model):
+        if not isinstance(t, StoredTeacher): t.adapter.meet(self.dls, t.net)
+        with t.adapter.fed(t.net): terms = named_term(' + '.join(self.by_name), self.model, t.net, self.dls)
+    check_teachers(terms.named(), len(self.teachers))
+    return terms
+
 # %% ../../nbs/13_distill.callback.ipynb #f69df00f
 @patch
 def _choose_terms(self:KnowledgeDistillation):
-    "Terms that nobody has named: those of the task; if that is not certain, training will say so"
+    "Terms that are not given: those of the task, or those of the names; if they are not certain, training will say so"
     now = self.loss_func,self.dls,self.model
-    if not self.by_task or 'gather_preds' in vars(self.learn): return
+    late = self.by_task or self.by_name
+    if not late or not self.teachers or 'gather_preds' in vars(self.learn): return
     if self._decided and all(a is b for a,b in zip(now, self._decided)): return
+    if self.by_name and self.terms and self._built is unwrap(self.model): return
     self._unsure = self._decided = None
     named = {}
-    ask = lambda: (as_logits(*self._outputs(self.model), who='the student'),targets(self.dls))
-    try: named = (Terms()+usual_terms[task_of(self.loss_func, ask)]).named()
+    try: named = (Terms()+(self._terms_of_names() if self.by_name else self._term_of_task())).named()
     except ValueError as e: self._unsure = e
     else: self._decided = now
     self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
@@ -367,7 +394,7 @@ def _number(self:KnowledgeDistillation):
     if self.needs_index:
         who,instead = (self._who_counts(),'a term without a memory') if not self.stores else ('cache','cache=False')
         if self.stores and not self.cache: who,instead = 'a teacher of stored logits','a network as the teacher'
-        self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
+        self._fit.noted = self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
         self._fit.places = vars(self.learn).get('sample_index')
     known = [m.labels.cpu() for m in self.heads.modules() if hasattr(m, 'labels')]
     if not all(torch.equal(y, self._labels().cpu()) for y in known):
@@ -406,7 +433,7 @@ def before_train(self:KnowledgeDistillation) -> None:
 @patch
 def before_batch(self:KnowledgeDistillation) -> None:
     "Take the samples' places. Raises `ValueError` if there are none, or if images without targets are mixed."
-    if self.needs_index: self._fit.places = fresh_index(self.learn, self._fit.places)
+    if self.needs_index: self._fit.places = fresh_index(self.learn, self._fit.places, self._fit.noted)
     if not len(self.yb) and (mix := mixer(self.learn)):
         raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
 
@@ -418,11 +445,18 @@ def _targets(self:KnowledgeDistillation, term):
     raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. Use terms that '
                      'compare with the teacher alone, such as KD, or a loader whose batches have targets.')
 
+# %% ../../nbs/13_distill.callback.ipynb #351046de
+def as_mask(o):
+    "What a user's `mask` has given, if it is a mask; raises `ValueError` if not"
+    if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point(): return o.as_subclass(torch.Tensor).bool()
+    what = f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, torch.Tensor) else described(o)
+    raise ValueError(f'mask gives {what}, expected a tensor of True and False, (B, H, W) or (B, N): True where a place counts.')
+
 # %% ../../nbs/13_distill.callback.ipynb #f13ca5a2
 @patch
 def _mask(self:KnowledgeDistillation):
     "True where a place of this batch counts, (B, H, W) or (B, N); None if all do"
-    if self.mask is not None: return self.mask(self.xb, self.yb).as_subclass(torch.Tensor)
+    if self.mask is not None: return as_mask(self.mask(self.xb, self.yb))
     ignored = ignored_label(self.loss_func)
     if ignored is None or not len(self.yb) or not isinstance(self.yb[0], torch.Tensor): return
     y = self.yb[0].as_subclass(torch.Tensor)
@@ -475,7 +509,8 @@ def values(self:KnowledgeDistillation,
     res = {}
     for k in names:
         y = lambda t=self.terms[k]: self._targets(t)
-        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, index=fit.places)
+        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, by_label=self.mask is None,
+                      index=fit.places)
         self._judge(k, o, raw)
         res[k] = self.terms[k](o)
     return res

@@ -9,6 +9,7 @@ __all__ = ['check_networks']
 from numbers import Number
 import torch
 from torch import nn
+from fastai.torch_core import find_bs
 from ..core import described
 from ..data.arrays import take_index
 from .terms import Term,Terms
@@ -21,7 +22,7 @@ def named_terms(terms):
     if isinstance(terms, (Number,slice)):
         do = f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).'
     elif isinstance(terms, type): do = f'Make one: {terms.__name__}(...).'
-    elif isinstance(terms, (tuple,list,dict)): do = 'Add them up: KD() + AT(...).'
+    elif isinstance(terms, (tuple,list,dict)): do = "Add them up: KD() + AT(...), or by their names, 'KD + AT'."
     raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum of terms. '
                      f'{do}'.strip())
 
@@ -75,8 +76,11 @@ def fit_size(z_t, z_s):
     return nn.functional.interpolate(z_t, size=z_s.shape[2:], mode='bilinear', align_corners=False)
 
 # %% ../../nbs/12b_distill.checks.ipynb #ebdbe90c
-def fresh_index(learn, last):
-    "The places of this batch's samples; raises `ValueError` if they are those of the `last` batch, or missing"
+def fresh_index(learn, last, noted=None):
+    """The places of this batch's samples, of its `yb` or as `noted` by a `SamplePlaces`
+
+    Raises `ValueError` if they are those of the `last` batch, or missing."""
+    if noted is not None: return noted.of(learn.iter, find_bs(learn.xb)).to(next(learn.model.parameters()).device)
     take_index(learn)
     now = vars(learn).get('sample_index')
     if now is None or now is last:

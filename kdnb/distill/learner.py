@@ -43,7 +43,7 @@ def _fit_method(learn, name, kwargs):
 def distill(self:Learner,
     teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
     n_epoch:int, # Epochs
-    terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
+    terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
     task:float|Callable|None=None, # Weight of the task loss; None: .1 with the default terms, else 1 (SimKD: 0)
     fit:str='fit_one_cycle', # Which method of the learner trains
     cbs:list|None=None, # More callbacks
@@ -65,7 +65,7 @@ def distill(self:Learner,
 
 # %% ../../nbs/15_distill.learner.ipynb #879ed7b4
 def check_terms(
-    terms:Term|Terms|None, # A term or a sum of terms
+    terms:Term|Terms|str|None, # A term, a sum of terms, or names such as 'KD + AT'
     student:nn.Module, # Network, trained or not
     teacher:nn.Module, # Network, trained or not
     dls:DataLoaders, # Data that both can read
@@ -88,7 +88,7 @@ def check_terms(
 def teacher_assistant(
     learners:list[Learner], # `[teacher, assistant, …, student]`, of which the first is trained
     n_epoch:int|list, # Epochs of each training, or a list of them
-    terms:Term|Terms|None=None, # A term or a sum of terms for every step; if None what the task asks for
+    terms:Term|Terms|str|None=None, # A term, a sum, or names for every step; if None what the task asks for
     **kwargs, # Passed on to `distill`
 ) -> Learner:
     "Distil along a chain of learners; returns the last. Raises `ValueError` if it is no chain."

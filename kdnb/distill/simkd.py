@@ -11,9 +11,10 @@ import torch
 from torch import fx,nn
 from fastcore.basics import patch
 from ..core import evaluating
-from .heads import mse
+from .heads import masked_mean,mse
 from .layers import LayerTerm
 from .losses.features import same_size
+from .losses.shared import at_least_float32
 from .seen import Seen
 from .srrl import rest_of
 from .terms import on_both
@@ -77,7 +78,11 @@ class SimKD(LayerTerm):
     ) -> None:
         "The teacher's part stays in evaluation mode"
         model.head.eval()
-    def __call__(self, o): return mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
+    def __call__(self, o):
+        f_s,f_t = same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]])
+        mask = getattr(o, 'feature_mask', None)
+        if mask is None or mask.ndim!=3: return mse(f_s, f_t)
+        return masked_mean(at_least_float32(f_s-f_t).square(), mask)
 
 # %% ../../nbs/11h_distill.simkd.ipynb #cdede3ab
 @patch

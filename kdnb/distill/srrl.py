@@ -106,10 +106,10 @@ def same_places(z, z_t, mask):
 # %% ../../nbs/11f_distill.srrl.ipynb #d3d9dfaf
 @patch
 def __call__(self:SRRL, o):
-    mask = getattr(o, 'mask', None)
+    mask,places = getattr(o, 'mask', None),getattr(o, 'feature_mask', None)
     res = 0
     for h,(f_s,f_t) in zip(o.head, self.features(o)):
         if f_s.ndim==4: f_s,f_t = same_size(f_s, f_t)
         f,z = h(f_s)
-        res = res + mse(vectors(f, mask=mask), vectors(f_t, mask=mask)) + mse(*same_places(z, o.z_t, mask))
+        res = res + mse(vectors(f, mask=places), vectors(f_t, mask=places)) + mse(*same_places(z, o.z_t, mask))
     return res

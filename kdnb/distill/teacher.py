@@ -14,11 +14,14 @@ from torch import nn
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.torch_core import find_bs
+from fastai.vision.augment import RandTransform
+from torch.utils._pytree import tree_leaves
 from ..core import as_network,evaluating,inputs
 from ..data.arrays import TensorDL
-from ..features.capture import Capture,hear
+from ..features.capture import Capture,capture_outputs
 from ..features.logits import find_logits
-from ..features.stored import answers,mark_of
+from ..features.stored import activations,is_numbered,mark_of,SamplePlaces,unnumbered
 from .adapter import TeacherAdapter
 
 # %% ../../nbs/12_distill.teacher.ipynb #e6a88bd2
@@ -72,7 +75,7 @@ class LiveTeacher:
         layers:list, # Paths of layers
     ) -> tuple:
         "Logits (or what it returns) and features by path, when nothing was started"
-        with self.adapter.fed(self.net): return hear(self.net, layers, xb, self.logits)
+        with self.adapter.fed(self.net): return capture_outputs(self.net, layers, xb, self.logits)
 
     def check(self,
         xb:tuple, # Inputs of the first batch
@@ -91,13 +94,16 @@ def check_finite(z_t, f_t):
 # %% ../../nbs/12_distill.teacher.ipynb #69345fcd
 @contextmanager
 def numbered(dl, who, instead):
-    "Let the batches of `dl` carry the places of their samples; afterwards all of it is as before"
-    if not isinstance(dl, TensorDL):
-        raise ValueError(f'{who} needs to know which sample is which, and {type(dl).__name__} does not say. '
-                         f'Use image_dls or from_arrays, or {instead}.')
-    was = {k: getattr(dl, k) for k in ('index','dataset','after_batch')}
-    dl.index = True
-    try: yield dl
+    "Know the places of the samples in the batches of `dl`; afterwards all of it is as before"
+    if not is_numbered(dl): raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or {instead}.')
+    keys = [k for k in ('index','dataset','after_batch') if k in vars(dl)]
+    was = {k: getattr(dl, k) for k in keys}
+    try:
+        if isinstance(dl, TensorDL):
+            dl.index = True
+            yield None
+        else:
+            with SamplePlaces(dl) as places: yield places
     finally:
         for k,v in was.items(): setattr(dl, k, v)
 
@@ -106,13 +112,28 @@ def mixer(learn):
     "The name of the learner's callback that mixes images, or None"
     return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
+# %% ../../nbs/12_distill.teacher.ipynb #0824e14d
+def changes(dl):
+    "Do the inputs that `dl` gives for a sample change from epoch to epoch?"
+    if isinstance(dl, TensorDL): return dl.augments
+    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    rare = [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform) and 0<t.p<1]
+    if rare: return True
+    steady = dl.new(shuffle=False, drop_last=False)
+    once,again = (tree_leaves(list(steady.one_batch())) for _ in range(2))
+    return not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b for a,b in zip(once, again))
+
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
 def fixed_views(learn, n_views):
     "Data sets whose images stay as they are: the training set, or `n_views` copies, their random transforms made"
     dl = learn.dls.train
     if mix := mixer(learn):
         raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use cache=False.')
-    if not dl.augments: return [dl.dataset]
+    if not changes(dl): return [dl.dataset]
+    if not isinstance(dl, TensorDL):
+        raise ValueError('cache is set, but the training samples change from epoch to epoch: reading them twice gives '
+                         'two things. Use cache=False, or transforms that are not random (n_views= is for '
+                         'image_dls and from_arrays).')
     if not n_views:
         raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
                          'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
@@ -150,7 +171,7 @@ class CachedTeacher(LiveTeacher):
         for i,dl.dataset in enumerate(views):
             key = mark_of(self.net, dl),self.logits,*self._layers
             folder = None if self.folder is None else Path(self.folder)/f'view{i}'
-            known[key] = self._known.get(key) or answers(self.net, dl, self._layers, folder, self.logits)
+            known[key] = self._known.get(key) or activations(self.net, dl, self._layers, folder, self.logits)
             self._views.append(known[key])
         self._known = known
         self.show(0)
@@ -227,7 +248,7 @@ class StoredTeacher(CachedTeacher):
         if n!=len(dl.dataset):
             raise ValueError(f'the stored logits are of {n} samples, the training set has {len(dl.dataset)}. '
                              'Give one row for each, in their order.')
-        if dl.augments: self.adapter.say('The stored logits are taken for every view of an image.')
+        if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
         self._views = [{'': self.net.logits}]*len(views)
         self.show(0)
 

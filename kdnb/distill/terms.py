@@ -28,6 +28,11 @@ def _register(cls):
     ours = name in _terms and _terms[name].__module__.startswith('kdnb.')
     if not ours or cls.__module__.startswith('kdnb.'): _terms[name] = cls
 
+# %% ../../nbs/11_distill.terms.ipynb #61cc644c
+def registered(name):
+    "The class of the term called `name`"
+    return _terms[name]
+
 # %% ../../nbs/11_distill.terms.ipynb #961ab2c6
 def on_both(find):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"

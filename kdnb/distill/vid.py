@@ -97,6 +97,13 @@ class VID(HeadTerm):
     ) -> torch.Tensor:
         "Mean of -log q(t|s)"
         return head(f_s, f_t).mean()
+    def errors(self,
+        head:nn.Module, # q(t|s)
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "-log q(t|s) at each place (B, C, H, W)"
+        return head(f_s, f_t)
 
 # %% ../../nbs/11d_distill.vid.ipynb #b0f0bbe6
 @patch
@@ -156,4 +163,4 @@ def features(self:VIDLP,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "The student's vectors (B, D) and the teacher's logits (B, C)"
-    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'mask', None)),o.z_t)]
+    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'feature_mask', None)),o.z_t)]
