@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from ..core import described,inputs,undisturbed,unwrap
 from .adapter import TeacherAdapter
-from .checks import check_networks,check_shares,check_teachers,fit_size,fresh_index,ignored_label,named_terms
+from .checks import check_networks,check_outputs,check_places,check_shares,check_teachers
+from .checks import fit_size,fresh_index,ignored_label,named_terms
 from .names import method_names,named_term
 from .parts import build_heads,Heads,HEADS
 from .seen import Seen
@@ -45,7 +46,8 @@ class _Fit:
 # %% ../../nbs/13_distill.callback.ipynb #e4c119a9
 def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
     "`teacher`, the `i`-th of several, as a live, a cached (in memory or the folder `cache`), or a stored one"
-    net,adapter = as_teacher(teacher),TeacherAdapter(teacher, tfm)
+    net = as_teacher(teacher)
+    adapter = TeacherAdapter(teacher, tfm)
     if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, logits)
     if not cache: return LiveTeacher(net, adapter, logits)
     folder = None if cache is True else Path(cache) if i is None else Path(cache)/f'teacher{i}'
@@ -81,7 +83,7 @@ class KnowledgeDistillation(LossTerm):
     learner is raised when training begins: an error while callbacks are added would leave fastai half way."""
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
-        teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
+        teacher:Learner|nn.Module|torch.Tensor|str|Path|list, # Trained `Learner` or module, logits by sample, or a list
         terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
         task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
         cache:bool|str|Path=False, # Ask the teacher once per sample: True (in memory), or a folder (files)
@@ -239,7 +241,9 @@ def _see(self:KnowledgeDistillation, name, z_s, answers, raw, f_s, pct=0., **mor
         return fit_size(z, z_s()) if z.ndim==4 and term.by_class else z
     def z_t():
         if len(ids)==1: return logits(ids[0])
-        return term.mix([logits(i) for i in ids], self.shares, pct)
+        zs = [logits(i) for i in ids]
+        check_outputs(zs)
+        return term.mix(zs, self.shares, pct)
     head = self.heads[name] if name in self.heads else None
     return Seen(f_s, answers[ids[0]][1], z_s, z_t, head=head, pct=pct, mixed=len(ids)>1, **more)
 
@@ -484,6 +488,7 @@ def _judge(self:KnowledgeDistillation, name, o, raw):
     if name in self._fit.judged: return
     self._fit.judged.add(name)
     term = self.terms[name]
+    if self.logits is None and term.softmax and term.by_class and len(self.yb): check_places(o.z_s, o.y)
     for i in self.whom(term):
         adapter = self.teachers[i].adapter
         if adapter.compares(term): adapter.check(term, o.z_s, raw(i), o.y if len(self.yb) else None)

@@ -69,11 +69,27 @@ def check_shares(shares, n):
                          'one for each teacher.')
     return [o/sum(shares) for o in shares]
 
+# %% ../../nbs/12b_distill.checks.ipynb #dbdfb93d
+def check_outputs(zs):
+    "Raise `ValueError` if the logits of several teachers, of which the mean is asked for, are not of one shape"
+    other = next((i for i,z in enumerate(zs) if z.shape!=zs[0].shape), None)
+    if other is None: return
+    raise ValueError(f'teachers 0 and {other} give outputs of shape {tuple(zs[0].shape)} and {tuple(zs[other].shape)}, '
+                     'which have no mean. Use teachers of the same classes, or a term for each, KD(teacher=0).')
+
 # %% ../../nbs/12b_distill.checks.ipynb #ad31a53e
 def fit_size(z_t, z_s):
     "Logits of pixels `z_t` (B, C, h, w), resized to the (H, W) of `z_s`; others as they are"
     if not z_t.ndim==z_s.ndim==4 or z_t.shape[2:]==z_s.shape[2:]: return z_t
     return nn.functional.interpolate(z_t, size=z_s.shape[2:], mode='bilinear', align_corners=False)
+
+# %% ../../nbs/12b_distill.checks.ipynb #4d40bf8c
+def check_places(z, y):
+    "Raise `ValueError` if logits `z` are of pixels and targets `y` of whole images, and nobody has named the logits"
+    if not isinstance(y, torch.Tensor) or z.ndim!=4 or y.ndim!=1 or y.is_floating_point(): return
+    raise ValueError(f'what is taken for the student\'s logits has shape {tuple(z.shape)}, and targets are one class for '
+                     f'each of {len(y)} images. Name the logits: logits=, a key, an index, or a function of what the '
+                     'networks return.')
 
 # %% ../../nbs/12b_distill.checks.ipynb #ebdbe90c
 def fresh_index(learn, last, noted=None):

@@ -41,7 +41,7 @@ def _fit_method(learn, name, kwargs):
 # %% ../../nbs/15_distill.learner.ipynb #a668c992
 @patch
 def distill(self:Learner,
-    teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
+    teacher:Learner|nn.Module|torch.Tensor|str|Path|list, # Trained `Learner` or module, logits by sample, or a list
     n_epoch:int, # Epochs
     terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
     task:float|Callable|None=None, # Weight of the task loss; None: .1 with the default terms, else 1 (SimKD: 0)

@@ -57,22 +57,28 @@ def before_train(self:MutualLearning) -> None:
 # %% ../../nbs/14_distill.mutual.ipynb #b3d5b3d6
 @patch
 def _teach(self:MutualLearning):
-    "One step of the peer, with the labels and the answers of this learner; in `lr_find` its answers alone"
+    """One step of the peer, with the labels and the answers of this learner; in `lr_find` its answers alone
+
+    Raises `ValueError` if their outputs are not of one shape."""
     learn,peer = self.learn,self.peer
     xb = [x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in learn.xb]
     step = is_training(learn)
     with torch.set_grad_enabled(step): out = peer.model(*xb)
     z = as_logits(out, who='the peer')
+    z_s = as_logits(learn.pred, who='the student')
+    if z.shape!=z_s.shape:
+        raise ValueError(f'the peer gives outputs of shape {tuple(z.shape)}, this learner {tuple(z_s.shape)}. '
+                         'Give it a peer of the same classes.')
     self._z = z.detach()
     if not step: return
     pct = self.progress
     loss = peer.loss_func(out, *learn.yb) if len(learn.yb) else 0.
     if w := weight_at(self.weights['mutual'], pct):
-        loss = loss + w*kd(z, as_logits(learn.pred, who='the student').detach(), weight_at(self.T, pct))
+        loss = loss + w*kd(z, z_s.detach(), weight_at(self.T, pct))
     if not isinstance(loss, torch.Tensor): return
     for p in peer.model.parameters(): p.grad = None
     loss.as_subclass(torch.Tensor).backward()
-    peer.opt.set_hyper('lr', learn.opt.hypers[-1]['lr'])
+    peer.opt.set_hyper('lr', float(learn.opt.hypers[-1]['lr']))     # numpy's in a schedule
     peer.opt.step()
     peer.opt.zero_grad()
 

@@ -155,7 +155,8 @@ def targets(
 ) -> tuple:
     "Targets of the validation batch whose inputs `inputs` gives, a tuple"
     with no_random(reproducible=False):
-        b = (dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)).one_batch()
+        dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)
+        b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))      # torch's own loader
     return tuple(map(_plain, b[getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1):]))
 
 # %% ../../nbs/11j_distill.task.ipynb #9ceca6f3

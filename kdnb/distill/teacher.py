@@ -11,6 +11,7 @@ from collections.abc import Callable,Iterator
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
+from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -37,24 +38,6 @@ class LiveTeacher:
         self.logits = logits
         self._undo = self._capture = None
 
-    def start(self,
-        data:object, # `DataLoaders`, for a trial run
-        layers:list, # Paths of layers whose outputs are captured
-    ) -> None:
-        "Once a fit: evaluation mode, inputs and hooks. Raises `ValueError` if there is no such layer."
-        with ExitStack() as undo:
-            undo.enter_context(evaluating(self.net))
-            undo.enter_context(self.adapter.fed(self.net))
-            xb = inputs(data, self.net) if layers else None
-            self._capture = undo.enter_context(Capture(self.net, layers, xb))
-            self._undo = undo.pop_all()
-
-    def stop(self) -> None:
-        "Leave the network as it was found"
-        undo,self._undo = self._undo,None
-        if undo is not None: undo.close()
-        self._capture = None
-
     @torch.no_grad()
     def ask(self,
         xb:tuple, # Inputs
@@ -63,25 +46,53 @@ class LiveTeacher:
         plain = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in xb)
         return find_logits(self.net(*plain), self.logits)
 
-    def answer(self,
-        xb:tuple, # Inputs
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "Logits (or what it returns) and features by path, for one batch"
-        return self.ask(xb),self._capture.take()
+# %% ../../nbs/12_distill.teacher.ipynb #ec9cbe1b
+@patch
+def start(self:LiveTeacher,
+    data:object, # `DataLoaders`, for a trial run
+    layers:list, # Paths of layers whose outputs are captured
+) -> None:
+    "Once a fit: evaluation mode, inputs and hooks. Raises `ValueError` if there is no such layer."
+    with ExitStack() as undo:
+        undo.enter_context(evaluating(self.net))
+        undo.enter_context(self.adapter.fed(self.net))
+        xb = inputs(data, self.net) if layers else None
+        self._capture = undo.enter_context(Capture(self.net, layers, xb))
+        self._undo = undo.pop_all()
 
-    def probe(self,
-        xb:tuple, # Inputs
-        layers:list, # Paths of layers
-    ) -> tuple:
-        "Logits (or what it returns) and features by path, when nothing was started"
-        with self.adapter.fed(self.net): return capture_outputs(self.net, layers, xb, self.logits)
+# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
+@patch
+def stop(self:LiveTeacher) -> None:
+    "Leave the network as it was found"
+    undo,self._undo = self._undo,None
+    if undo is not None: undo.close()
+    self._capture = None
 
-    def check(self,
-        xb:tuple, # Inputs of the first batch
-        z_t:torch.Tensor|None, # Answers to it
-    ) -> None:
-        "What was asked just now is the answer"
+# %% ../../nbs/12_distill.teacher.ipynb #614b9870
+@patch
+def answer(self:LiveTeacher,
+    xb:tuple, # Inputs
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "Logits (or what it returns) and features by path, for one batch"
+    return self.ask(xb),self._capture.take()
+
+# %% ../../nbs/12_distill.teacher.ipynb #e0d1888f
+@patch
+def probe(self:LiveTeacher,
+    xb:tuple, # Inputs
+    layers:list, # Paths of layers
+) -> tuple:
+    "Logits (or what it returns) and features by path, when nothing was started"
+    with self.adapter.fed(self.net): return capture_outputs(self.net, layers, xb, self.logits)
+
+# %% ../../nbs/12_distill.teacher.ipynb #d9ab0801
+@patch
+def check(self:LiveTeacher,
+    xb:tuple, # Inputs of the first batch
+    z_t:torch.Tensor|None, # Answers to it
+) -> None:
+    "What was asked just now is the answer"
 
 # %% ../../nbs/12_distill.teacher.ipynb #56380943
 def check_finite(z_t, f_t):
@@ -151,7 +162,9 @@ class CachedTeacher(LiveTeacher):
     ):
         super().__init__(net, adapter, logits)
         self.folder = folder
-        self._known,self._views,self._now = {},[],None
+        self._known = {}        # stored answers by what they are to
+        self._views = []        # those to each view
+        self._now = None        # to the view of this epoch
 
     def start(self,
         data:object, # `DataLoaders`
@@ -161,48 +174,54 @@ class CachedTeacher(LiveTeacher):
         super().start(data, [])
         self._layers = layers
 
-    def store(self,
-        dl:DataLoader, # Loader of the training set
-        views:list, # Its data sets
-    ) -> None:
-        "Ask for all samples of each view; those of an earlier fit are kept, if nothing has changed"
-        known = {}
-        self._views = []
-        for i,dl.dataset in enumerate(views):
-            key = mark_of(self.net, dl),self.logits,*self._layers
-            folder = None if self.folder is None else Path(self.folder)/f'view{i}'
-            known[key] = self._known.get(key) or activations(self.net, dl, self._layers, folder, self.logits)
-            self._views.append(known[key])
-        self._known = known
-        self.show(0)
-
     def show(self,
         i:int, # Number of a view
     ) -> None:
         "From now on answers are those to view `i`"
         self._now = self._views[i]
 
-    def answer(self,
-        xb:tuple, # Inputs: not needed
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "Logits (or None) and features by path, for the samples at `index`"
-        i = index.as_subclass(torch.Tensor)
-        f_t = {k: v.index_select(0, i.to(v.device)).to(i.device) for k,v in self._now.items()}
-        return f_t.pop('', None),f_t
-
-    def check(self,
-        xb:tuple, # Inputs of the first batch
-        z_t:torch.Tensor|None, # Stored answers to it
-    ) -> None:
-        "Raises `ValueError` if the stored answers are not those to this batch."
-        if z_t is None: return
-        with torch.autocast(z_t.device.type, enabled=False): now = self.ask(xb)
-        if now.shape!=z_t.shape or (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
-            raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
-                             'Use cache=False.')
-
     def __getstate__(self): return {**self.__dict__, '_known': {}, '_views': [], '_now': None}
+
+# %% ../../nbs/12_distill.teacher.ipynb #e28642cd
+@patch
+def store(self:CachedTeacher,
+    dl:DataLoader, # Loader of the training set
+    views:list, # Its data sets
+) -> None:
+    "Ask for all samples of each view; those of an earlier fit are kept, if nothing has changed"
+    known = {}
+    self._views = []
+    for i,dl.dataset in enumerate(views):
+        key = mark_of(self.net, dl),self.logits,*self._layers
+        folder = None if self.folder is None else Path(self.folder)/f'view{i}'
+        known[key] = self._known.get(key) or activations(self.net, dl, self._layers, folder, self.logits)
+        self._views.append(known[key])
+    self._known = known
+    self.show(0)
+
+# %% ../../nbs/12_distill.teacher.ipynb #1ae27d8e
+@patch
+def answer(self:CachedTeacher,
+    xb:tuple, # Inputs: not needed
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "Logits (or None) and features by path, for the samples at `index`"
+    i = index.as_subclass(torch.Tensor)
+    f_t = {k: v.index_select(0, i.to(v.device)).to(i.device) for k,v in self._now.items()}
+    return f_t.pop('', None),f_t
+
+# %% ../../nbs/12_distill.teacher.ipynb #73ec6365
+@patch
+def check(self:CachedTeacher,
+    xb:tuple, # Inputs of the first batch
+    z_t:torch.Tensor|None, # Stored answers to it
+) -> None:
+    "Raises `ValueError` if the stored answers are not those to this batch."
+    if z_t is None: return
+    with torch.autocast(z_t.device.type, enabled=False): now = self.ask(xb)
+    if now.shape!=z_t.shape or (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
+        raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
+                         'Use cache=False.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #1e2f5aef
 class StoredLogits(nn.Module):
@@ -252,6 +271,14 @@ class StoredTeacher(CachedTeacher):
         self._views = [{'': self.net.logits}]*len(views)
         self.show(0)
 
+    def answer(self,
+        xb:tuple, # Inputs: not needed
+        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+    ) -> tuple:
+        "The logits of the samples at `index`, and no features; numpy's float64 as float32"
+        z_t,f_t = super().answer(xb, index)
+        return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
+
     def check(self,
         xb:tuple, # Inputs of the first batch
         z_t:torch.Tensor|None, # Stored answers to it
@@ -260,5 +287,8 @@ class StoredTeacher(CachedTeacher):
 
 # %% ../../nbs/12_distill.teacher.ipynb #8566d8a5
 def as_teacher(o):
-    "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits"
-    return StoredLogits(o) if isinstance(o, (torch.Tensor,np.ndarray)) else as_network(o)
+    "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits or its file; or `ValueError`"
+    if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy': return StoredLogits(o)
+    if not isinstance(o, (str,Path)): return as_network(o)
+    raise ValueError(f'teacher is {str(o)!r}, expected a Learner, a network, or logits by sample in a .npy file. '
+                     'Load it first, and pass what was in it.')

@@ -56,7 +56,9 @@ def stage_ends(
     return {size: path for size,path in paths.items() if size!=(1,1)} or paths
 
 # %% ../../nbs/05b_features.layers.ipynb #5783c2c8
-def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
+def _sizes(stages):
+    "The sizes of `stage_ends`, for a message"
+    return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
 
 # %% ../../nbs/05b_features.layers.ipynb #b423c147
 def match_stages(
