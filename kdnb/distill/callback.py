@@ -274,7 +274,8 @@ def _probe(self:KnowledgeDistillation):
     z_s = lambda: as_logits(out, who='the student')
     raw = lambda i: as_logits(answers[i][0], who='the teacher')
     labels = self._labels() if any(t.needs_index for t in self.terms.values()) else None
-    more = dict(student=unwrap(self.model), logits=self.logits, bs=self.dls.train.bs or len(xb[0]), labels=labels)
+    bs = getattr(self.dls.train, 'bs', None) or getattr(self.dls.train, 'batch_size', None) or len(xb[0])
+    more = dict(student=unwrap(self.model), logits=self.logits, bs=bs, labels=labels)
     res = {}
     for k,term in self.terms.items():
         t = self.teachers[self.whom(term)[0]]
