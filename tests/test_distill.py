@@ -749,6 +749,18 @@ def test_terms_with_parts_of_the_teacher_understand_them_too(name):
     assert torch.allclose(flat(a.model), flat(b.model), atol=1e-6)
     if name=='srrl': quiet(learner(), Returns(TEACHER, lambda z: dict(a=-z, b=z)), 1, term, logits='b', fit='distill')
 
+def test_what_stands_first_in_a_tuple_may_be_no_logits():
+    class First(Returns):
+        def forward(self, x): return self.how(self.net(x), x)
+    learn = learner(model=First(student(), lambda z,x: (x,z)))
+    learn.loss_func,learn.metrics = lambda out,y: F.cross_entropy(out[1], y),[]
+    teacher = First(TEACHER, lambda z,x: (x,z))
+    with pytest.raises(ValueError, match=r'logits has shape \(64, 1, 8, 8\), and targets are one class for each of 64 images. Name the logits'):
+        quiet(learn, teacher, 1, DIST(), fit='distill')
+    quiet(learn, teacher, 1, DIST(), logits=1, fit='distill')
+    with pytest.raises(ValueError, match='the function logits= fails on that: .*so it must know both'):
+        quiet(learn, TEACHER, 1, KD(), logits=lambda o: o[1] if isinstance(o, tuple) else o['z'], fit='distill')
+
 def test_simkd_with_a_teacher_that_returns_a_dict():
     learn = learner()
     quiet(learn, Returns(TEACHER, RETURNS['dict']), 1, SimKD({'conv2': 'net.conv2'}), fit='distill')

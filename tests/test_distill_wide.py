@@ -222,6 +222,12 @@ def test_two_teachers_with_features_cached_in_memory_and_files(tmp_path):
     for cache in (True, tmp_path, tmp_path): assert torch.allclose(ask(pair, terms, cache)[0], right, atol=1e-5)
     assert sorted(o.name for o in tmp_path.iterdir())==['teacher0','teacher1']
 
+def test_stored_logits_in_a_file_and_in_float64(tmp_path):
+    table = answers(wide(), data().train)[''].cpu()
+    np.save(tmp_path/'z.npy', table.double().numpy())
+    right = ask(table, KD())[0]
+    for o in (table.double().numpy(), tmp_path/'z.npy', str(tmp_path/'z.npy')): assert torch.allclose(ask(o, KD())[0], right, atol=1e-5)
+
 def test_a_teacher_of_stored_logits():
     t = wide()
     table = answers(t, data().train)['']
@@ -247,6 +253,10 @@ def test_a_teacher_of_stored_logits():
     ('teacher gives 7 outputs, student 10', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)], KD(teacher=1)))),
     ('T is -1', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation(wide(), KD(T=lambda p: -1.)))),
     ("token is 'last'", lambda: RKD('b', token='last')),
+    ('teachers 0 and 1 give outputs of shape .64, 10. and .64, 7., which have no mean', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)]))),
+    (r'T is \[4, 1\], expected a temperature', lambda: KD(T=[4,1])),
+    ("teacher is 'net.pth', expected a Learner, a network, or logits by sample", lambda: KnowledgeDistillation('net.pth')),
+    ('the peer gives outputs of shape .64, 7., this learner .64, 10.', lambda: quiet(learner(), 1, cbs=MutualLearning(learner(create('lenet5', DLS, c=7))))),
 ])
 def test_bad_input(message, make):
     with pytest.raises(ValueError, match=message): make()
@@ -433,6 +443,15 @@ def test_a_folder_of_another_data_set_is_noticed(tmp_path):
     run(40)
     with pytest.raises(ValueError, match='holds the outputs of another network'): run(50)
 
+def test_torch_s_own_loaders():
+    "Distil, with features too, and are not cached"
+    rows = torch.utils.data.TensorDataset(X[:32].float()/255, Y[:32])
+    dls = DataLoaders(*[torch.utils.data.DataLoader(rows, 16) for _ in range(2)], device=DLS.device)
+    learn = Learner(dls, lenet(), CrossEntropyLossFlat())
+    quiet(learn, 1, cbs=KnowledgeDistillation(Learner(dls, wide(), CrossEntropyLossFlat()), KD() + FitNet('conv2') + SemCKD('conv2', 'conv2')))
+    with pytest.raises(ValueError, match='needs to know which sample is which, and DataLoader does not say'):
+        quiet(learn, 1, cbs=KnowledgeDistillation(wide(), KD(), cache=True))
+
 # Terms by their names
 
 def test_terms_by_name():
@@ -480,6 +499,11 @@ def test_mutual_steps_are_those_of_the_paper():
     (F.cross_entropy(z_b, yb) + .7*kd(z_b, z_a.detach(), 2.)).backward()
     for net,learn in ((a,first), (b,second)):
         for p,q in zip(net.parameters(), learn.model.parameters()): assert torch.allclose(p-.1*p.grad, q, atol=1e-6)
+
+def test_a_peer_follows_the_schedule_of_the_rate():
+    a,b = learner(),learner(lenet(5))
+    with a.no_bar(), a.no_logging(): a.fit_one_cycle(1, 1e-2, cbs=MutualLearning(b, weight=SchedLin(0., 1.), T=SchedCos(4., 1.)))
+    assert b.opt.hypers[-1]['lr']==pytest.approx(float(a.opt.hypers[-1]['lr']))
 
 def test_mutual_learning_leaves_nothing_and_refuses():
     a,b = learner(),learner(lenet(5))

@@ -64,11 +64,11 @@ def check_arguments(named, by_task, task, cache, n_views, logits, mask):
     if not named and not by_task:
         raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
     if not (logits is None or callable(logits) or isinstance(logits, (str,int))):
-        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what '
-                         'the networks return.')
+        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function '
+                         'of what the networks return.')
     if not (mask is None or callable(mask)):
-        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as '
-                         'lambda xb,yb: yb[0]!=255.')
+        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, '
+                         'such as lambda xb,yb: yb[0]!=255.')
 
 # %% ../../nbs/13_distill.callback.ipynb #369f74a6
 def usual_task(terms, names):
@@ -200,7 +200,8 @@ def _terms_of_names(self:KnowledgeDistillation):
     t = self.teachers[0]
     with undisturbed(self.model):
         if not isinstance(t, StoredTeacher): t.adapter.meet(self.dls, t.net)
-        with t.adapter.fed(t.net): terms = named_term(' + '.join(self.by_name), self.model, t.net, self.dls)
+        with t.adapter.fed(t.net): terms = named_term(' '
+                                                      '+ '.join(self.by_name), self.model, t.net, self.dls)
     check_teachers(terms.named(), len(self.teachers))
     return terms
 
@@ -253,8 +254,8 @@ def _labels(self:KnowledgeDistillation):
     "The labels of the whole training set (N,)"
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
         raise ValueError(f'{self._who_counts()} needs the labels of the whole training set at '
-                         '`dls.train.dataset.y`, and the place of each sample in its batch. Use image_dls or '
-                         'from_arrays.')
+                         '`dls.train.dataset.y`, and the place of each sample in its batch. Use '
+                         'image_dls or from_arrays.')
     return y.as_subclass(torch.Tensor)
 
 # %% ../../nbs/13_distill.callback.ipynb #b589e1ae
@@ -301,8 +302,9 @@ def _prepare(self:KnowledgeDistillation):
         self._built = unwrap(self.model)
     if not len(self.heads): return
     if isinstance(self.model, nn.parallel.DistributedDataParallel):
-        raise ValueError('the model is wrapped for several processes already, and would not synchronise the '
-                         'trainable parts of the terms. Give the callback to the Learner before the model is wrapped.')
+        raise ValueError('the model is wrapped for several processes already, and would not '
+                         'synchronise the trainable parts of the terms. Give the callback to the '
+                         'Learner before the model is wrapped.')
     self.model.add_module(HEADS, self.heads)
 
 # %% ../../nbs/13_distill.callback.ipynb #40655691
@@ -310,8 +312,8 @@ def _prepare(self:KnowledgeDistillation):
 def _replace(self:KnowledgeDistillation, new):
     "Let the network `new` take the student's place"
     if len(self.terms)>1:
-        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network whose layers the '
-                         'others name. Use it alone.')
+        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network '
+                         'whose layers the others name. Use it alone.')
     p = next(self.model.parameters())
     new = new.to(p.device, p.dtype).train(self.model.training)
     wrap = self.splitter if isinstance(self.splitter, TermSplitter) else self.learn
@@ -343,8 +345,9 @@ def attach(self:KnowledgeDistillation) -> None:
     self._fault = None
     try:
         if any(isinstance(c, KnowledgeDistillation) for c in self.learn.cbs):
-            raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s '
-                             'terms. Add the terms up in one, KD()*.9 + VID(...), or take the first away: '
+            raise ValueError('this learner has a KnowledgeDistillation already, and two would '
+                             'weigh each other\'s terms. Add the terms up in one, KD()*.9 + '
+                             'VID(...), or take the first away: '
                              'learn.remove_cb(KnowledgeDistillation).')
         self._choose_terms()
         self._prepare()
@@ -377,7 +380,8 @@ def _begin(self:KnowledgeDistillation):
     fit = self._fit = _Fit()
     for t in self.teachers or [None]: check_networks(t and t.net, self.model, placed=True)
     if isinstance(self.model, nn.DataParallel):
-        raise ValueError('the model is in DataParallel, which keeps only its last replica\'s features. '
+        raise ValueError('the model is in DataParallel, which keeps only its last replica\'s '
+                         'features. '
                          'Use DistributedDataParallel (learn.distrib_ctx), or one device.')
     self._meet()
     layers = self.paths('student_layers')
@@ -397,7 +401,8 @@ def _begin(self:KnowledgeDistillation):
 def _number(self:KnowledgeDistillation):
     "Let batches carry the places of their samples, if somebody needs them"
     if self.needs_index:
-        who,instead = (self._who_counts(),'a term without a memory') if not self.stores else ('cache','cache=False')
+        who,instead = (self._who_counts(),'a term without a '
+                                          'memory') if not self.stores else ('cache','cache=False')
         if self.stores and not self.cache: who,instead = 'a teacher of stored logits','a network as the teacher'
         self._fit.noted = self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
         self._fit.places = vars(self.learn).get('sample_index')
@@ -413,7 +418,8 @@ def _store(self:KnowledgeDistillation):
     dl = self.dls.train
     if self.cache: self._fit.views = fixed_views(self.learn, self.n_views)
     elif mix := mixer(self.learn):
-        raise ValueError(f'the teacher is stored logits, but {mix} mixes other images in every batch. Take {mix} away.')
+        raise ValueError(f'the teacher is stored logits, but {mix} mixes other images in every '
+                         f'batch. Take {mix} away.')
     else: self._fit.views = [dl.dataset]
     for t in self.teachers:
         if isinstance(t, CachedTeacher): t.store(dl, self._fit.views)
@@ -440,22 +446,25 @@ def before_batch(self:KnowledgeDistillation) -> None:
     "Take the samples' places. Raises `ValueError` if there are none, or if images without targets are mixed."
     if self.needs_index: self._fit.places = fresh_index(self.learn, self._fit.places, self._fit.noted)
     if not len(self.yb) and (mix := mixer(self.learn)):
-        raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
+        raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} '
+                         'away.')
 
 # %% ../../nbs/13_distill.callback.ipynb #7b842e90
 @patch
 def _targets(self:KnowledgeDistillation, term):
     "The targets of this batch, for `term`"
     if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
-    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. Use terms that '
-                     'compare with the teacher alone, such as KD, or a loader whose batches have targets.')
+    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
+                     'Use terms that compare with the teacher alone, such as KD, or a loader whose '
+                     'batches have targets.')
 
 # %% ../../nbs/13_distill.callback.ipynb #351046de
 def as_mask(o):
     "What a user's `mask` has given, if it is a mask; raises `ValueError` if not"
     if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point(): return o.as_subclass(torch.Tensor).bool()
     what = f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, torch.Tensor) else described(o)
-    raise ValueError(f'mask gives {what}, expected a tensor of True and False, (B, H, W) or (B, N): True where a place counts.')
+    raise ValueError(f'mask gives {what}, expected a tensor of True and False, (B, H, W) or (B, '
+                     'N): True where a place counts.')
 
 # %% ../../nbs/13_distill.callback.ipynb #f13ca5a2
 @patch

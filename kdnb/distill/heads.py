@@ -89,7 +89,8 @@ class FSP(HeadTerm):
     ):
         super().__init__(layers, teacher_layers, teacher)
         if len(self.pairs)<2:
-            raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks from layer to layer.')
+            raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks '
+                             'from layer to layer.')
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W)
         f_t:torch.Tensor, # The teacher's

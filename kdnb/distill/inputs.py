@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 import torch
 from torch import nn
-from fastcore.basics import tuplify
+from fastcore.basics import patch,tuplify
 from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import CategoryMap,IntToFloatTensor,Normalize
@@ -34,40 +34,48 @@ def normalisation(
         mean,std = mean+std*m,std*s
     return mean,std
 
+# %% ../../nbs/11k_distill.inputs.ipynb #6f66d0e6
+def _as_inputs(x):
+    "What a `teacher_tfm` has given, as a tuple of inputs"
+    return (x,) if isinstance(x, dict) else tuple(map(_plain, tuplify(x)))
+
 # %% ../../nbs/11k_distill.inputs.ipynb #63a0e379
 class Feed:
     """What the teacher is given for a batch of the student's: `tfm` of it, normalised as the teacher's images
 
-    Raises `ValueError` if `tfm` is no function."""
-    def __init__(
-        self, tfm:Callable|None=None, # Function of the inputs
+    Raises `ValueError` if `tfm` is no function, or gives no tensors."""
+    def __init__(self,
+        tfm:Callable|None=None, # Function of the inputs
         ours:tuple|None=None, # `normalisation` of the student's images; nothing is done if None
         theirs:tuple|None=None, # … of the teacher's
     ):
         if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
-        self.tfm,self.ours,self.theirs,self._on = tfm,ours,theirs,{}
+        self.tfm = tfm
+        self.ours = ours
+        self.theirs = theirs
+        self._on = {}       # scale and shift by device
     def __call__(self, *xb):
-        if self.tfm is not None: xb = self._made(*xb)
-        if not xb or not all(isinstance(x, (torch.Tensor,dict)) for x in xb):
-            raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, expected the '
-                             'teacher\'s inputs as tensors.')
-        return xb if self.ours is None else tuple(map(self.renormalised, xb))
-    def _made(self, *xb):
-        x = self.tfm(*xb)
-        return (x,) if isinstance(x, dict) else tuple(map(_plain, tuplify(x)))
-    def renormalised(self,
-        x:torch.Tensor, # Images (B, C, H, W) in the student's normalisation; others stay
-    ) -> torch.Tensor:
-        "The same images in the teacher's normalisation. Raises `ValueError` if they have another number of channels."
-        (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
-        if isinstance(x, dict) or x.ndim!=s_s.ndim or not x.is_floating_point(): return x
-        if s_s.shape[1] not in (1,x.shape[1]):
-            raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s are '
-                             f'normalised over {s_s.shape[1]}. Pass the bare network, teacher.model, '
-                             'and let teacher_tfm normalise, too.')
-        if x.device not in self._on: self._on[x.device] = (s_s/s_t).to(x.device),((m_s-m_t)/s_t).to(x.device)
-        a,b = self._on[x.device]
-        return (x.float()*a + b).to(x.dtype)
+        if self.tfm is not None: xb = _as_inputs(self.tfm(*xb))
+        if xb and all(isinstance(x, (torch.Tensor,dict)) for x in xb):
+            return xb if self.ours is None else tuple(map(self.renormalised, xb))
+        raise ValueError(f'teacher_tfm gives {", ".join(type(x).__name__ for x in xb) or None}, '
+                         'expected the teacher\'s inputs as tensors.')
+
+# %% ../../nbs/11k_distill.inputs.ipynb #eab3ca42
+@patch
+def renormalised(self:Feed,
+    x:torch.Tensor, # Images (B, C, H, W) in the student's normalisation; others stay
+) -> torch.Tensor:
+    "The same images in the teacher's normalisation. Raises `ValueError` if they have another number of channels."
+    (m_s,s_s),(m_t,s_t) = self.ours,self.theirs
+    if isinstance(x, dict) or x.ndim!=s_s.ndim or not x.is_floating_point(): return x
+    if s_s.shape[1] not in (1,x.shape[1]):
+        raise ValueError(f'teacher_tfm gives images of {x.shape[1]} channels, but the student\'s '
+                         f'are normalised over {s_s.shape[1]}. Pass the bare network, '
+                         'teacher.model, and let teacher_tfm normalise, too.')
+    if x.device not in self._on: self._on[x.device] = (s_s/s_t).to(x.device),((m_s-m_t)/s_t).to(x.device)
+    a,b = self._on[x.device]
+    return (x.float()*a + b).to(x.dtype)
 
 # %% ../../nbs/11k_distill.inputs.ipynb #b72e8842
 def feed_of(
@@ -79,14 +87,14 @@ def feed_of(
 
     Raises `ValueError` if the pixels are on other scales."""
     ours,theirs = (None,None) if source is None or source is dls else map(normalisation, (dls, source))
-    alike = lambda a,b: a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5)
+    def alike(a, b): return a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5)
     if ours is None or theirs is None or all(map(alike, ours, theirs)): return None if tfm is None else Feed(tfm)
-    if (ours[1]/theirs[1]).log().abs().max()>math.log(20):
-        raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the student\'s about '
-                         f'{ours[1].mean():.3g}: their pixels are on other scales, such as 0…255 and 0…1. '
-                         'Pass the bare network, teacher.model, and teacher_tfm=, '
-                         'a function from the student\'s inputs to what the teacher wants.')
-    return Feed(tfm, ours, theirs)
+    if (ours[1]/theirs[1]).log().abs().max()<=math.log(20): return Feed(tfm, ours, theirs)
+    raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the '
+                     f'student\'s about {ours[1].mean():.3g}: their pixels are on other scales, '
+                     'such as 0…255 and 0…1. Pass the bare network, teacher.model, and '
+                     'teacher_tfm=, a function from the student\'s inputs to what the teacher '
+                     'wants.')
 
 # %% ../../nbs/11k_distill.inputs.ipynb #f2e3e51a
 def image_shape(
@@ -105,18 +113,20 @@ def check_size(
     xb:tuple, # What it is to be given
     shape:tuple|None, # Shape (C, H, W) of the images it was trained on
 ) -> str|None:
-    "A line to be said, if the images `xb` have another size; ValueError, if `teacher` cannot read them"
+    "A line to be said, if the images `xb` have another size. Raises `ValueError` if `teacher` cannot read them."
     if shape is None or not isinstance(xb[0], torch.Tensor): return      # a list of images, a dict
-    got,by = tuple(xb[0].shape[1:]),lambda s: ' × '.join(map(str, s))
+    got = tuple(xb[0].shape[1:])
     if got==shape: return
+    def by(s): return ' × '.join(map(str, s))
     try:
         with evaluating(teacher), torch.no_grad(): teacher(*xb)
     except Exception as e:
-        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these of {by(got)}. '
-                         'Pass teacher_tfm=, a function from the student\'s inputs to the teacher\'s, '
-                         f'such as lambda x: F.interpolate(x, size={shape[1:]}).') from e
-    return (f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as they are; '
-            'teacher_tfm= can resize them.')
+        raise ValueError(f'the teacher was trained on images of {by(shape)} and cannot read these '
+                         f'of {by(got)}. Pass teacher_tfm=, a function from the student\'s inputs '
+                         'to the teacher\'s, such as lambda x: F.interpolate(x, '
+                         f'size={shape[1:]}).') from e
+    return (f'The teacher was trained on images of {by(shape)} and reads these of {by(got)} as '
+            'they are; teacher_tfm= can resize them.')
 
 # %% ../../nbs/11k_distill.inputs.ipynb #7a31c0d2
 def input_codes(
@@ -133,7 +143,8 @@ def input_codes(
     for k in to.cat_names: res[f'categories of {k!r}'] = list(map(str, to.classes[k]))
     for k in to.cont_names:
         for p in to.procs.fs:
-            if isinstance(p, Normalize): res[f'scale of {k!r}'] = [float(p.means[k]), float(p.stds[k])]
+            if isinstance(p, Normalize): res['scale of '
+                                             f'{k!r}'] = [float(p.means[k]), float(p.stds[k])]
     return res
 
 # %% ../../nbs/11k_distill.inputs.ipynb #7a31c0d3
@@ -155,7 +166,7 @@ def check_codes(
     ours,theirs = input_codes(dls),input_codes(source)
     for k in ours:
         if k not in theirs or (how := _first_unlike(ours[k], theirs[k])) is None: continue
-        raise ValueError(f'the teacher was trained on inputs that mean something else. Of the {k}, {how}. '
-                         'Make the student\'s loaders from the teacher\'s '
-                         '(for texts: text_vocab=teacher.dls.vocab[0]), '
-                         'or pass teacher_tfm=, a function from the student\'s inputs to the teacher\'s.')
+        raise ValueError(f'the teacher was trained on inputs that mean something else. Of the {k}, '
+                         f'{how}. Make the student\'s loaders from the teacher\'s (for texts: '
+                         'text_vocab=teacher.dls.vocab[0]), or pass teacher_tfm=, a function from '
+                         'the student\'s inputs to the teacher\'s.')

@@ -32,7 +32,8 @@ class MutualLearning(LossTerm):
         T:float|Callable=1., # Temperature of the answers, > 0, or a schedule
         task:float|Callable=1., # Weight of the task loss of this learner
     ):
-        if not isinstance(peer, Learner): raise ValueError(f'peer is {described(peer)}, expected another Learner.')
+        if not isinstance(peer, Learner): raise ValueError(f'peer is {described(peer)}, expected '
+                                                           'another Learner.')
         super().__init__({'mutual': kd}, {'mutual': weight}, task=task)
         self.peer = peer
         self.T = check_temperature(T)
@@ -45,11 +46,12 @@ def before_train(self:MutualLearning) -> None:
     "In the first epoch: see whether two steps can be taken in one. Raises `ValueError` if not."
     LossTerm.before_train(self)
     peer = self.peer
-    if peer.model is self.model: raise ValueError('peer has the same network as this learner. Give it one of its own.')
+    if peer.model is self.model: raise ValueError('peer has the same network as this learner. Give '
+                                                  'it one of its own.')
     for c in self.learn.cbs:
         if isinstance(c, (GradientAccumulation,MixedPrecision)):
-            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of its peer would '
-                             'be others. Train both without it.')
+            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of '
+                             'its peer would be others. Train both without it.')
     if self._modes is None: self._modes = [(m, m.training) for m in peer.model.modules()]
     peer.model.to(next(self.model.parameters()).device).train()
     if peer.opt is None: peer.create_opt()
@@ -67,8 +69,8 @@ def _teach(self:MutualLearning):
     z = as_logits(out, who='the peer')
     z_s = as_logits(learn.pred, who='the student')
     if z.shape!=z_s.shape:
-        raise ValueError(f'the peer gives outputs of shape {tuple(z.shape)}, this learner {tuple(z_s.shape)}. '
-                         'Give it a peer of the same classes.')
+        raise ValueError(f'the peer gives outputs of shape {tuple(z.shape)}, this learner '
+                         f'{tuple(z_s.shape)}. Give it a peer of the same classes.')
     self._z = z.detach()
     if not step: return
     pct = self.progress
@@ -88,7 +90,8 @@ def values(self:MutualLearning,
     names:list, # 'mutual'
 ) -> dict[str,torch.Tensor]:
     "The distance from the peer's answers"
-    return {'mutual': kd(as_logits(self.pred, who='the student'), self._z, weight_at(self.T, self.progress))}
+    return {'mutual': kd(as_logits(self.pred, who='the '
+                                                  'student'), self._z, weight_at(self.T, self.progress))}
 
 # %% ../../nbs/14_distill.mutual.ipynb #759d63e5
 @patch

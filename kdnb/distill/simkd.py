@@ -30,9 +30,9 @@ def reorder(rest, order):
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
     if not isinstance(layer, (nn.Linear,nn.Conv2d)) or getattr(layer, 'groups', 1)>1:
-        raise ValueError("the student's classes are not the teacher's, in their order, and the teacher does not end "
-                         'in a linear layer whose outputs SimKD could choose. Train the student on classes in the '
-                         'teacher\'s order.')
+        raise ValueError("the student's classes are not the teacher's, in their order, and the "
+                         "teacher does not end in a linear layer whose outputs SimKD could choose. "
+                         "Train the student on classes in the teacher's order.")
     for k,p in layer.named_parameters(recurse=False):
         setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
@@ -68,7 +68,8 @@ class SimKD(LayerTerm):
         self.factor = factor
         self.norm = norm
         if len(self.pairs)>1:
-            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last maps.')
+            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last '
+                             'maps.')
     @property
     def probe_layers(self) -> list[str]:
         "The student's last map"
@@ -116,7 +117,8 @@ def rebuild(self:SimKD,
     pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
     with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
     if bodies[0].code!=bodies[1].code:
-        raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy '
+        raise ValueError('the student does other things in training than in evaluation before '
+                         f'{s!r}, which a copy '
                          'cannot. Use layers that know, such as nn.Dropout, instead of functions.')
     new = chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
     archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]

@@ -7,17 +7,15 @@ __all__ = ['LiveTeacher', 'CachedTeacher', 'StoredLogits', 'StoredTeacher']
 
 # %% ../../nbs/12_distill.teacher.ipynb #16f6a838
 from contextlib import contextmanager,ExitStack
-from collections.abc import Callable,Iterator
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.torch_core import find_bs
 from fastai.vision.augment import RandTransform
-from torch.utils._pytree import tree_leaves
 from ..core import as_network,evaluating,inputs
 from ..data.arrays import TensorDL
 from ..features.capture import Capture,capture_outputs
@@ -99,14 +97,15 @@ def check_finite(z_t, f_t):
     "Raise `ValueError` if the teacher's logits or one of its features are not finite"
     found = {'the output': z_t} if isinstance(z_t, torch.Tensor) else {}
     if bad := [k for k,v in {**found, **f_t}.items() if not v.isfinite().all()]:
-        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or has diverged. '
-                         'Train it again, or check its inputs.')
+        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or '
+                         'has diverged. Train it again, or check its inputs.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #69345fcd
 @contextmanager
 def numbered(dl, who, instead):
     "Know the places of the samples in the batches of `dl`; afterwards all of it is as before"
-    if not is_numbered(dl): raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or {instead}.')
+    if not is_numbered(dl): raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or '
+                                             f'{instead}.')
     keys = [k for k in ('index','dataset','after_batch') if k in vars(dl)]
     was = {k: getattr(dl, k) for k in keys}
     try:
@@ -139,15 +138,17 @@ def fixed_views(learn, n_views):
     "Data sets whose images stay as they are: the training set, or `n_views` copies, their random transforms made"
     dl = learn.dls.train
     if mix := mixer(learn):
-        raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use cache=False.')
+        raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use '
+                         'cache=False.')
     if not changes(dl): return [dl.dataset]
     if not isinstance(dl, TensorDL):
-        raise ValueError('cache is set, but the training samples change from epoch to epoch: reading them twice gives '
-                         'two things. Use cache=False, or transforms that are not random (n_views= is for '
-                         'image_dls and from_arrays).')
+        raise ValueError('cache is set, but the training samples change from epoch to epoch: '
+                         'reading them twice gives two things. Use cache=False, or transforms that '
+                         'are not random (n_views= is for image_dls and from_arrays).')
     if not n_views:
-        raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
-                         'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
+        raise ValueError('cache is set, but the training images change from epoch to epoch. Use '
+                         'cache=False, data without pad and flip, or n_views=10 to train on ten '
+                         'fixed views of each image.')
     views,dl.after_batch = dl.views(n_views)
     return views
 
@@ -220,8 +221,8 @@ def check(self:CachedTeacher,
     if z_t is None: return
     with torch.autocast(z_t.device.type, enabled=False): now = self.ask(xb)
     if now.shape!=z_t.shape or (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
-        raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
-                         'Use cache=False.')
+        raise ValueError('the stored answers are not those to this batch: another callback changes '
+                         'the images. Use cache=False.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #1e2f5aef
 class StoredLogits(nn.Module):
@@ -234,10 +235,12 @@ class StoredLogits(nn.Module):
         super().__init__()
         self.logits = torch.as_tensor(np.load(logits, mmap_mode='c') if isinstance(logits, (str,Path)) else logits)
         if self.logits.ndim<2 or not self.logits.is_floating_point():
-            raise ValueError(f'the stored logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}, expected '
-                             'floating point numbers (N, C), a row for each sample of the training set.')
+            raise ValueError(f'the stored logits are {self.logits.dtype} of shape '
+                             f'{tuple(self.logits.shape)}, expected floating point numbers (N, C), '
+                             'a row for each sample of the training set.')
     def forward(self, *xb):
-        raise ValueError('the teacher is stored logits, which answer to samples of the training set, not to inputs.')
+        raise ValueError('the teacher is stored logits, which answer to samples of the training '
+                         'set, not to inputs.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #5ec1f3f0
 class StoredTeacher(CachedTeacher):
@@ -248,7 +251,8 @@ class StoredTeacher(CachedTeacher):
     ) -> None:
         "Raises `ValueError` if layers are asked for: there are none."
         if layers:
-            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on logits.')
+            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use '
+                             'terms on logits.')
 
     def probe(self,
         xb:tuple, # Inputs
@@ -265,8 +269,8 @@ class StoredTeacher(CachedTeacher):
         "Raises `ValueError` if there are not as many rows as samples."
         n = len(self.net.logits)
         if n!=len(dl.dataset):
-            raise ValueError(f'the stored logits are of {n} samples, the training set has {len(dl.dataset)}. '
-                             'Give one row for each, in their order.')
+            raise ValueError(f'the stored logits are of {n} samples, the training set has '
+                             f'{len(dl.dataset)}. Give one row for each, in their order.')
         if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
         self._views = [{'': self.net.logits}]*len(views)
         self.show(0)
@@ -290,5 +294,5 @@ def as_teacher(o):
     "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits or its file; or `ValueError`"
     if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy': return StoredLogits(o)
     if not isinstance(o, (str,Path)): return as_network(o)
-    raise ValueError(f'teacher is {str(o)!r}, expected a Learner, a network, or logits by sample in a .npy file. '
-                     'Load it first, and pass what was in it.')
+    raise ValueError(f'teacher is {str(o)!r}, expected a Learner, a network, or logits by sample '
+                     'in a .npy file. Load it first, and pass what was in it.')

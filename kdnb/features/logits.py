@@ -52,7 +52,8 @@ def _called(find, out, who):
     "What the user's function `find` gives for `out`; raises `ValueError` if it fails on it"
     try: return find(out)
     except Exception as e:
-        raise ValueError(f'{who} returns {_contents(out)}, and the function logits= fails on that: {e}. It is given what '
+        raise ValueError(f'{who} returns {_contents(out)}, and the function logits= fails on that: '
+                         f'{e}. It is given what '
                          'either network returns, so it must know both.') from e
 
 # %% ../../nbs/05_features.logits.ipynb #5c374f2f
@@ -67,7 +68,8 @@ def as_logits(
     if (z := _usual_logits(found)) is not None: return z
     how = 'is not known' if logits is None else 'is not found in it'
     raise ValueError(f'{who} returns {_contents(out)}, and what of it are the logits {how}. '
-                     "Name them: logits='key', an index, or a function of what it returns that gives a tensor.")
+                     "Name them: logits='key', an index, or a function of what it returns that "
+                     "gives a tensor.")
 
 # %% ../../nbs/05_features.logits.ipynb #7491407b
 def find_logits(

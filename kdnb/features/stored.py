@@ -49,8 +49,8 @@ class SamplePlaces:
         if i==0: self._now = self._drawn      # another reader may begin within an epoch
         places = (self._now or [])[i*self.dl.bs:(i+1)*self.dl.bs]
         if len(places)==n: return torch.tensor(places)
-        raise ValueError(f'batch {i} has {n} samples, and {len(places)} were drawn for it: it is not known which '
-                         'they are. Leave no sample out.')
+        raise ValueError(f'batch {i} has {n} samples, and {len(places)} were drawn for it: it is '
+                         'not known which they are. Leave no sample out.')
     def __enter__(self):
         self._was = {k: v for k,v in vars(self.dl).items() if k=='get_idxs'}
         self._own = self.dl.get_idxs
@@ -61,7 +61,8 @@ class SamplePlaces:
         vars(self.dl).update(self._was)
 
 # %% ../../nbs/05d_features.stored.ipynb #5238a445
-unnumbered = ('{} needs to know which sample is which, and {} does not say. Use image_dls, from_arrays, or fastai\'s loaders '
+unnumbered = ('{} needs to know which sample is which, and {} does not say. Use image_dls, '
+              'from_arrays, or fastai\'s loaders '
               'of a data set with numbered samples, such as DataLoaders.from_dsets(train, valid)')
 
 # %% ../../nbs/05d_features.stored.ipynb #10dbb2a9
@@ -109,8 +110,9 @@ def _put(res, k, o, places, n, folder, i):
     "Rows `o` of the output `k`, the `i`-th of all, at `places` of `n`. Raises `ValueError` if they are of another shape."
     if k not in res: res[k] = _empty_rows(o, n, folder, i)
     if o.shape[1:]!=res[k].shape[1:]:
-        raise ValueError(f'{repr(k) if k else "the output"} has shape {tuple(o.shape[1:])} in one batch, '
-                         f'{tuple(res[k].shape[1:])} in another: such outputs cannot be stored. Use cache=False.')
+        raise ValueError(f'{repr(k) if k else "the output"} has shape {tuple(o.shape[1:])} in one '
+                         f'batch, {tuple(res[k].shape[1:])} in another: such outputs cannot be '
+                         'stored. Use cache=False.')
     res[k][places.to(res[k].device)] = o.to(res[k].device)
 
 # %% ../../nbs/05d_features.stored.ipynb #bfebddb7
@@ -129,8 +131,8 @@ def _compute(model, dl, layers, folder, logits):
             for j,k in enumerate(['', *layers]):
                 if k in out: _put(res, k, out[k], places, n, folder, j)
     if seen.all(): return res
-    raise ValueError(f'{type(dl).__name__} gives {int(seen.sum())} of its {n} samples, and the outputs for all are to '
-                     'be stored. Give a loader that leaves none out.')
+    raise ValueError(f'{type(dl).__name__} gives {int(seen.sum())} of its {n} samples, and the '
+                     'outputs for all are to be stored. Give a loader that leaves none out.')
 
 # %% ../../nbs/05d_features.stored.ipynb #f97b807a
 @torch.no_grad()
@@ -155,8 +157,8 @@ def activations(
         note.write_text(json.dumps(mark))
         return res
     if json.loads(note.read_text()) != mark:
-        raise ValueError(f'{folder} holds the outputs of another network, for other images or of other layers. '
-                         'Delete it, or choose another folder.')
+        raise ValueError(f'{folder} holds the outputs of another network, for other images or of '
+                         'other layers. Delete it, or choose another folder.')
     files = {k: _file(folder, i) for i,k in enumerate(names)}
     return {k: torch.from_numpy(np.load(f, mmap_mode='c')) for k,f in files.items() if f.exists()}
 

@@ -30,8 +30,9 @@ def token_grid(
     for first in range(3):
         side = math.isqrt(n-first)
         if side>1 and side**2==n-first: return f[:,first:].mT.unflatten(2, (side,side))
-    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they cannot be compared '
-                     'with another number of tokens or with maps. Choose layers with as many tokens.')
+    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they '
+                     'cannot be compared with another number of tokens or with maps. Choose layers '
+                     'with as many tokens.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #63a29ee4
 def as_maps(
@@ -70,8 +71,8 @@ def place_mask(f, mask):
     if tokens and mask.shape==f.shape[:2]: return mask.bool()
     if mask.all(): return
     expected = f'{tuple(f.shape[:2])} for tokens' if tokens else f'({len(f)}, H, W) for maps'
-    raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {expected} of shape {tuple(f.shape)}: '
-                     'True for each place that counts.')
+    raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {expected} of shape '
+                     f'{tuple(f.shape)}: True for each place that counts.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #4f382f5b
 def shared_mask(f_s, f_t, mask):
@@ -99,8 +100,8 @@ def check_whole(who, fs, mask):
         counts = place_mask(f, mask)
         if counts is None or counts.all(): continue
         what = 'tokens' if f.ndim==3 else 'pixels'
-        raise ValueError(f'{who} compares whole layers, and some {what} do not count. Use FitNet, VID or AT, which '
-                         'leave them out, or train without a mask.')
+        raise ValueError(f'{who} compares whole layers, and some {what} do not count. Use FitNet, '
+                         'VID or AT, which leave them out, or train without a mask.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #1a63a047
 @in_float32
@@ -145,9 +146,10 @@ def fsp(
     _check_maps(*pair_s, *pair_t)
     g_s,g_t = (_flow(*same_size(a, b)) for a,b in (pair_s, pair_t))
     if g_s.shape!=g_t.shape:
-        raise ValueError(f'the student\'s layers have {g_s.shape[1]} and {g_s.shape[2]} channels, the teacher\'s '
-                         f'{g_t.shape[1]} and {g_t.shape[2]}: flows are compared channel by channel. '
-                         'The term FSP learns a 1×1 convolution that makes them equal.')
+        raise ValueError(f'the student\'s layers have {g_s.shape[1]} and {g_s.shape[2]} channels, '
+                         f'the teacher\'s {g_t.shape[1]} and {g_t.shape[2]}: flows are compared '
+                         'channel by channel. The term FSP learns a 1×1 convolution that makes '
+                         'them equal.')
     return F.mse_loss(g_s, g_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #a731e2b3
