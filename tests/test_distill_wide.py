@@ -500,6 +500,18 @@ def test_mutual_steps_are_those_of_the_paper():
     for net,learn in ((a,first), (b,second)):
         for p,q in zip(net.parameters(), learn.model.parameters()): assert torch.allclose(p-.1*p.grad, q, atol=1e-6)
 
+def test_peers_do_not_compare_ignored_pixels():
+    class Mad(nn.Module):
+        "Answers at the ignored pixels, and there alone, that are otherwise"
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): z = self.net(x); return torch.cat([9+z[:,:,:3].flip(1), z[:,:,3:]], 2)
+    res = []
+    for wrap in (noop, Mad):
+        a,b = [Learner(pixels(), net, CrossEntropyLossFlat(axis=1, ignore_index=255), opt_func=SGD) for net in (fcn(), wrap(fcn(seed=1)))]
+        quiet(a, 1, .1, cbs=MutualLearning(b))
+        res.append(torch.cat([flat(a.model), flat(b.model)]))
+    assert torch.equal(*res) and res[0].isfinite().all()
+
 def test_a_peer_follows_the_schedule_of_the_rate():
     a,b = learner(),learner(lenet(5))
     with a.no_bar(), a.no_logging(): a.fit_one_cycle(1, 1e-2, cbs=MutualLearning(b, weight=SchedLin(0., 1.), T=SchedCos(4., 1.)))

@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from ..core import described,inputs,undisturbed,unwrap
 from .adapter import TeacherAdapter
 from .checks import check_networks,check_outputs,check_places,check_shares,check_teachers
-from .checks import fit_size,fresh_index,ignored_label,named_terms
+from .checks import fit_size,fresh_index,label_mask,named_terms
 from .names import method_names,named_term
 from .parts import build_heads,Heads,HEADS
 from .seen import Seen
@@ -200,8 +200,8 @@ def _terms_of_names(self:KnowledgeDistillation):
     t = self.teachers[0]
     with undisturbed(self.model):
         if not isinstance(t, StoredTeacher): t.adapter.meet(self.dls, t.net)
-        with t.adapter.fed(t.net): terms = named_term(' '
-                                                      '+ '.join(self.by_name), self.model, t.net, self.dls)
+        with t.adapter.fed(t.net):
+            terms = named_term(' + '.join(self.by_name), self.model, t.net, self.dls)
     check_teachers(terms.named(), len(self.teachers))
     return terms
 
@@ -401,9 +401,9 @@ def _begin(self:KnowledgeDistillation):
 def _number(self:KnowledgeDistillation):
     "Let batches carry the places of their samples, if somebody needs them"
     if self.needs_index:
-        who,instead = (self._who_counts(),'a term without a '
-                                          'memory') if not self.stores else ('cache','cache=False')
-        if self.stores and not self.cache: who,instead = 'a teacher of stored logits','a network as the teacher'
+        if not self.stores: who,instead = self._who_counts(),'a term without a memory'
+        elif self.cache: who,instead = 'cache','cache=False'
+        else: who,instead = 'a teacher of stored logits','a network as the teacher'
         self._fit.noted = self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
         self._fit.places = vars(self.learn).get('sample_index')
     known = [m.labels.cpu() for m in self.heads.modules() if hasattr(m, 'labels')]
@@ -470,11 +470,7 @@ def as_mask(o):
 @patch
 def _mask(self:KnowledgeDistillation):
     "True where a place of this batch counts, (B, H, W) or (B, N); None if all do"
-    if self.mask is not None: return as_mask(self.mask(self.xb, self.yb))
-    ignored = ignored_label(self.loss_func)
-    if ignored is None or not len(self.yb) or not isinstance(self.yb[0], torch.Tensor): return
-    y = self.yb[0].as_subclass(torch.Tensor)
-    if y.ndim>1 and not y.is_floating_point() and (y==ignored).any(): return y!=ignored
+    return label_mask(self.loss_func, self.yb) if self.mask is None else as_mask(self.mask(self.xb, self.yb))
 
 # %% ../../nbs/13_distill.callback.ipynb #250576f1
 @patch

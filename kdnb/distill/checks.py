@@ -112,3 +112,11 @@ def ignored_label(loss):
     "The label that `loss` ignores, or None"
     for o in (loss, getattr(loss, 'func', None)):
         if isinstance(i := getattr(o, 'ignore_index', None), int): return i
+
+# %% ../../nbs/12b_distill.checks.ipynb #64ba8e50
+def label_mask(loss, yb):
+    "True where a pixel or token has a label that `loss` does not ignore; None if all have, or there is one label a sample"
+    ignored = ignored_label(loss)
+    if ignored is None or not len(yb) or not isinstance(yb[0], torch.Tensor): return
+    y = yb[0].as_subclass(torch.Tensor)
+    if y.ndim>1 and not y.is_floating_point() and (y==ignored).any(): return y!=ignored

@@ -143,8 +143,8 @@ def input_codes(
     for k in to.cat_names: res[f'categories of {k!r}'] = list(map(str, to.classes[k]))
     for k in to.cont_names:
         for p in to.procs.fs:
-            if isinstance(p, Normalize): res['scale of '
-                                             f'{k!r}'] = [float(p.means[k]), float(p.stds[k])]
+            if not isinstance(p, Normalize): continue
+            res[f'scale of {k!r}'] = [float(p.means[k]), float(p.stds[k])]
     return res
 
 # %% ../../nbs/11k_distill.inputs.ipynb #7a31c0d3

@@ -35,8 +35,8 @@ def _fit_method(learn, name, kwargs):
     takes = inspect.signature(method).parameters
     own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
     if 'lr' in kwargs and 'lr' not in takes and own:
-        if own in kwargs: raise ValueError(f'lr and {own} are both given, and {name} has one '
-                                           'learning rate.')
+        if own in kwargs:
+            raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
         kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
     return partial(method, learn, **kwargs)
 

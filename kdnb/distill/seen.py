@@ -66,6 +66,7 @@ def probe(
     xb = inputs(data, student)
     z_s,f_s = hear(student, layers, xb, logits)
     z_t,f_t = hear(teacher, teacher_layers, xb, logits)
-    return Seen(f_s, f_t, lambda: as_logits(z_s, who='the '
-                                                     'student'), lambda: as_logits(z_t, who='the teacher'),
-                student=unwrap(student), teacher=unwrap(teacher), logits=logits, bs=len(xb[0]), **kwargs)
+    def s(): return as_logits(z_s, who='the student')
+    def t(): return as_logits(z_t, who='the teacher')
+    return Seen(f_s, f_t, s, t, student=unwrap(student), teacher=unwrap(teacher), logits=logits,
+                bs=len(xb[0]), **kwargs)

@@ -104,8 +104,8 @@ def check_finite(z_t, f_t):
 @contextmanager
 def numbered(dl, who, instead):
     "Know the places of the samples in the batches of `dl`; afterwards all of it is as before"
-    if not is_numbered(dl): raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or '
-                                             f'{instead}.')
+    if not is_numbered(dl):
+        raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or {instead}.')
     keys = [k for k in ('index','dataset','after_batch') if k in vars(dl)]
     was = {k: getattr(dl, k) for k in keys}
     try:

@@ -81,8 +81,9 @@ class VID(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        if depth<1: raise ValueError(f'depth is {depth}, expected the number of convolutions of '
-                                     'the mean, 1 or more.')
+        if depth<1:
+            raise ValueError(f'depth is {depth}, expected the number of convolutions of '
+                             'the mean, 1 or more.')
         if not 0<eps<variance:
             raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above '
                              'eps, and eps above 0.')

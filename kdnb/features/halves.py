@@ -41,8 +41,9 @@ def _traced(model, path):
                          f'torch.fx cannot follow it ({e}).') from None
     names = tracer.node_to_qualname
     at = [n for n in graph.nodes if names.get(n)==path or names.get(n, '').startswith(path+'.')]
-    if not at: raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot '
-                                'be cut there.')
+    if not at:
+        raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot '
+                         'be cut there.')
     return graph,at[-1]
 
 # %% ../../nbs/05c_features.halves.ipynb #5cc0a06d

@@ -27,8 +27,9 @@ def as_pairs(
     if len(s)!=len(t):
         raise ValueError(f'{len(s)} layers of the student ({", ".join(s)}) but {len(t)} of the '
                          f'teacher ({", ".join(t)}): they are paired one by one, so give as many.')
-    if not s: raise ValueError("no layers are given. Name at least one pair, such as {'conv2': "
-                               "'layer3'}.")
+    if not s:
+        raise ValueError("no layers are given. Name at least one pair, such as {'conv2': "
+                         "'layer3'}.")
     return list(zip(s, t))
 
 # %% ../../nbs/05b_features.layers.ipynb #5b711d85
