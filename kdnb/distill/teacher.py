@@ -58,14 +58,6 @@ def start(self:LiveTeacher,
         self._capture = undo.enter_context(Capture(self.net, layers, xb))
         self._undo = undo.pop_all()
 
-# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
-@patch
-def stop(self:LiveTeacher) -> None:
-    "Leave the network as it was found"
-    undo,self._undo = self._undo,None
-    if undo is not None: undo.close()
-    self._capture = None
-
 # %% ../../nbs/12_distill.teacher.ipynb #614b9870
 @patch
 def answer(self:LiveTeacher,
@@ -74,6 +66,14 @@ def answer(self:LiveTeacher,
 ) -> tuple:
     "Logits (or what it returns) and features by path, for one batch"
     return self.ask(xb),self._capture.take()
+
+# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
+@patch
+def stop(self:LiveTeacher) -> None:
+    "Leave the network as it was found"
+    undo,self._undo = self._undo,None
+    if undo is not None: undo.close()
+    self._capture = None
 
 # %% ../../nbs/12_distill.teacher.ipynb #e0d1888f
 @patch
@@ -250,9 +250,9 @@ class StoredTeacher(CachedTeacher):
         layers:list, # Paths of layers: none
     ) -> None:
         "Raises `ValueError` if layers are asked for: there are none."
-        if layers:
-            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use '
-                             'terms on logits.')
+        if not layers: return
+        raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on '
+                         'logits.')
 
     def probe(self,
         xb:tuple, # Inputs
@@ -262,32 +262,36 @@ class StoredTeacher(CachedTeacher):
         self.start(None, layers)
         return self.net.logits[:len(xb[0])],{}
 
-    def store(self,
-        dl:DataLoader, # Loader of the training set
-        views:list, # Its data sets
-    ) -> None:
-        "Raises `ValueError` if there are not as many rows as samples."
-        n = len(self.net.logits)
-        if n!=len(dl.dataset):
-            raise ValueError(f'the stored logits are of {n} samples, the training set has '
-                             f'{len(dl.dataset)}. Give one row for each, in their order.')
-        if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
-        self._views = [{'': self.net.logits}]*len(views)
-        self.show(0)
-
-    def answer(self,
-        xb:tuple, # Inputs: not needed
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "The logits of the samples at `index`, and no features; numpy's float64 as float32"
-        z_t,f_t = super().answer(xb, index)
-        return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
-
     def check(self,
         xb:tuple, # Inputs of the first batch
         z_t:torch.Tensor|None, # Stored answers to it
     ) -> None:
         "Nobody knows better"
+
+# %% ../../nbs/12_distill.teacher.ipynb #d5d96a3f
+@patch
+def store(self:StoredTeacher,
+    dl:DataLoader, # Loader of the training set
+    views:list, # Its data sets
+) -> None:
+    "Raises `ValueError` if there are not as many rows as samples."
+    n = len(self.net.logits)
+    if n!=len(dl.dataset):
+        raise ValueError(f'the stored logits are of {n} samples, the training set has '
+                         f'{len(dl.dataset)}. Give one row for each, in their order.')
+    if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
+    self._views = [{'': self.net.logits}]*len(views)
+    self.show(0)
+
+# %% ../../nbs/12_distill.teacher.ipynb #ec24d626
+@patch
+def answer(self:StoredTeacher,
+    xb:tuple, # Inputs: not needed
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "The logits of the samples at `index`, and no features; numpy's float64 as float32"
+    z_t,f_t = CachedTeacher.answer(self, xb, index)
+    return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
 
 # %% ../../nbs/12_distill.teacher.ipynb #8566d8a5
 def as_teacher(o):
