@@ -1,6 +1,7 @@
 "Layers and code of each kind lose half of their channels: the sizes are right, the outputs are the same, and a saved one comes back."
 from contextlib import contextmanager
 import pytest
+from pytest import approx
 from kdnb.all import *
 from kdnb.channels.layers import attributes_of, set_attributes
 from kdnb.kinds import StandardisedKind
@@ -149,6 +150,33 @@ class Biased(Attention):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(*x.shape[:2], self.inner)
         return self.head((x+self.proj(y)).mean(1))
 
+class Compared(nn.Module):
+    "Attention whose heads cannot go: one, or queries of several that share their keys, or as many as the code says"
+    def __init__(self, fused=True, q=8, k=8, v=6, heads=1):
+        super().__init__()
+        self.heads,self.fused,self.scale = str(heads),fused,8**-.5      # a text: no number that could follow
+        self.stem,self.norm,self.head = nn.Linear(3,12),nn.LayerNorm(12),nn.Linear(12,5)
+        self.q,self.k,self.v,self.proj = nn.Linear(12,q),nn.Linear(12,k),nn.Linear(12,v),nn.Linear(int(self.heads)*v,12)
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.norm(x)
+        q,k,v = self.q(h).unflatten(2, (int(self.heads),-1)).transpose(1, 2),self.k(h)[:,None],self.v(h)[:,None]
+        if self.fused: y = F.scaled_dot_product_attention(q, k, v)
+        else: y = (q*self.scale@k.mT).softmax(-1)@v
+        return self.head((x+self.proj(y.transpose(1, 2).flatten(2))).mean(1))
+
+class FixedHeads(nn.Module):
+    "Three heads of fused queries, keys and values, and the code says three"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.norm = nn.Linear(3,12),nn.LayerNorm(12)
+        self.qkv,self.proj,self.head = nn.Linear(12,72),nn.Linear(24,12),nn.Linear(12,5)
+    def forward(self, x):
+        x = self.stem(x)
+        q,k,v = self.qkv(self.norm(x)).unflatten(2, (3,3,-1)).permute(2,0,3,1,4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((x+self.proj(y)).mean(1))
+
 class Standardised(nn.Conv2d):
     "A filter is standardised over all that it reads; a gain for what it makes"
     def __init__(self, *args): super().__init__(*args); self.gain = nn.Parameter(torch.rand(self.out_channels,1,1,1)+.5)
@@ -208,7 +236,12 @@ def halved(m, shape):
     (Steps, TOKENS, dict(a=8), {'cell': {'hidden_size': 6, 'input_size': 8}}),
     (Words, TOKENS, dict(f=6, b=5), {'e': {'embedding_dim': 8}}),
     (Llama, TOKENS, dict(stem=16, q=16, k=8, v=8, gate=12, up=12), {}),      # one of two keys, with its two queries
-    (Biased, TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}})])
+    (Biased, TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}}),
+    # the root of what is left divides, so queries are multiplied by it, and what keeps it as a number follows
+    (lambda: Compared().double(), TOKENS, dict(q=4, k=4, v=3, stem=12), {'': {'scale': approx(.5)}}),
+    (partial(Compared, False), TOKENS, dict(q=4, k=4, v=3, stem=12), {}),
+    (lambda: Compared(q=24, heads=3).double(), TOKENS, dict(q=12, k=4, v=3, stem=12), {'': {'scale': approx(.5)}}),
+    (lambda: FixedHeads().double(), TOKENS, dict(qkv=36, stem=12), {})])
 def test_half_of_each_group(make, shape, widths, attributes, tmp_path):
     set_seed(0)
     m = make().eval()
@@ -336,6 +369,48 @@ def test_open_attention(batch_first):
     assert none is None and (out-m(*qkv)[0]).abs().max()<1e-14 and 'MultiheadAttention' in type(m).__name__
     for kwargs in (dict(add_bias_kv=True), dict(add_zero_attn=True), dict(dropout=.1)):
         with pytest.raises(ValueError, match='Build it without'): open_attention(nn.MultiheadAttention(8, 2, **kwargs))
+
+@pytest.mark.parametrize('side', 'qk')
+def test_one_side_of_zeros_is_enough(side):
+    set_seed(0)
+    m,x = Compared().double().eval(),torch.randn(TOKENS).double()
+    layer,g = getattr(m, side),next(g for g in channel_groups(m, x) if g.name=='q')
+    assert g.paired.all() and not g.readers and [p.path for p in g.makers]==['q','k']
+    with torch.no_grad(): layer.weight[2:4],layer.bias[2:4] = 0,0
+    small = shrink(m, x)
+    assert small.q.out_features==small.k.out_features==6 and small.v.out_features==6 and max_difference(small, m, x)<1e-12
+    layer.bias.data[2] = 1.                                              # a constant is compared, too
+    assert shrink(m, x).q.out_features==7
+    with torch.no_grad(): m.proj.weight[:] = 0                           # nobody listens: then they are dead
+    small = shrink(m, x)
+    assert small.q.out_features in (1,7) and max_difference(small, m, x)<1e-12
+
+def test_a_proof_sees_through_attention():
+    set_seed(0)
+    m,x = Compared(v=8).double(),torch.randn(TOKENS).double()
+    for n in 'qv':
+        other = deepcopy(m)
+        getattr(other, n).weight.data *= 2
+        assert max_difference(other, m, x)>1e-3
+
+def test_numbers_of_one_length_are_told_apart():
+    timm = pytest.importorskip('timm')
+    set_seed(0)
+    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=4, num_classes=5).eval()
+    small,_ = halved(m, (2,3,32,32))       # four heads of four numbers
+    a = small.blocks[0].attn
+    assert (a.num_heads, a.head_dim, a.proj.in_features)==(2,4,8)
+
+def test_shared_keys_of_timm_go_in_pairs():
+    layer = pytest.importorskip('timm.layers.attention2d').MultiQueryAttention2d
+    set_seed(0)
+    m = nn.Sequential(nn.Conv2d(3,16,1), layer(16, num_heads=2, key_dim=8, value_dim=8, kv_stride=2), nn.Conv2d(16,5,1), nn.Flatten(), nn.Linear(80,5)).double().eval()
+    small,x = halved(m, (2,3,4,4))
+    a = small[1]
+    assert (a.query.proj.out_channels, a.key.proj.out_channels, a.value.proj.out_channels, a.key_dim, a.scale)==(8,4,4,4,approx(.5))
+    m[1].fused_attn = a.fused_attn = False
+    twice,_ = halved(small.eval(), (2,3,4,4))
+    assert (twice[1].key.proj.out_channels, twice[1].scale)==(2,approx(.5))      # it stays what it is where it is read
 
 def test_attributes_that_do_not_fit_are_refused():
     for given in ({'': {'num_heads': 5}}, {'': {'num_heads': 2.}}, {'': {'none': 1}}, {'x': {'num_heads': 1}}, [1], {'': 3}, {'': {'forward': 1}}):

@@ -6,9 +6,10 @@
 __all__ = ['trace_channels']
 
 # %% ../../nbs/08e_channels.trace.ipynb #8199dc64
-import pandas as pd, torch
+import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .labels import _labelled,labels_of,LOST,OUTPUT,Trace,WIDTHS
@@ -112,6 +113,18 @@ def label_tensors(self:Trace) -> None:
         self.mark(t, self.parts['tensors',name], axis)
 
 
+# %% ../../nbs/08e_channels.trace.ipynb #5d1c0e02
+class _Scaling(TorchFunctionMode):
+    "Notes in a trace, while attention runs, the length by whose root it divides"
+    def __init__(self, trace): self.trace = trace; super().__init__()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get('scale') is None:
+            self.trace.from_shape = (args[0] if args else kwargs['query']).shape[-1]
+        try: return func(*args, **kwargs)
+        finally: self.trace.from_shape = None
+
+
 # %% ../../nbs/08e_channels.trace.ipynb #f0b58792
 @patch
 def run(self:Trace,
@@ -131,7 +144,7 @@ def run(self:Trace,
     try:
         for path,m in self.model.named_modules(): hooks += self._note_running(path, m)
         for m,f in wrapped.items(): m.forward = f
-        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self:
+        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self, _Scaling(self):
             out = self.model.train(training)(*xb)
     finally:
         self._running = []
