@@ -161,7 +161,8 @@ class _GlobalResponse(LayerKind):
 def _holding(why, *classes):
     layer_kind(*classes)(type('_Holding', (LayerKind,), dict(role='holds', holds=lambda self, m: why)))
 
-_holding('{} splits them into heads: open_attention makes linear layers of it', nn.MultiheadAttention)
+_holding('{} splits them into heads: open_attention makes linear layers of it', nn.MultiheadAttention,
+         'torchvision.models.swin_transformer.ShiftedWindowAttention')
 
 # %% ../nbs/00a_layers.ipynb #11396923
 def holds(

@@ -412,6 +412,33 @@ def test_shared_keys_of_timm_go_in_pairs():
     twice,_ = halved(small.eval(), (2,3,4,4))
     assert (twice[1].key.proj.out_channels, twice[1].scale)==(2,approx(.5))      # it stays what it is where it is read
 
+@pytest.mark.parametrize('version', ['','V2'])
+def test_open_windows(version, tmp_path):
+    from torchvision.models import swin_transformer as swin
+    set_seed(0)
+    block,merge = getattr(swin, f'SwinTransformerBlock{version}'),getattr(swin, f'PatchMerging{version}')
+    def make(): return swin.SwinTransformer([4,4], 8, [2], [2], [4,2], num_classes=5, block=block, downsample_layer=merge).double().eval()
+    m,x = make(),torch.randn(2,3,20,24).double()
+    with torch.no_grad():
+        for n,p in m.named_parameters():
+            if 'bias' in n or 'scale' in n: p.normal_()
+    opened = open_attention(m)
+    assert max_difference(opened, m, x)<1e-12
+    a,b = deepcopy(m).train(),deepcopy(opened).train()
+    for o in (a,b):
+        set_seed(0)
+        o.loss = o(x).square().sum()
+        o.loss.backward()
+    att,new = a.features[1][1].attn,b.features[1][1].attn
+    test_close(a.loss.item(), b.loss.item(), 1e-9)
+    test_close(att.qkv.weight.grad[:8], new.q.weight.grad, 1e-9)
+    small,_ = halved(opened, x.shape)
+    assert [(o.attn.q.out_features, o.attn.v.out_features, o.mlp[0].out_features) for o in small.features[1]]==[(4,4,16)]*2
+    again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), lambda: open_attention(make()))
+    assert torch.equal(again(x), small(x))
+    other = torch.randn(1,3,16,8).double()      # another size, a single window wide
+    assert torch.isfinite(small(other)).all() and (opened(other)-m(other)).abs().max()<1e-12
+
 def test_attributes_that_do_not_fit_are_refused():
     for given in ({'': {'num_heads': 5}}, {'': {'num_heads': 2.}}, {'': {'none': 1}}, {'x': {'num_heads': 1}}, [1], {'': 3}, {'': {'forward': 1}}):
         with pytest.raises(ValueError, match='cannot become|expected'): set_attributes(Attention(), given)
