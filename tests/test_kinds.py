@@ -101,10 +101,14 @@ class Own(nn.Module):
 
 class Recurrent(nn.Module):
     "A layer of units that read themselves, between two linear layers"
-    def __init__(self, kind=nn.LSTM):
+    def __init__(self, kind=nn.LSTM, states=False, **kwargs):
         super().__init__()
-        self.a,self.rnn,self.b = nn.Linear(3,16),kind(16, 12, batch_first=True),nn.Linear(12,5)
-    def forward(self, x): return self.b(self.rnn(self.a(x))[0][:,-1])
+        self.a,self.rnn,self.states = nn.Linear(3,16),kind(16, 12, batch_first=True, **kwargs),states
+        self.b = nn.Linear(24 if self.rnn.bidirectional else 12, 5)
+    def forward(self, x):
+        y,h = self.rnn(self.a(x))
+        if self.states: return self.b(torch.cat([h[-2], h[-1]], 1))
+        return self.b(y[:,-1])
 
 class Steps(nn.Module):
     "A cell, step by step"
@@ -233,6 +237,9 @@ def halved(m, shape):
     (Spread, IMAGES, dict(a=4, s=12), {}),
     (Recurrent, TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
     (partial(Recurrent, nn.GRU), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, num_layers=2), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, nn.GRU, True, num_layers=2, bidirectional=True), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, nn.RNN, bidirectional=True), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
     (Steps, TOKENS, dict(a=8), {'cell': {'hidden_size': 6, 'input_size': 8}}),
     (Words, TOKENS, dict(f=6, b=5), {'e': {'embedding_dim': 8}}),
     (Llama, TOKENS, dict(stem=16, q=16, k=8, v=8, gate=12, up=12), {}),      # one of two keys, with its two queries
@@ -329,12 +336,35 @@ def test_units_that_are_zero_go():
     with torch.no_grad(): m.b.weight[:,5],m.rnn.weight_hh_l0[:,5] = 0,0  # nobody reads it
     assert shrink(m, x).rnn.hidden_size<=11
 
-@pytest.mark.parametrize('layer,why', [(nn.LSTM(16, 12, 2, batch_first=True), 'several layers'), (nn.GRU(16, 6, bidirectional=True, batch_first=True), 'two directions'),
-                                       (nn.LSTM(16, 14, proj_size=12, batch_first=True), 'projection')])
-def test_recurrent_layers_that_stay(layer, why):
+def test_units_of_deep_layers_that_are_zero_go():
+    set_seed(0)
+    m,x = Recurrent(nn.GRU, num_layers=2, bidirectional=True).eval(),torch.randn(TOKENS)
+    def silence(unit, name):
+        with torch.no_grad():
+            for p in (getattr(m.rnn, f'{n}_{name}') for n in ('weight_ih','weight_hh','bias_ih','bias_hh')): p.view(3, 12, -1)[:,unit] = 0
+    for i,name in enumerate(('l0','l0_reverse','l1')): silence(i, name)
+    small = shrink(m, x)
+    assert small.rnn.hidden_size==12 and {g.name: (g.n, bool(g.stays)) for g in channel_groups(Stays(), x)}['rnn']==(24,True)
+    silence(7, 'l1_reverse')                       # now each has one, at places of their own
+    small = shrink(m, x)
+    assert small.rnn.hidden_size==11 and max_difference(small, m, x)<1e-6
+    loss = F.cross_entropy(small.train()(x), torch.tensor([1,2]))
+    loss.backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+class Stays(Recurrent):
+    "Units of one direction are normalised, so that those of the other stay, too"
+    def __init__(self):
+        super().__init__(nn.GRU, bidirectional=True)
+        self.n = nn.LayerNorm(12)
+    def forward(self, x):
+        y = self.rnn(self.a(x))[0].unflatten(2, (2,12))
+        return self.b(torch.cat([self.n(y[:,:,0]), y[:,:,1]], 2)[:,-1])
+
+def test_a_projection_holds_units():
     m = Recurrent()
-    m.rnn = layer
-    assert why in channel_groups(m, torch.randn(TOKENS))['a'].stays
+    m.rnn = nn.LSTM(16, 14, proj_size=12, batch_first=True)
+    assert 'projection' in channel_groups(m, torch.randn(TOKENS))['a'].stays
 
 def test_packed_sequences_stay():
     class Packed(Recurrent):

@@ -31,10 +31,11 @@ def came(self:Trace, kind, x, axis, read):
     return zeros
 
 @patch
-def again(self:Trace, came, labels, states):
+def again(self:Trace, came, labels, states, runs):
     "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
     for o in tree_leaves(states):
-        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)): self.join(labels, self.along(labels_of(o), -1))
+        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)):
+            self.join(labels.view(runs, *[1]*(o.ndim-2), -1).expand(o.shape), labels_of(o))
     return torch.cat([came, labels])
 
 # %% ../../nbs/08e_channels.trace.ipynb #50e389c9
@@ -54,17 +55,19 @@ def layer(self:Trace,
     if makes and (came>0).any() and not kind.sums and computes_weight(m, x, *args, **kwargs):
         came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
-    if kind.recurs: came = self.again(came, labels, args)
+    if kind.recurs:
+        came = self.again(came, labels, args, runs := kind.runs(m))
+        at = torch.arange(runs, dtype=torch.int32, device='cpu').repeat_interleave(made//runs)
+        if runs>1: self.balance(labels, at, f'{path} has as many in each layer and direction')
     self.note('readers' if makes else 'makers' if isinstance(m, makers) else 'norms', path, came)
     if (n := kind.together(m))>1:
         rows = came.view(-1, n)
         self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
     if makes: self.note('makers', path, labels)
-    outs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-    if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs):
-        self.hold(labels, LOST)
+    outs = kind.outputs(m, out)
+    if any(at is None or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o,at in outs): self.hold(labels, LOST)
     else:
-        for o in outs: self.mark(o, labels, axis)
+        for o,at in outs: self.mark(o, labels[at].expand(o.shape))
 
 
 # %% ../../nbs/08e_channels.trace.ipynb #907a0b31

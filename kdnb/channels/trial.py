@@ -96,14 +96,16 @@ def _first_difference(a, b, model, kept, tol, paths={}):
     "First layer where the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
     old = {new: path for path,new in paths.items()}
     for (p,x),(q,y) in zip(a, [(old.get(q, q), y) for q,y in b]):
-        if p and p in kept: x = _as_kept(x, channel_axis(model.get_submodule(p)), p, kept)
+        if p and p in kept: x = _as_kept(x, model.get_submodule(p), p, kept)
         if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
     return None if len(a)==len(b) else ''
-def _as_kept(x, axis, path, kept):
-    "The channels of `x` along `axis` that are kept of layer `path`, on the scale that they have then"
-    x = x.index_select(axis, kept[path][0].to(x.device))
+def _as_kept(x, m, path, kept):
+    "The channels of the output `x` of layer `m` that are kept, on the scale that they have then"
+    axis,inner = channel_axis(m),kind_of(m).inner(m)
+    rows = kept[path][0][kept[path][0]>=inner]
+    x = x.index_select(axis, (rows-inner).to(x.device))
     if path not in getattr(kept, 'factors', {}): return x
-    return x*kept.factors[path][kept[path][0]].to(x).view(-1, *[1]*(-1-axis if axis<0 else x.ndim-1-axis))
+    return x*kept.factors[path][rows].to(x).view(-1, *[1]*(-1-axis if axis<0 else x.ndim-1-axis))
 
 
 # %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
