@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kdnb.channels.dead._dead': ('channels.dead.html#_dead', 'kdnb/channels/dead.py'),
                                     'kdnb.channels.dead._every': ('channels.dead.html#_every', 'kdnb/channels/dead.py'),
                                     'kdnb.channels.dead._hear_zeros': ('channels.dead.html#_hear_zeros', 'kdnb/channels/dead.py'),
+                                    'kdnb.channels.dead._is_targets': ('channels.dead.html#_is_targets', 'kdnb/channels/dead.py'),
                                     'kdnb.channels.dead._mute': ('channels.dead.html#_mute', 'kdnb/channels/dead.py'),
                                     'kdnb.channels.dead._one_sided': ('channels.dead.html#_one_sided', 'kdnb/channels/dead.py'),
                                     'kdnb.channels.dead._other_inputs': ('channels.dead.html#_other_inputs', 'kdnb/channels/dead.py'),

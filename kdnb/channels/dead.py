@@ -83,6 +83,10 @@ def _hear_zeros(model, paths, xb, training=False):
     return {p: zero.get(p, True) & trained.get(p, True) for p in zero.keys() | trained.keys()}
 
 # %% ../../nbs/08i_channels.dead.ipynb #9aeeb879
+def _is_targets(o):
+    "Is this input a list of dicts, one a sample, as detectors take their boxes? Others would be no boxes"
+    return isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(t, dict) for t in o)
+
 def _other_inputs(xb):
     "The inputs `xb`, and what is unlike them: what is zero for these only is not dead"
     rng = torch.Generator().manual_seed(0)
@@ -90,8 +94,9 @@ def _other_inputs(xb):
     def coin(o): return (torch.rand(o.shape, generator=rng, device='cpu')<.5).to(o.device)
     yield xb
     for f in (lambda o: -10*o, partial(drawn, size=10.), partial(drawn, size=1e3)):
-        yield tree_map_only(torch.Tensor,
-            lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
+        def other(o): return f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o
+        yield tuple(o if _is_targets(o) else tree_map_only(torch.Tensor, other, o) for o in xb)
+
 
 # %% ../../nbs/08i_channels.dead.ipynb #de15eb2c
 @torch.no_grad()
