@@ -158,7 +158,8 @@ def bn_scale(
     res = {}
     for g in s.groups:
         norms = [(p, get_layer(s.model, p.path)) for p in g.norms]
-        norms = [(p, m.weight.detach().abs()) for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
+        norms = [(p, m.weight.detach().abs())
+                 for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
         if not norms:
             raise ValueError(f'the channels of {g.name!r} pass no BatchNorm with a scale. '
                              'Use another criterion, or `ignore` them.')

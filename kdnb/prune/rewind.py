@@ -78,7 +78,8 @@ class _Snapshot(Callback):
 class _Rounds:
     "The units of a learner's network that `iterative_prune` prunes, round by round"
     def __init__(self, learn, by, ignore, layers):
-        if by=='weight' and layers is None and not ignore: say_share(learn.model, own_weights(learn))
+        usual = by=='weight' and layers is None and not ignore
+        if usual: say_share(learn.model, own_weights(learn))
         ignore = paths_of(learn.model, ignore)
         if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')
         mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
@@ -134,7 +135,8 @@ def _train_again(rounds, train, rewind, start, cbs):
     cut = rounds.gone()[0]
     if rewind!='weights': train(reset_opt=rewind=='lr')
     else:
-        with rounds.learn.added_cbs(cbs): start.restore(rounds.learn)      # with the parameters they bring
+        # with the parameters they bring
+        with rounds.learn.added_cbs(cbs): start.restore(rounds.learn)
         train(reset_opt=False, start_epoch=start.at)
     if rounds.gone()[0]>=cut: return
     raise ValueError('after this round fewer weights are pruned than before it: '

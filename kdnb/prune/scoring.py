@@ -242,4 +242,5 @@ def mask_grads(self:Scoring,
     "`{name: w · ∂loss/∂w}`, of the weights' shapes: the gradient with respect to a mask at 1"
     ps = self._params()
     grads = dict(zip(ps, torch.autograd.grad(loss, list(ps.values()), allow_unused=True)))
-    return {k: torch.zeros_like(p) if grads[k] is None else p.detach()*grads[k] for k,p in ps.items()}
+    return {k: torch.zeros_like(p) if grads[k] is None else p.detach()*grads[k]
+            for k,p in ps.items()}

@@ -69,7 +69,8 @@ def _check_fractions(given, what):
 def _rank(key, paths, names):
     "How closely `key`, which covers `paths`, holds one of the weights `names`; None if it does not"
     if not any(_among(o, paths) for o in names): return None
-    if not isinstance(key, str) or paths!=[key]: return .5      # a type, a pattern: between path and root
+    # a type, a pattern: between path and root
+    if not isinstance(key, str) or paths!=[key]: return .5
     return key.count('.')+1 if key else 0
 
 # %% ../../nbs/31a_prune.select.ipynb #0ac7bfef
@@ -193,7 +194,8 @@ def _cut(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round
         keep = _choose(s, worth, sparsity, share, scope, cap, round_to)
         if round_to is None or not rate or share>1-1e-6: break
         if any((~m & ~worth[k].isneginf()).any() for k,m in keep.items()): break
-        share = 1-(1-share)*(1-rate)      # rounding left nothing to prune: add the next round's share
+        # rounding left nothing to prune: add the next round's share
+        share = 1-(1-share)*(1-rate)
     return mask_model(s.model, keep if s.by=='weight' else channel_masks(s.model, keep, s.groups))
 
 # %% ../../nbs/31a_prune.select.ipynb #e32b128a

@@ -54,7 +54,7 @@ def _axis(n, parts):
 
 # %% ../../nbs/21_variational.convert.ipynb #fa544b47
 def _coupled(model, data):
-    "A gate for each group of coupled channels, wherever they are read, and for positions of linear layers"
+    "A gate for each group of coupled channels, wherever they are read, and for linear layers' inputs"
     parts = {p: [] for p,m in model.named_modules() if _dense(m)}
     stays = []
     for g in channel_groups(model, data):
@@ -175,7 +175,8 @@ def to_variational(
     asked = groups
     groups,gates = _gates(model, data, groups)
     which = _linears if groups=='neurons' else _dense
-    if not gates and (groups!='weights' or not any(map(which, model.modules()))): _refuse_all(model, groups)
+    singles = groups=='weights' and any(map(which, model.modules()))
+    if not gates and not singles: _refuse_all(model, groups)
     for path,m in list(model.named_modules()):
         if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue

@@ -33,7 +33,7 @@ def group_kl(
     log_alpha:torch.Tensor, # log σ²/μ² of each group, any shape
     exact:bool=False, # The exact form (slower) instead of the sigmoid form
 ) -> torch.Tensor:
-    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, as `log_alpha` (Ming et al. 2020, eq. 10-12)"
+    "KL of q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ|, a group each, as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
 
@@ -47,7 +47,7 @@ def log_alpha(
 
 # %% ../../nbs/20_variational.gates.ipynb #c6b016fd
 class GroupKL(torch.autograd.Function):
-    "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
+    "Σ `weight`·`group_kl` of groups with mean μ and log σ²: one node, its gradient written out"
     @staticmethod
     def forward(ctx:object,
         mu:torch.Tensor, # Means (n,)

@@ -93,7 +93,8 @@ def _show_weights(ax, name, w):
     "One matrix: white where it is cut, red and blue for signs, red alone for norms"
     rows,cols = ((w!=0).any(axis).sum() for axis in (1,0))
     n_out,n_in = w.shape
-    ax.imshow(weight_image(w), extent=(-.5,n_in-.5,n_out-.5,-.5), aspect='auto', interpolation='nearest')
+    extent = (-.5,n_in-.5,n_out-.5,-.5)
+    ax.imshow(weight_image(w), extent=extent, aspect='auto', interpolation='nearest')
     ax.set(title=f'{name}: {rows} × {cols} kept', xlabel='inputs', ylabel='outputs')
 
 # %% ../../nbs/23_variational.show.ipynb #0704f74c
