@@ -24,8 +24,8 @@ def _not_there(model, o, what):
     if isinstance(o, nn.Module):
         return (f'{what} holds a {type(o).__name__} that is not in this {type(model).__name__}: '
                 'is it one of a copy? Name it by its path.')
-    kinds = dict.fromkeys(_plain_class(m).__name__
-                          for m in model.modules() if not list(m.children()))
+    leaves = [m for m in model.modules() if not list(m.children())]
+    kinds = dict.fromkeys(_plain_class(m).__name__ for m in leaves)
     return (f'{what} holds {o.__name__}, and {type(model).__name__} has no such layer. '
             f'There are {", ".join(kinds)}.')
 
@@ -57,7 +57,7 @@ def _among(name, paths):
     return any(p in ('', name) or name.startswith(f'{p}.') for p in paths)
 
 # %% ../../nbs/07a_masks.model.ipynb #2181f4c7
-def _asked(model, layers):
+def _asked_paths(model, layers):
     "Paths of the layers whose weights are asked for"
     return [''] if isinstance(layers, str) and layers=='all' else paths_of(model, layers, 'layers')
 
@@ -92,15 +92,14 @@ def prunable(
 
     Masked weights are 0, a weight that several layers share is one. Raises `ValueError` if nothing is left to prune."""
     model,shared = unwrap(model),{}
-    out,asked = paths_of(model, ignore),None if layers is None else _asked(model, layers)
+    out,asked = paths_of(model, ignore),None if layers is None else _asked_paths(model, layers)
     for name,m,n in reversed(_all_weights(model)):
         if not (isinstance(m, weighted) if asked is None else _among(name, asked)): continue
         p = m._parameters.get(n)
         key = (id(m),n) if p is None else (id(p),'')
         shared.setdefault(key, []).insert(0, (name,m,n))
     left = [same for same in reversed(shared.values()) if not any(_among(k, out) for k,*_ in same)]
-    ws = {same[0][0]: _sound(*same[0]) for same in left}
-    ws = {k: w for k,w in ws.items() if w is not None}
+    ws = {same[0][0]: w for same in left if (w := _sound(*same[0])) is not None}
     if not ws: raise ValueError(_nothing(model, ignore, layers))
     return ws
 
@@ -124,7 +123,7 @@ def _maskable(model, name, m, which):
     return p
 
 # %% ../../nbs/07a_masks.model.ipynb #bbcfea95
-def _places(model, name, mask):
+def _holders_of(model, name, mask):
     "Layers that hold the parameter called `name`, which name it has there, and the checked mask"
     path,_,which = name.rpartition('.')
     m = get_layer(model, path) if path else model
@@ -144,7 +143,7 @@ def mask_model(
     "Multiply parameters by `masks` from now on; masks that are there are replaced. Returns `model`"
     if masks is None: masks = {k: torch.ones_like(w) for k,w in prunable(model).items()}
     todo = [(o, which, mask) for name,mask in masks.items()
-            for o,which,mask in _places(unwrap(model), name, mask)]
+            for o,which,mask in _holders_of(unwrap(model), name, mask)]
     for m in unwrap(model).modules(): _adopt(m)
     for m,which,mask in todo:
         _put_on(m, which)
@@ -256,7 +255,6 @@ def layer_sparsity(
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
     ws = prunable(model, layers=layers)
     rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in ws.items()}
-    df = pd.DataFrame.from_dict(rows, orient='index',
-                                columns=['weights','nonzero']).rename_axis('layer')
+    df = pd.DataFrame.from_dict(rows, 'index', columns=['weights','nonzero']).rename_axis('layer')
     df.loc['total'] = df.sum()
     return df.assign(sparsity=1-df.nonzero/df.weights)

@@ -139,7 +139,7 @@ def _counts(m, mac):
                 bytes=n_bytes(m))
 
 # %% ../../nbs/04_measure.counts.ipynb #3832ba0b
-def _row(path, m, mac, shape=''):
+def _cost_row(path, m, mac, shape=''):
     "A row of `cost`"
     return dict(layer=path, kind=type(m).__name__,
                 shape='×'.join(map(str, shape))) | _counts(m, mac)
@@ -159,7 +159,7 @@ def cost(
         def run(m, xs): return [m(*args, **kwargs) for args,kwargs in xs]
         fs = [partial(run, m, xs) for _,m,xs in layers] + [lambda: model(*xb)]
         with torch.no_grad(): ms = median_ms(fs, rounds) if latency else []
-    rows = [_row(path, m, mac.get(path, 0), getattr(getattr(m, 'weight', None), 'shape', ''))
+    rows = [_cost_row(path, m, mac.get(path, 0), getattr(getattr(m, 'weight', None), 'shape', ''))
             for path,m,_ in layers]
-    df = pd.DataFrame(rows + [_row('total', model, mac[''])]).set_index('layer')
+    df = pd.DataFrame(rows + [_cost_row('total', model, mac[''])]).set_index('layer')
     return df.assign(ms=ms) if latency else df

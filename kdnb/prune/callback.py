@@ -12,12 +12,13 @@ import torch
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.learner import Learner
 from fastai.torch_core import no_random
 from ..core import unwrap
 from ..masks.model import fraction_zero,mask_model,masks,raw,say_share,unmask
 from . import with_data,without_data      # their criteria are known by name
 from .scoring import own_weights,Scoring
-from .select import channel_masks,_check,_cut,_n_asked,parts_of
+from .select import channel_masks,_check_request,_cut_units,_n_asked,parts_of
 from ..training.callbacks import is_training,is_warmup,QuickCallback,TidyCallback
 from ..training.schedules import check_schedule,gradual
 
@@ -45,7 +46,7 @@ class Pruner(TidyCallback):
         cap:float|dict|None=None, # Fraction of each layer that goes at most, or `{layer: fraction}`
         round_to:int|None=None, # What stays of a layer's channels is a multiple of this, such as 8
     ):
-        _check(sparsity, criterion, by, scope, pattern, cap, round_to)
+        _check_request(sparsity, criterion, by, scope, pattern, cap, round_to)
         check_schedule(schedule, sparsity, start, end, rounds, pattern)
         self.sparsity = sparsity
         self.schedule = gradual if schedule=='gradual' else schedule
@@ -111,7 +112,7 @@ def cut(self:Pruner,
     s = self.sparsity
     if isinstance(s, dict): s = {k: self._reached(v, n) for k,v in s.items()}
     elif not callable(s): s = self._reached(s, n)
-    _cut(Scoring(self.learn, **self.kwargs), s, **self.how)
+    _cut_units(Scoring(self.learn, **self.kwargs), s, **self.how)
     self.done = n
 
 # %% ../../nbs/32_prune.callback.ipynb #b1bff4ce
@@ -158,7 +159,9 @@ class _Report(QuickCallback):
 
 # %% ../../nbs/32_prune.callback.ipynb #e80b3ec3
 @patch
-def call(self:_Report, asked):
+def call(self:_Report,
+    asked:str, # The sparsity that was asked for, as it is written in a call
+) -> str:
     "The call of `prune_model` that does the rest"
     args = ['learn']
     if self.asked is not None: args.append(asked)
@@ -169,7 +172,11 @@ def call(self:_Report, asked):
 
 # %% ../../nbs/32_prune.callback.ipynb #b9308c66
 @patch
-def warn(self:_Report, learn, gone, n):
+def warn(self:_Report,
+    learn:Learner, # Whose training has ended
+    gone:int, # Units that are pruned
+    n:int, # All units
+) -> None:
     "Warn if of `n` units only `gone` are pruned"
     p = self._pruner
     early = p.done<p.rounds

@@ -157,7 +157,7 @@ def _n_asked(
     return total
 
 # %% ../../nbs/31a_prune.select.ipynb #6152466c
-def _check(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
+def _check_request(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
     "Refuse what could not be done to any network"
     if isinstance(sparsity, nn.Module):
         raise ValueError(f'sparsity is {described(sparsity)}, expected a fraction such as .5, '
@@ -179,7 +179,7 @@ def _check(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
     if by!='channel': raise ValueError("round_to is a number of channels. Use by='channel'.")
 
 # %% ../../nbs/31a_prune.select.ipynb #f47289b4
-def _cut(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round_to=None):
+def _cut_units(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round_to=None):
     "Mask the least worthy units of the `Scoring` `s`; returns its network"
     worth = s.worth(criterion)
     if pattern is not None:
@@ -216,7 +216,7 @@ def prune_model(
     """Mask the least worthy weights or channels, and return the network
 
     Raises `ValueError` for what it cannot do, before anything is masked."""
-    _check(sparsity, criterion, by, scope, pattern, cap, round_to)
+    _check_request(sparsity, criterion, by, scope, pattern, cap, round_to)
     s = Scoring(model, data, by, ignore, layers=layers)
     if by=='weight' and layers is None and not ignore: say_share(s.model, s.weights)
-    return _cut(s, sparsity, criterion, scope, rate, pattern, cap, round_to)
+    return _cut_units(s, sparsity, criterion, scope, rate, pattern, cap, round_to)

@@ -120,7 +120,7 @@ def wanda(
     return {k: ranked(v) for k,v in worth.items()}
 
 # %% ../../nbs/31d_prune.with_data.ipynb #daa32ce6
-def _means(s, n_batches, measure, parts, made=False):
+def _channel_means(s, n_batches, measure, parts, made=False):
     """Mean over samples of `measure` of what channels are at layers, `{group: (n,)}`
 
     `parts` gives the `Part`s of a group, which take them in, or have `made` them;
@@ -146,7 +146,7 @@ def _means(s, n_batches, measure, parts, made=False):
     return res
 
 # %% ../../nbs/31d_prune.with_data.ipynb #faf7492d
-def _readers(g): return g.readers
+def _read_by(g): return g.readers
 def _over_places(x): return x.flatten(2).mean(2) if x.ndim>2 else x
 
 # %% ../../nbs/31d_prune.with_data.ipynb #b075e5cf
@@ -156,7 +156,7 @@ def apoz(
     n_batches:int|None=None, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
     "1 - the average fraction of zeros (APoZ, Hu et al. 2016): how often a channel is active, 0 to 1"
-    return _means(s, n_batches, lambda x: _over_places((x!=0).double()), _readers)
+    return _channel_means(s, n_batches, lambda x: _over_places((x!=0).double()), _read_by)
 
 # %% ../../nbs/31d_prune.with_data.ipynb #d36664fd
 @criterion('activation', by='channel')
@@ -165,10 +165,10 @@ def mean_activation(
     n_batches:int|None=None, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
     "Mean size of a channel's activation (Molchanov et al. 2017)"
-    return _means(s, n_batches, lambda x: _over_places(x.abs().double()), _readers)
+    return _channel_means(s, n_batches, lambda x: _over_places(x.abs().double()), _read_by)
 
 # %% ../../nbs/31d_prune.with_data.ipynb #9a8d0e44
-def _rank(x):
+def _map_rank(x):
     if x.ndim!=4:
         raise ValueError('hrank needs feature maps (B, C, height, width) and was given '
                          f'{tuple(x.shape)}. '
@@ -184,4 +184,4 @@ def hrank(
     """Mean rank of the positive part of a channel's feature maps (Lin et al. 2020)
 
     Raises `ValueError` where there are no maps."""
-    return _means(s, n_batches, _rank, lambda g: g.norms or g.makers, made=True)
+    return _channel_means(s, n_batches, _map_rank, lambda g: g.norms or g.makers, made=True)

@@ -14,7 +14,7 @@ from .criteria import criterion
 from .scoring import Scoring,_outputs_first
 
 # %% ../../nbs/31c_prune.without_data.ipynb #f9e2f46d
-def _rows(n, part, w):
+def _channel_rows(n, part, w):
     "Weights `w`, a row for each output of a layer, as a row (n, …) for each channel of a group"
     unit,w = part.unit.to(w.device),w[part.at.to(w.device)]
     order,counts = unit.argsort(stable=True),unit.bincount(minlength=n)
@@ -34,7 +34,7 @@ def fpgm(
     for g in s.groups:
         def rows_of(p):
             w = s.weights[f'{p.path}.weight'].double()
-            return _rows(g.n, p, _outputs_first(get_layer(s.model, p.path), w))
+            return _channel_rows(g.n, p, _outputs_first(get_layer(s.model, p.path), w))
         rows = torch.cat([rows_of(p) for p in g.makers], 1)
         far = torch.cdist(rows, rows, compute_mode='donot_use_mm_for_euclid_dist')
         dtype = s.weights[f'{g.name}.weight'].dtype

@@ -67,7 +67,7 @@ def _names_read(code):
     return ({*code.co_names}-set_here).union(*inner)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #470f87f2
-def _taken(f):
+def _named_code(f):
     "Functions, classes and constants of their file that the user's own function `f` names"
     if not _is_written_here(f): return []
     names = [k for k in sorted(_names_read(f.__code__)) if k in f.__globals__ and k[:2]!='__']
@@ -109,7 +109,7 @@ def _(o): return o.tolist()
 def _(o): return list(o.columns),list(o.index),*(o[c].tolist() for c in o)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #5f3a6f46
-def _cell(c):
+def _cell_value(c):
     "What a function has closed over; None if it is not set yet"
     try: return c.cell_contents
     except ValueError: return None
@@ -120,8 +120,8 @@ def _(o): return o.co_code,o.co_names,o.co_consts
 
 @_parts.register(FunctionType)
 def _(o):
-    closed_over = [_cell(c) for c in o.__closure__ or ()]
-    return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,closed_over,*_taken(o)
+    closed_over = [_cell_value(c) for c in o.__closure__ or ()]
+    return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,closed_over,*_named_code(o)
 
 @_parts.register(BuiltinFunctionType)
 def _(o): return o.__module__,o.__qualname__
@@ -164,7 +164,7 @@ def _(o):
     return text,*tensors_in(model).items(),*layers,*(m.code for m in traced)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #9f94cd45
-def _labels(tl):
+def _label_text(tl):
     "What `tl` gives for its items, unless these are images, slow to open, or it stands in their table"
     is_table = isinstance(tl.items, pd.DataFrame)
     if is_table or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000:
@@ -180,7 +180,7 @@ def _loader(dl):
     n_inp = getattr(ds, 'n_inp', 1)
     tls = getattr(ds, 'tls', None) or [ds]*(isinstance(ds, L) and hasattr(ds, 'tfms'))
     if tls:
-        known = tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))
+        known = tls[0].items,*((str(tl.tfms), i>=n_inp and _label_text(tl)) for i,tl in enumerate(tls))
     else: known = len(ds),ds,_own_code(ds)
     shuffle,drop_last = (getattr(dl, o, None) for o in ('shuffle','drop_last'))
     return dl.bs,shuffle,drop_last,[str(t) for t in tfms],known

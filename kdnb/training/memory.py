@@ -23,11 +23,11 @@ from ..files import to_plain
 from .fingerprint import fingerprint,_is_own,tensors_in
 
 # %% ../../nbs/06f_training.memory.ipynb #d05c6e02
-def _names(code):
+def _code_names(code):
     "All names and identifiers that `code` uses"
     res = {*code.co_names}
     for c in code.co_consts:
-        if isinstance(c, CodeType): res |= _names(c)
+        if isinstance(c, CodeType): res |= _code_names(c)
         elif isinstance(c, str) and c.isidentifier(): res.add(c)
     return res
 
@@ -40,7 +40,7 @@ def _library_names(cls):
         if _is_own(c): continue
         for name,f in vars(c).items():
             fs = (f.fget,f.fset) if isinstance(f, property) else (getattr(f, '__func__', f),)
-            res.update({name}, *(_names(o.__code__) for o in fs if hasattr(o, '__code__')))
+            res.update({name}, *(_code_names(o.__code__) for o in fs if hasattr(o, '__code__')))
     return res
 
 # %% ../../nbs/06f_training.memory.ipynb #5f83df8f
@@ -64,7 +64,7 @@ def _has_state_dict(o):
     return hasattr(type(o), 'load_state_dict')
 
 # %% ../../nbs/06f_training.memory.ipynb #3d866458
-_constant = (FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,
+_by_address = (FunctionType,BuiltinFunctionType,MethodType,type,partial,weakref.ref,
              torch.dtype,torch.device)
 _values = (type(None),bool,int,float,complex,str,bytes,Path,np.generic,np.ndarray,pd.DataFrame)
 
@@ -79,7 +79,7 @@ def _mark_of(o, held, depth):
     if isinstance(o, _values): return fingerprint(o)
     if (state := _rng_state(o)) is not None: return fingerprint(state)
     held.append(o)
-    if isinstance(o, _constant) or not depth: return id(o)
+    if isinstance(o, _by_address) or not depth: return id(o)
     if isinstance(o, torch.Tensor):
         total = o.detach().as_subclass(torch.Tensor).sum(dtype=torch.double).item()
         return id(o),tuple(o.shape),repr(total)

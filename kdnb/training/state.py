@@ -7,6 +7,7 @@ __all__ = ['set_tensors', 'training_state', 'set_training_state']
 
 # %% ../../nbs/06g_training.state.ipynb #97740e76
 import random
+from copy import deepcopy
 import numpy as np, torch
 from torch import nn
 from fastai.learner import Learner
@@ -75,13 +76,15 @@ def set_training_state(
     learn:Learner, # Learner with an optimiser and the same callbacks
     state:dict[str,object], # From `training_state`
 ) -> None:
-    "Go back to `state`. Raises `ValueError` if the network is another one."
+    "Go back to `state`, which stays as it is. Raises `ValueError` if the network is another one."
+    # copies: the learner goes on changing them
+    opt,callbacks = deepcopy((state['opt'],state['callbacks']))
     set_tensors(learn.model, state['model'])
     for k,p in unwrap(learn.model).named_parameters():
         p.grad = state['grads'][k].clone().to(p.device) if k in state['grads'] else None
-    learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
+    learn.opt.load_state_dict(to_device(opt, next(learn.model.parameters()).device))
     scaler = vars(learn).get('scaler')
     if scaler and state.get('scaler'): scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']
-    set_callback_memory(learn.cbs, state['callbacks'])
+    set_callback_memory(learn.cbs, callbacks)
     _set_rng_states(learn.dls, state['generators'])

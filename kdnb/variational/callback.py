@@ -91,7 +91,9 @@ class VariationalSparsifier(LossTerm):
         gamma_weight = 1. if self._each_gate else self.gamma_weight      # else the weights are within `groups`
         return (gamma_weight*groups + self.theta_weight*theta)/self._N
 
-    def params(self, model:nn.Module) -> list[nn.Parameter]:
+    def params(self,
+        model:nn.Module, # Variational network
+    ) -> list[nn.Parameter]:
         "What the group of its own holds"
         return noise_params(model)
 
@@ -214,7 +216,7 @@ def columns(self:VariationalSparsifier) -> dict[str,Callable]:
 
 # %% ../../nbs/22_variational.callback.ipynb #8907b0fe
 @patch
-def _warn(self:VariationalSparsifier, message):
+def _warn_once(self:VariationalSparsifier, message):
     "Warn, but once a fit"
     if message not in self._warned: warnings.warn(message)
     self._warned.add(message)
@@ -224,10 +226,10 @@ def _warn(self:VariationalSparsifier, message):
 def _warn_idle(self:VariationalSparsifier):
     "Half of the training is over, and nothing has become noise: why?"
     if not self.opt.frozen_idx:
-        self._warn('half of training is over and no group has become noise (log α over 0): nothing '
+        self._warn_once('half of training is over and no group has become noise (log α over 0): nothing '
                    'is being pruned. Use a larger gamma_weight or gamma_lr, more epochs, or Adam.')
     elif self.n_epoch>1:
-        self._warn('γ is frozen with the body of the network: nothing is being pruned. '
+        self._warn_once('γ is frozen with the body of the network: nothing is being pruned. '
                    'Call learn.unfreeze() first.')
 
 # %% ../../nbs/22_variational.callback.ipynb #c7f0bdb7
@@ -242,7 +244,7 @@ def after_epoch(self:VariationalSparsifier):
                                  '(counted from 0): training has diverged. '
                                  'Use a smaller learning rate, gamma_lr or gamma_weight.')
     if empty := [n for n,o in las.items() if (o>0).all()]:
-        self._warn(f'all groups of {empty[0]!r} are noise by now (log α over 0): '
+        self._warn_once(f'all groups of {empty[0]!r} are noise by now (log α over 0): '
                    'the layer is being emptied. Use a smaller gamma_weight, or a longer warmup.')
     if self.pct_train>=.5 and not any((o>0).any() for o in las.values()): self._warn_idle()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../../nbs/20_variational.gates.ipynb #7f16913f
-_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
+_psi_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
 
 # %% ../../nbs/20_variational.gates.ipynb #dc62f290
 def _exact_kl(la):
@@ -26,7 +26,7 @@ def _exact_kl(la):
     logp = j*lam[...,None].log() - lam[...,None] - torch.lgamma(j+1)
     short = (logp.exp()*torch.digamma(j+.5)).sum(-1)
     series = big.log() - math.log(2) - 1/big - 3/(2*big**2) - 5/big**3 - 105/(4*big**4)
-    return (torch.where(m2<100, short, series) - _half.to(la))/2
+    return (torch.where(m2<100, short, series) - _psi_half.to(la))/2
 
 # %% ../../nbs/20_variational.gates.ipynb #3055ce0c
 def group_kl(
@@ -49,7 +49,8 @@ def log_alpha(
 class GroupKL(torch.autograd.Function):
     "Σ `weight`·`group_kl` of groups with mean μ and log σ²: one node, its gradient written out"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mu:torch.Tensor, # Means (n,)
         logvar:torch.Tensor, # Logarithms of the variances (n,)
         weight:float=1., # Of each group, or of all
@@ -60,7 +61,10 @@ class GroupKL(torch.autograd.Function):
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
         return (weight*group_kl(la)).sum()
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple: return *(g*o for o in ctx.saved_tensors),None
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the sum, a scalar
+    ) -> tuple: return *(g*o for o in ctx.saved_tensors),None
 
 # %% ../../nbs/20_variational.gates.ipynb #dacd2f83
 def _to_shape(g):
@@ -71,7 +75,8 @@ def _to_shape(g):
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mu:torch.Tensor, # Means (n,)
         logvar:torch.Tensor, # Logarithms of the variances (n,)
         normal:torch.Tensor, # Standard normal numbers (n,), or (bs, n) for a draw of each example
@@ -81,7 +86,10 @@ class Draw(torch.autograd.Function):
         ctx.save_for_backward(open, noise)
         return torch.addcmul(noise, mu, open)
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple:
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of γ, of its shape
+    ) -> tuple:
         open,noise = ctx.saved_tensors
         return _to_shape(g*open),_to_shape(g*noise/2),None,None
 
@@ -89,11 +97,17 @@ class Draw(torch.autograd.Function):
 class HalfSquare(torch.autograd.Function):
     "½Σp² over many tensors, as one node: its gradient is p, one pass over each"
     @staticmethod
-    def forward(ctx:object, *ps:torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx:object, # Keeps what `backward` needs
+        *ps:torch.Tensor, # Of any shapes
+    ) -> torch.Tensor:
         ctx.save_for_backward(*ps)
         return .5*torch.stack(torch._foreach_norm(ps)).square().sum()
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple:
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the sum, a scalar
+    ) -> tuple:
         return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.gates.ipynb #1d6f78a9

@@ -18,7 +18,8 @@ from .gates import Gate,log_alpha
 class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mean:torch.Tensor, # Any shape
         var:torch.Tensor, # Of the same shape
     ) -> torch.Tensor:
@@ -28,7 +29,10 @@ class AddNoise(torch.autograd.Function):
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple: return g,g*ctx.saved_tensors[0]
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the draw, of its shape
+    ) -> tuple: return g,g*ctx.saved_tensors[0]
 
 # %% ../../nbs/20a_variational.layers.ipynb #69f3bc72
 class NoisyLayer:

@@ -72,7 +72,7 @@ def _takes_T(f):
     return g
 
 # %% ../../nbs/21a_variational.threshold.ipynb #430bf575
-def _limits(las, model, limit):
+def _limit_of_each(las, model, limit):
     "The threshold of each entry of `las`"
     if isinstance(limit, dict):
         if limit.keys()!=las.keys():
@@ -100,7 +100,7 @@ def kept(
     if bad := [n for n,o in las.items() if not o.isfinite().all()]:
         raise ValueError(f'log α of {bad[0]!r} is not finite: training has diverged. '
                          'Use a smaller learning rate.')
-    limits = _limits(las, model, limit)
+    limits = _limit_of_each(las, model, limit)
     for n,o in las.items():
         open = getattr(model.get_submodule(n), 'open', None)
         if open is not None: las[n] = o.masked_fill(open==0, math.inf)
