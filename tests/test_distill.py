@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import timm
 from fastai.callback.schedule import *
-from fastai.vision.models.xresnet import xresnet18
-from torchvision.models import mobilenet_v2, resnet18
+from fastai.vision.models.xresnet import XResNet
+from torchvision.models import MobileNetV2, resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 import two_processes as ddp
 from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, seeded
 from kdnb.all import *
@@ -264,7 +265,8 @@ def test_schedule_of_a_term_and_columns():
 
 
 def timm_net(): return timm.create_model('mobilenetv3_small_050', num_classes=10)
-@pytest.mark.parametrize('make', [lambda: resnet18(num_classes=10), lambda: xresnet18(n_out=10), lambda: mobilenet_v2(num_classes=10), timm_net],
+@pytest.mark.parametrize('make', [lambda: ResNet(BasicBlock, [1]*4, 10), lambda: XResNet(ResBlock, 1, [1]*4, n_out=10),
+                                  lambda: MobileNetV2(10, inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,2,2],[6,64,2,2]]), timm_net],
                          ids=['torchvision','fastai','mobilenet','timm'])
 def test_models_as_they_are(make):
     set_seed(0)
@@ -385,13 +387,9 @@ def test_teacher_assistant():
     assert last is chain[2] and [torch.equal(flat(l.model), b) for l,b in zip(chain, before)]==[True,False,False]
 
 
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory):
-    return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.TERMS)
-
 @pytest.mark.parametrize('name', ddp.TERMS)
-def test_two_processes_equal_one(name, two_processes):
-    one,first,second = ddp.train(name),*(o[name] for o in two_processes)
+def test_two_processes_equal_one(name, two_ranks):
+    one,first,second = ddp.train(name),*(o[name] for o in two_ranks)
     assert any('head' in k or 'projector' in k for k in one)
     for k,v in one.items():
         assert torch.equal(first[k], second[k]), k
