@@ -122,16 +122,21 @@ def mixer(learn):
     "The name of the learner's callback that mixes images, or None"
     return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
+# %% ../../nbs/12_distill.teacher.ipynb #4e072fbb
+def random_transforms(dl):
+    "Those of fastai's transforms in `dl` that may be random"
+    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    return [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform)]
+
 # %% ../../nbs/12_distill.teacher.ipynb #0824e14d
 def changes(dl):
     "Do the inputs that `dl` gives for a sample change from epoch to epoch?"
     if isinstance(dl, TensorDL): return dl.augments
-    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
-    rare = [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform) and 0<t.p<1]
-    if rare: return True
+    if any(0<t.p<1 for t in random_transforms(dl)): return True
     steady = dl.new(shuffle=False, drop_last=False)
     once,again = (tree_leaves(list(steady.one_batch())) for _ in range(2))
-    return not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b for a,b in zip(once, again))
+    def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+    return not all(map(same, once, again))
 
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
 def fixed_views(learn, n_views):
@@ -142,9 +147,10 @@ def fixed_views(learn, n_views):
                          'cache=False.')
     if not changes(dl): return [dl.dataset]
     if not isinstance(dl, TensorDL):
-        raise ValueError('cache is set, but the training samples change from epoch to epoch: '
-                         'reading them twice gives two things. Use cache=False, or transforms that '
-                         'are not random (n_views= is for image_dls and from_arrays).')
+        names = ', '.join(type(t).__name__ for t in random_transforms(dl)) or 'the data set itself'
+        raise ValueError('cache is set, but the training samples change from epoch to epoch, by '
+                         f'{names}. Use cache=False, or nothing random, such as '
+                         "Resize(n, method='squish'); n_views= is for image_dls and from_arrays.")
     if not n_views:
         raise ValueError('cache is set, but the training images change from epoch to epoch. Use '
                          'cache=False, data without pad and flip, or n_views=10 to train on ten '
