@@ -69,7 +69,7 @@ unnumbered = ('{} needs to know which sample is which, and {} does not say. Use 
 def _listed(dataset):
     "What a data set that does not hold its samples in one tensor lists them by: their number, files, rows"
     items = getattr(dataset, 'items', None)
-    if isinstance(items, pd.DataFrame): items = pd.util.hash_pandas_object(items, index=False)
+    if isinstance(items, pd.DataFrame): items = pd.util.hash_pandas_object(items.astype(str)).tolist()
     listed = [] if items is None or callable(items) else list(items)
     return len(dataset),*(o for o in listed if isinstance(o, (str,Path,int,float,torch.Tensor)))
 
