@@ -206,6 +206,17 @@ def test_a_script_for_what_is_no_image(build, make, path):
     said,z = json.loads(alone(path.parent, f'import net; print(np.array(net.predict({lists})).tolist())')),net(*xb).detach()
     assert said==z.argmax(1).tolist() if found.same else np.allclose(said[0], z, atol=1e-5)
 
+def test_openvino_is_timed_where_it_is_installed(learn):
+    pytest.importorskip('openvino')
+    r = runtimes(learn, which=['openvino','openvino int8'], batches=[1,8], rounds=2)
+    assert not r.table.note.any() and r.table.same['openvino']==1 and r.table.same['openvino int8']>.8 and (r.table['ms 8']>0).all()
+
+def test_without_openvino_it_is_no_row_unless_it_is_asked_for(learn, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    assert not [k for k in speed._ways(learn.model, learn.dls) if k.startswith('openvino') and speed._installed(k)]
+    r = runtimes(learn, which=['openvino'], batches=[1], rounds=1)
+    assert r.table.note['openvino']=='cannot run here: openvino is not installed: pip install openvino (ValueError)' and 'Take eager' in r.advice
+
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
     monkeypatch.setattr(speed, '_compiled', none)
