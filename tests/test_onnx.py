@@ -220,6 +220,7 @@ def test_without_openvino_it_is_no_row_unless_it_is_asked_for(learn, monkeypatch
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
     monkeypatch.setattr(speed, '_compiled', none)
+    monkeypatch.setitem(sys.modules, 'openvino', None)
     net = prune_model(deepcopy(learn.model), .5).train()
     r = runtimes(net, learn.dls, dense=learn.model, rounds=3)
     t = r.table
