@@ -87,6 +87,7 @@ def read_header(
     """The checked header of a saved model, and the shape of each tensor, without reading the tensors
 
     Raises `ValueError` if it is no such file."""
+    if Path(path).is_dir(): raise ValueError(f'{path} is a folder. Name the file in it that save_model wrote.')
     try: opened = safe_open(path, 'pt')
     except SafetensorError as e: raise ValueError(f'{path} is not a file of save_model ({e}).') from None
     with opened as f:

@@ -157,14 +157,17 @@ def runtimes(
     model:nn.Module|Learner, # Network, masked or shrunken, or the `Learner` that holds it
     data:DataLoaders|torch.Tensor|tuple|None=None, # `DataLoaders` or a batch of inputs; those of the `Learner` if None
     dense:nn.Module|None=None, # The network it was made from, to compare with; itself if None
-    batches:tuple=(1,64), # Samples in a batch
-    which:list|None=None, # Only these, such as `['eager','onnxruntime']`; all that are installed if None
+    batches:tuple|int=(1,64), # Samples in a batch
+    which:list|str|None=None, # Only these, such as `['eager','onnxruntime']`; all that are installed if None
     rounds:int=11, # How often each is timed
 ) -> 'Runtimes':
     """What one batch takes in each runtime on one thread of this processor
 
-    Raises `ValueError` if there are no data, or no runtime of that name."""
+    Raises `ValueError` if there are no data, no runtime of that name, or nothing to time."""
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
+    which,batches = ([o] if isinstance(o, (str,int)) else o for o in (which, batches))
+    if any(not isinstance(o, int) or o<1 for o in (*batches,rounds)):
+        raise ValueError(f'batches are {batches} and rounds {rounds}, expected whole numbers from 1 on.')
     data,ways = _data(data),_ways(model, data)
     if odd := [k for k in which or () if k not in ways]:
         raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
