@@ -141,7 +141,7 @@ def load_model(
     try:
         model = unwrap(_built(dense))
         model = model if _is_ours(model) else plain_copy(model)
-    except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
+    except (TypeError,ValueError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     tensors,packed = _read(path, header, shapes)
     fold_noted(model, header.get('attributes', {}))
