@@ -328,12 +328,17 @@ def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
 class Invert(Callback):
     def before_batch(self): self.learn.xb = (1-self.x,)
 
+class Streamed(TfmdDL):
+    "A loader that puts its batches together in its own way"
+    def sample(self): return super().sample()
+
 @pytest.mark.parametrize('message,terms,kw', [
     ("has no layer 'conv3'. The nearest names are 'conv2', 'conv1'", AT('conv3'), {}),
     ("has no layer 'layer1'", FitNet({'conv1': 'layer1'}), {}),
-    ('CRD needs to know which sample is which', CRD({'fc2': 'fc1'}), dict(generic=True, labels=True)),
-    ('CRD needs the labels of the whole training set', CRD({'fc2': 'fc1'}), dict(generic=True)),
-    ('cache needs to know which sample is which', KD(), dict(generic=True, cache=True)),
+    ('CRD needs to know which sample is which', CRD({'fc2': 'fc1'}), dict(generic=Streamed, labels=True)),
+    ('CRD needs the labels of the whole training set', CRD({'fc2': 'fc1'}), dict(generic=TfmdDL)),
+    ('cache needs to know which sample is which, and Streamed does not say', KD(), dict(generic=Streamed, cache=True)),
+    ('no method is called \'KDD\'. Did you mean \'KD\'?', 'KDD', {}),
     ('images change from epoch to epoch', KD(), dict(pad=1, cache=True)),
     ('expected maps', AT('fc1'), {}),
     ('expected maps', SimKD({'fc1': 'conv2'}), {}),
@@ -357,9 +362,9 @@ def test_bad_input(message, terms, kw):
             def forward(self, x): return x[:len(x)//2]
         teacher = nn.Sequential(Halve(), *teacher)
     dls = data(pad=kw.pop('pad', 0))
-    if kw.pop('generic', False):
+    if generic := kw.pop('generic', None):
         items = ArrayDataset(X.float()/255, Y, vocab=range(10)) if kw.pop('labels', False) else list(zip(X.float()/255, Y))
-        dls = DataLoaders(*[TfmdDL(items, bs=64, num_workers=0) for _ in range(2)])
+        dls = DataLoaders(*[generic(items, bs=64, num_workers=0) for _ in range(2)])
     learn = learner(dls)
     if kw.pop('parallel', False): learn.model = nn.DataParallel(learn.model)
     cbs = L(kw.pop('cbs', None)).map(lambda o: o())
@@ -741,6 +746,18 @@ def test_terms_with_parts_of_the_teacher_understand_them_too(name):
     b = quiet(learner(), 1, 1e-3, cbs=KnowledgeDistillation(TEACHER, TERMS[name]))
     assert torch.allclose(flat(a.model), flat(b.model), atol=1e-6)
     if name=='srrl': quiet(learner(), Returns(TEACHER, lambda z: dict(a=-z, b=z)), 1, term, logits='b', fit='distill')
+
+def test_what_stands_first_in_a_tuple_may_be_no_logits():
+    class First(Returns):
+        def forward(self, x): return self.how(self.net(x), x)
+    learn = learner(model=First(student(), lambda z,x: (x,z)))
+    learn.loss_func,learn.metrics = lambda out,y: F.cross_entropy(out[1], y),[]
+    teacher = First(TEACHER, lambda z,x: (x,z))
+    with pytest.raises(ValueError, match=r'logits has shape \(64, 1, 8, 8\), and targets are one class for each of 64 images. Name the logits'):
+        quiet(learn, teacher, 1, DIST(), fit='distill')
+    quiet(learn, teacher, 1, DIST(), logits=1, fit='distill')
+    with pytest.raises(ValueError, match='the function logits= fails on that: .*so it must know both'):
+        quiet(learn, TEACHER, 1, KD(), logits=lambda o: o[1] if isinstance(o, tuple) else o['z'], fit='distill')
 
 def test_simkd_with_a_teacher_that_returns_a_dict():
     learn = learner()
