@@ -159,7 +159,7 @@ def test_families(name):
     assert max_difference(small, unread, x)<=1e-5
     assert widths(small, free)==expected(m, free, dead)
 
-    large = n_params(m)>5e6
+    large = n_params(m)>1e6
     for f in [choose] if large else [choose, all_but_one]:
         dead = {g: f(g) for g in free}
         muted = mute(deepcopy(m), free, dead)
