@@ -89,15 +89,16 @@ class VariationalSparsifier(LossTerm):
     def _kl(self):
         "The term: KL over the number of training samples, a scalar"
         groups,theta = self._kls()
-        # with a weight of each gate, the weights are within `groups`
         gamma_weight = 1. if self._each_gate else self.gamma_weight
         return (gamma_weight*groups + self.theta_weight*theta)/self._N
 
-    def params(self,
-        model:nn.Module, # Variational network
-    ) -> list[nn.Parameter]:
-        "What the group of its own holds"
-        return noise_params(model)
+# %% ../../nbs/22_variational.callback.ipynb #b1d2e3f9
+@patch
+def params(self:VariationalSparsifier,
+    model:nn.Module, # Variational network
+) -> list[nn.Parameter]:
+    "What the group of its own holds"
+    return noise_params(model)
 
 # %% ../../nbs/22_variational.callback.ipynb #5518780d
 def _caps(model, cap):
@@ -142,8 +143,7 @@ def before_train(self:VariationalSparsifier):
     if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
         raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), '
                          'which would come back when the KL falls. Use cooldown=None.')
-    noise = noise_params(self.model)
-    self._has_group = {*map(id, self.opt.param_lists[0])}=={*map(id, noise)}
+    self._has_group = {*map(id, self.opt.param_lists[0])}=={*map(id, self.params(self.model))}
     if not self._has_group and self.gamma_lr!=1:
         raise ValueError('γ has no parameter group of its own, since the optimiser was made before '
                          'this callback came. Give it to the Learner '
@@ -269,5 +269,5 @@ def compress(self:Learner,
 def paper_optimizer(
     lr:float=.003, # Learning rate
 ) -> dict:
-    "Arguments of `Learner` for the optimiser of Ming et al. 2020 (IV-A): SGD, momentum .5"
+    "`Learner` arguments for the optimiser of Ming et al. 2020 (IV-A): SGD, momentum .5, no decay"
     return dict(opt_func=partial(SGD, mom=.5), lr=lr, wd=0.)
