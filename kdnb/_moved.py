@@ -25,7 +25,7 @@ SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations c
          'prune.callback': 'prune.lowest prune.select prune.rewind training.schedules training.callbacks',
          'prune.select': 'prune.lowest',
          'distill.callback': 'distill.learner distill.show distill.seen',
-         'distill.task': 'distill.adapter',
+         'distill.task': 'distill.adapter distill.inputs', 'distill.adapter': 'distill.inputs',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
          'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 

@@ -37,6 +37,7 @@ from kdnb.distill.correlation import *
 from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *
+from kdnb.distill.inputs import *
 from kdnb.distill.seen import *
 from kdnb.distill.teacher import *
 from kdnb.distill.parts import *

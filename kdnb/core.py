@@ -102,7 +102,8 @@ def inputs(
     if isinstance(data, DataLoaders):
         with no_random(reproducible=False):     # a training that is resumed must not see who looked
             has_valid = len(data.loaders)>1 and len(data.valid)
-            b = (data.valid if has_valid else data.train.new(shuffle=False)).one_batch()
+            dl = data.valid if has_valid else data.train.new(shuffle=False)
+            b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))      # torch's own loader
         data = b[:getattr(data, 'n_inp', 1 if len(b)==1 else len(b)-1)]
     p = next(model.parameters(), None) if model is not None else None
     def place(o): return (o if p is None else o.to(p.device)).as_subclass(torch.Tensor)

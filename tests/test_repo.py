@@ -52,15 +52,17 @@ def _text_outputs(nb):
         yield ''.join(o.get('text', ''))
         yield from (''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text') or k.endswith('svg+xml'))
 
+@cache
 def _stored_text():
-    "Notebooks as source and text outputs, other files as they stand"
-    for o,nb in NOTEBOOKS.items(): yield o, '\n'.join([*(''.join(c['source']) for c in nb['cells']), *_text_outputs(nb)])
+    "Notebooks as source and text outputs, other files as they stand: `{file: text}`"
+    found = {o: '\n'.join([*(''.join(c['source']) for c in nb['cells']), *_text_outputs(nb)]) for o,nb in NOTEBOOKS.items()}
     for g in ('*', '.ci/*', 'kdnb/**/*.py', 'nbs/**/*.md', 'tests/**/*.py', 'bench/*', 'results/**/*'):
         for o,p in _files(g).items():
             if p.suffix in ('', '.py', '.md', '.ini', '.toml', '.json', '.txt', '.csv', '.html'):
-                yield o, p.read_text(encoding='utf-8', errors='ignore')
+                found[o] = p.read_text(encoding='utf-8', errors='ignore')
+    return found
 
-def _found(pattern): return {o: m for o,t in _stored_text() if (m := sorted({m[0] for m in re.finditer(pattern, t)}))}
+def _found(pattern): return {o: m for o,t in _stored_text().items() if (m := sorted({m[0] for m in re.finditer(pattern, t)}))}
 
 def test_no_machine_path():
     assert not _found(r'(?:(?<![\w./~-])|file://)/(?:tmp|root|home|work|opt|mnt|var|Users|usr/(?:lib|local))/[\w.]+')
@@ -68,10 +70,14 @@ def test_no_machine_path():
 def test_no_package_index(): assert not _found(r'py[p]i\.org|python[h]osted|index[-_]url')
 
 def _slug(heading): return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+@cache
 def _prose(path):
     "What is written in a notebook or a file of markdown, without code"
     if path.suffix=='.ipynb': return '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
     return re.sub(r'```.*?```', '', path.read_text(encoding='utf-8'), flags=re.S)
+
+@cache
+def _anchors(path): return {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(path), re.M)}
 
 def dead_links(path, text=None):
     "Relative links and anchors in the prose of `path` that lead nowhere"
@@ -81,7 +87,7 @@ def dead_links(path, text=None):
         target = (path.parent/file).resolve() if file else path
         if re.match(r'[a-z]+:', link): continue
         if not target.exists(): yield link
-        elif anchor and anchor.lower() not in {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(target), re.M)}: yield link
+        elif anchor and anchor.lower() not in _anchors(target): yield link
 
 DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
 @pytest.mark.parametrize('path', DOCS, ids=lambda o: o.name)

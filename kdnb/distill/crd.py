@@ -146,7 +146,7 @@ def features(self:CRD,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "Vectors (B, D) of student and teacher, for each pair. Raises `ValueError` if they are not of the same samples."
-    mask = getattr(o, 'mask', None)
+    mask = getattr(o, 'feature_mask', None)
     for s,t in self.pairs: check_batch(o.f_s[s], o.f_t[t])
     return [(vectors(o.f_s[s], mask=mask),vectors(o.f_t[t], mask=mask)) for s,t in self.pairs]
 

@@ -81,10 +81,12 @@ class VID(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        if depth<1: raise ValueError(f'depth is {depth}, expected the number of convolutions of the mean, 1 or more.')
+        if depth<1:
+            raise ValueError(f'depth is {depth}, expected the number of convolutions of '
+                             'the mean, 1 or more.')
         if not 0<eps<variance:
-            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above eps, '
-                             'and eps above 0.')
+            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above '
+                             'eps, and eps above 0.')
         self.depth = depth
         self.hidden = hidden
         self.norm = norm
@@ -97,6 +99,13 @@ class VID(HeadTerm):
     ) -> torch.Tensor:
         "Mean of -log q(t|s)"
         return head(f_s, f_t).mean()
+    def errors(self,
+        head:nn.Module, # q(t|s)
+        f_s:torch.Tensor, # The student's features (B, …)
+        f_t:torch.Tensor, # The teacher's
+    ) -> torch.Tensor:
+        "-log q(t|s) at each place (B, C, H, W)"
+        return head(f_s, f_t)
 
 # %% ../../nbs/11d_distill.vid.ipynb #b0f0bbe6
 @patch
@@ -156,4 +165,4 @@ def features(self:VIDLP,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "The student's vectors (B, D) and the teacher's logits (B, C)"
-    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'mask', None)),o.z_t)]
+    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'feature_mask', None)),o.z_t)]

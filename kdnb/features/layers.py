@@ -25,9 +25,11 @@ def as_pairs(
         s = list(tuplify(layers))
         t = s if teacher_layers is None else list(tuplify(teacher_layers))
     if len(s)!=len(t):
-        raise ValueError(f'{len(s)} layers of the student ({", ".join(s)}) but {len(t)} of the teacher '
-                         f'({", ".join(t)}): they are paired one by one, so give as many.')
-    if not s: raise ValueError("no layers are given. Name at least one pair, such as {'conv2': 'layer3'}.")
+        raise ValueError(f'{len(s)} layers of the student ({", ".join(s)}) but {len(t)} of the '
+                         f'teacher ({", ".join(t)}): they are paired one by one, so give as many.')
+    if not s:
+        raise ValueError("no layers are given. Name at least one pair, such as {'conv2': "
+                         "'layer3'}.")
     return list(zip(s, t))
 
 # %% ../../nbs/05b_features.layers.ipynb #5b711d85
@@ -56,7 +58,9 @@ def stage_ends(
     return {size: path for size,path in paths.items() if size!=(1,1)} or paths
 
 # %% ../../nbs/05b_features.layers.ipynb #5783c2c8
-def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
+def _sizes(stages):
+    "The sizes of `stage_ends`, for a message"
+    return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
 
 # %% ../../nbs/05b_features.layers.ipynb #b423c147
 def match_stages(
@@ -71,8 +75,8 @@ def match_stages(
     s,t = stage_ends(student, data),stage_ends(teacher, data)
     both = [size for size in s if size in t]
     if not both:
-        raise ValueError(f'no maps of equal size: the student has {_sizes(s)}, the teacher {_sizes(t)}. '
-                         'Pair layers yourself; layer_shapes(model, xb) lists them.')
+        raise ValueError(f'no maps of equal size: the student has {_sizes(s)}, the teacher '
+                         f'{_sizes(t)}. Pair layers yourself; layer_shapes(model, xb) lists them.')
     for h,w in both if show else ():
         print(f'{h:3} × {w:<3}  {s[h,w]} → {t[h,w]}')
     return {s[size]: t[size] for size in both}
@@ -86,7 +90,8 @@ def last_map(
 
     Raises `ValueError` if it has no maps (B, C, H, W)."""
     if not (ends := stage_ends(model, data)):
-        raise ValueError(f'{type(model).__name__} has no maps (B, C, H, W): it is not convolutional. '
+        raise ValueError(f'{type(model).__name__} has no maps (B, C, H, W): it is not '
+                         'convolutional. '
                          'Choose a method that compares logits or vectors, or another network.')
     return list(ends.values())[-1]
 
@@ -98,7 +103,8 @@ def last_linear(
     "Path of the linear layer that runs last. Raises `ValueError` if none runs."
     rows = layer_shapes(model, data)
     if not len(rows := rows[rows['kind']=='Linear']):
-        raise ValueError(f'{type(model).__name__} has no linear layer that could be its classifier.')
+        raise ValueError(f'{type(model).__name__} has no linear layer that could be its '
+                         'classifier.')
     return rows.index[-1]
 
 # %% ../../nbs/05b_features.layers.ipynb #599b3b95
