@@ -15,7 +15,8 @@ MOVED = {'terms': 'training.terms training.params training.optimizer training.ca
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
-SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
+SPLIT = {'files': 'locks', 'data.arrays': 'data.loaders',
+         'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
          'channels.trial': 'channels.remove',
          'training.state': 'training.memory',
          'variational.layers': 'variational.gates variational.kl',
