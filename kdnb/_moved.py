@@ -4,12 +4,12 @@ from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
-         'checkpoint': 'training.checkpoint training.state training.fingerprint files',
+         'checkpoint': 'training.checkpoint training.state training.fingerprint files locks',
          'processes': 'training.processes',
          'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers',
          'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
-                         'recipes.record training.schedules files',
+                         'recipes.record training.schedules files locks',
          'distill.methods': ' '.join(f'distill.{o}' for o in
                                      'terms logits layers heads vid crd srrl semckd simkd names'.split()),
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
