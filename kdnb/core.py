@@ -36,7 +36,7 @@ def get_layer(
     model:nn.Module, # Any module
     path:str, # Path as in `named_modules`; '' is `model` itself
 ) -> nn.Module:
-    "The layer of `model` at `path`, such as 'layer1.0.conv1'. Raises `ValueError` if it has no such layer."
+    "The layer of `model` at `path`, such as 'layer1.0.conv1'. Raises `ValueError` if there is none."
     model = unwrap(model)
     layers = {n: m for n,m in model.named_modules() if n}
     if path in layers: return layers[path]
@@ -86,7 +86,8 @@ def as_network(
     trained = 'a trained Learner or ' if what=='teacher' else ''
     expected = 'one network is expected' if several else f'expected {trained}nn.Module'
     if several and what=='teacher':
-        do = 'Distil from one after the other, or from a module that returns the mean of their logits.'
+        do = ('Distil from one after the other, or from a module that returns the mean of their '
+              'logits.')
     elif callable(o) and not several:
         do = f'Call it: {getattr(getattr(o, "func", o), "__name__", "it")}(...) is a network.'
     else: do = 'Pass a network.'
@@ -97,10 +98,12 @@ def inputs(
     data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, a batch, or a tuple of input tensors
     model:nn.Module|None=None, # Move the inputs to this model's device
 ) -> tuple:
-    "The tuple of inputs of one validation batch (of a training batch, if there is no validation set)"
+    "The tuple of inputs of one validation batch (a training batch, if there is no validation set)"
     if isinstance(data, DataLoaders):
         with no_random(reproducible=False):     # a training that is resumed must not see who looked
-            b = (data.valid if len(data.loaders)>1 and len(data.valid) else data.train.new(shuffle=False)).one_batch()
+            has_valid = len(data.loaders)>1 and len(data.valid)
+            dl = data.valid if has_valid else data.train.new(shuffle=False)
+            b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))      # torch's own loader
         data = b[:getattr(data, 'n_inp', 1 if len(b)==1 else len(b)-1)]
     p = next(model.parameters(), None) if model is not None else None
     def place(o): return (o if p is None else o.to(p.device)).as_subclass(torch.Tensor)
@@ -170,7 +173,7 @@ def check_weight(
     w:object, # What was given as a weight
     what:str='weight', # What it is called
 ) -> float|Callable:
-    "`w`, if it is a number that is not negative, or a schedule. Raises `ValueError` if it is neither."
+    "`w`, if it is a number that is not negative, or a schedule. Raises `ValueError` if neither."
     if callable(w): return w
     if not isinstance(w, (int,float)) or not 0 <= w < math.inf:
         raise ValueError(f'{what} is {w!r}, expected a number that is not negative, '

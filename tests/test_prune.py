@@ -886,7 +886,7 @@ def mnist_learners():
     if not os.environ.get('KDNB_DATA'): pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
     def trained(seed):
         set_seed(seed, reproducible=True)
-        learn = Learner(image_dls('mnist', bs=256), lenet300(), metrics=accuracy, opt_func=fused_adam)
+        learn = Learner(image_dls('mnist', bs=128, n_per_class=1000), lenet300(), metrics=accuracy, opt_func=fused_adam)
         return quiet(learn, 3, 4e-3, fit='fit_one_cycle')
     return [trained(seed) for seed in range(3)]
 
@@ -917,7 +917,7 @@ def test_iterative_prune_ends_beside_a_distillation_with_heads(rewind):
 
 def test_a_round_that_prunes_nothing_is_an_error(monkeypatch):
     from kdnb.prune import rewind
-    monkeypatch.setattr(rewind, '_cut', lambda s, *args, **kwargs: s.model)
+    monkeypatch.setattr(rewind, '_cut_units', lambda s, *args, **kwargs: s.model)
     with pytest.raises(ValueError, match='this round has pruned nothing'): quietly_iterative(learner(), .5, n_epoch=1, lr=1e-3)
 
 @pytest.mark.parametrize('name', penalties)

@@ -74,6 +74,7 @@ class Trace(TorchDispatchMode):
         self.model,self.inside = model,inside
         self.parts,self.ran = {},[]     # `{(kind, path): labels}`; paths of layers in the order of running
         self.joined,self.held,self.balanced,self.rowwise = [],[],[],[]
+        self.products,self.from_shape = {},None      # what is multiplied in pairs and summed; see `in_pairs`
         self._names = {id(p): n for n,p in model.named_parameters()}
         self._running,self._uses,self._needs,self._calls = [],[],[],{}      # for numbers that code keeps
         self._first,self._n = {},1      # the first label of each layer, and the next that is free

@@ -146,7 +146,7 @@ def features(self:CRD,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "Vectors (B, D) of student and teacher, for each pair. Raises `ValueError` if they are not of the same samples."
-    mask = getattr(o, 'mask', None)
+    mask = getattr(o, 'feature_mask', None)
     for s,t in self.pairs: check_batch(o.f_s[s], o.f_t[t])
     return [(vectors(o.f_s[s], mask=mask),vectors(o.f_t[t], mask=mask)) for s,t in self.pairs]
 
@@ -157,4 +157,5 @@ def prepare(self:CRD,
 ) -> nn.Module:
     "Embeddings and memories for each pair"
     kwargs = dict(dim=self.dim, K=self.K, T=self.T, momentum=self.momentum)
-    return nn.ModuleList([ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs) for v_s,v_t in self.features(o)])
+    def head(v_s, v_t): return ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs)
+    return nn.ModuleList([head(*vs) for vs in self.features(o)])

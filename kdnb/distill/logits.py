@@ -168,7 +168,7 @@ class LwF(LogitTerm):
         return not self.layer
     def __call__(self, o):
         z_s = None
-        if self.layer: z_s = vectors(o.f_s[self.layer], mask=getattr(o, 'mask', None))
+        if self.layer: z_s = vectors(o.f_s[self.layer], mask=getattr(o, 'feature_mask', None))
         if getattr(o, 'head', None): z_s = o.head(z_s)
         return lwf(*self.logits(o, z_s), self.at(self.T, o))
 

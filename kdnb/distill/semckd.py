@@ -117,7 +117,7 @@ def maps(self:SemCKD,
     Raises `ValueError` if they are not of the same samples, or if there are tokens that do not count."""
     fs_s,fs_t = [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
     for f in (*fs_s,*fs_t): check_batch(fs_s[0], f)
-    check_whole(type(self).__name__, (*fs_s,*fs_t), getattr(o, 'mask', None))
+    check_whole(type(self).__name__, (*fs_s,*fs_t), getattr(o, 'feature_mask', None))
     return [as_map(f) for f in fs_s],[as_map(f) for f in fs_t]
 
 # %% ../../nbs/11g_distill.semckd.ipynb #8aad0c81

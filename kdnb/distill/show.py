@@ -74,7 +74,8 @@ def gaussians(kd):
         if k not in kd.heads or not hasattr(term, 'pairs'): continue
         found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
     if not found:
-        raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
+        raise ValueError('no term here has learnt a variance. Train with VID and keep what distill '
+                         'returns.')
     return found
 
 # %% ../../nbs/16_distill.show.ipynb #26dd4a4a

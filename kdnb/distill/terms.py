@@ -28,6 +28,11 @@ def _register(cls):
     ours = name in _terms and _terms[name].__module__.startswith('kdnb.')
     if not ours or cls.__module__.startswith('kdnb.'): _terms[name] = cls
 
+# %% ../../nbs/11_distill.terms.ipynb #61cc644c
+def registered(name):
+    "The class of the term called `name`"
+    return _terms[name]
+
 # %% ../../nbs/11_distill.terms.ipynb #961ab2c6
 def on_both(find):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"
@@ -63,8 +68,8 @@ class Term:
     ):
         if teacher is None: return
         if not isinstance(teacher, int) or isinstance(teacher, bool) or teacher<0:
-            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of teachers, '
-                             'counted from 0.')
+            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of '
+                             'teachers, counted from 0.')
         self.teacher = teacher
 
     def __init_subclass__(cls, abstract=False, **kwargs):
@@ -185,8 +190,8 @@ def term(
         own = dict(__call__=call, __doc__=f.__doc__, __module__=f.__module__, by_class=True)
         cls = type(f.__name__, (Term,), own)
     else:
-        raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a class derived from '
-                         'Term.')
+        raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a '
+                         'class derived from Term.')
     if usual is not None: cls.usual = check_weight(usual)
     if aliases: cls.aliases = aliases
     _register(cls)
@@ -202,7 +207,8 @@ class Terms:
     def __add__(self, o):
         new = o.terms if isinstance(o, Terms) else (o,)
         if bad := [t for t in new if not isinstance(t, Term)]:
-            raise ValueError(f'terms is {bad[0]!r}, expected a term such as KD(T=4)*.9, or a sum of terms.')
+            raise ValueError(f'terms is {bad[0]!r}, expected a term such as KD(T=4)*.9, or a sum '
+                             'of terms.')
         return Terms(*self.terms, *new)
     def __mul__(self, w): return Terms(*(t*w for t in self.terms))
     __rmul__ = __mul__

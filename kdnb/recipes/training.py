@@ -38,7 +38,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 from ..training.processes import Processes
 from ..training.schedules import _dropped,fused_adam,nesterov_sgd
-from ..training.state import callback_memory,set_callback_memory
+from ..training.memory import callback_memory,set_callback_memory
 
 # %% ../../nbs/50e_recipes.training.ipynb #42ad4b75
 def network_for(
