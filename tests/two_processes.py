@@ -1,5 +1,5 @@
-"""Distillation, variational training and pruning where each of two processes sees its part of every batch, and recipes (gloo, no GPU).
-torchrun starts this file once for all tests: two_processes.py folder"""
+"""Distillation, variational training, pruning and recipes where each of two processes sees its part of every batch
+(gloo, no GPU). torchrun starts this file once for all tests: two_processes.py folder"""
 import os, subprocess, sys, warnings
 
 warnings.filterwarnings('ignore')
@@ -43,13 +43,15 @@ def train(name, rank=0, n=1):
 
 def sparse_run(path):
     "Li et al. 2022 in small, with a report"
-    run = vbgs_kd(image_dls('digits', bs=128, drop_last=True, device='cpu'), 'lenet5_caffe', 'lenet300', path, (4,4,24), data='digits', gamma_weight=40., show=False)
+    dls = image_dls('digits', bs=128, drop_last=True, device='cpu')
+    run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (4,4,24), data='digits', gamma_weight=40., show=False)
     if run.rank==0: run.report()
 
 def other_runs(path):
     "Malihi and Heidemann 2023, and Ahn et al. 2019: what could be waited for in vain"
-    distill_then_prune(data(device='cpu'), 'lenet5_caffe', 'lenet5', path/'sequential', (1,1,1), levels=(0,.5), sweep_epochs=1, show=False)
-    vid(data(device='cpu'), 'resnet8', 'resnet8', path/'vid', (1,1,1,1), experiments='maps', quick=True, show=False)
+    kwargs = dict(dls=data(device='cpu'), show=False)
+    distill_then_prune(teacher='lenet5_caffe', student='lenet5', path=path/'sequential', epochs=(1,1,1), levels=(0,.5), sweep_epochs=1, **kwargs)
+    vid(teacher='resnet8', student='resnet8', path=path/'vid', epochs=(1,1,1,1), experiments='maps', quick=True, **kwargs)
 
 def both(folder):
     "Start two processes: the folder then holds their runs, and of each what every training ended with"
