@@ -32,9 +32,9 @@ class Pruner(TidyCallback):
     _report = None       # what warns, behind all others, if less is pruned than was asked for
     _ended = None        # name of the callback that has ended the fit
     def __init__(self,
-        sparsity:float|dict|Callable=.5, # Fraction that goes; `{layer: fraction}`; a function of scores
+        sparsity:float|dict|Callable=.5, # What goes: fraction; `{layer: fraction}`; function of scores
         criterion:str|Callable='magnitude', # One of `criteria`, or a function of a `Scoring`
-        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative'; a function of progress
+        schedule:str|Callable='one_shot', # 'one_shot', 'gradual', 'iterative'; a function
         by:str='weight', # What goes: 'weight' or 'channel'
         scope:str|None=None, # Where units compete: 'global' (for weights) or 'layer' (for channels)
         ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several
@@ -134,8 +134,8 @@ class _Report(QuickCallback):
         self._units = s
         self._names = list(s.weights)
         self.asked = None      # how many units; None where scores or a pattern decide
-        if not (callable(pruner.sparsity)
-                or pruner.how['pattern']): self.asked = _n_to_go(pruner, s)
+        counted = not (callable(pruner.sparsity) or pruner.how['pattern'])
+        if counted: self.asked = _n_to_go(pruner, s)
         s.weights = dict.fromkeys(s.weights)      # only their names are needed: the tensors may go
 
     def count(self):
@@ -189,7 +189,8 @@ def warn(self:_Report,
     if lost: why.append(f'{", ".join(savers) or "a callback"} has loaded weights from before the '
                         'last cut')
     asked = p.how['pattern'] or 'what the function of the scores gives'
-    if self.asked is not None: asked = str(p.sparsity) if isinstance(p.sparsity, dict) else f'{p.sparsity:g}'
+    is_dict = isinstance(p.sparsity, dict)
+    if self.asked is not None: asked = str(p.sparsity) if is_dict else f'{p.sparsity:g}'
     keep = ', or keep the last epoch: SaveModelCallback(at_end=True).' if lost else '.'
     warnings.warn(f'Pruner: {" and ".join(why)}. Of the {self._units.by}s {gone/n:.3g} are pruned, '
                   f'asked for: {asked}. {self.call(asked)} prunes the rest; train on after it. '

@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 import torch
 from ..core import get_layer,set_layer
-from ..data.arrays import ArrayDataLoaders
+from ..data.loaders import ArrayDataLoaders
 from ..data.sets import image_dls
 from ..distill.names import method_names
 from ..distill.terms import usual_weights

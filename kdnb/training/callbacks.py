@@ -19,7 +19,8 @@ def is_training(
     learn:Learner, # Any learner
 ) -> bool:
     "Is this fit one that trains, not `lr_find` or a prediction?"
-    return not {'lr_finder','gather_preds'} & vars(learn).keys()     # `hasattr` would search the model, too
+    # `hasattr` would search the model, too
+    return not {'lr_finder','gather_preds'} & vars(learn).keys()
 
 # %% ../../nbs/06_training.callbacks.ipynb #1ff7de96
 def is_warmup(
@@ -45,7 +46,8 @@ def fine_tune(self:Learner, *args, **kwargs) -> None:
 # %% ../../nbs/06_training.callbacks.ipynb #f7b73deb
 class QuickCallback(Callback):
     "A callback that costs nothing at the events it has no method for"
-    training = property(lambda self: self.learn.training)     # asked for at every event, and found without a search
+    # asked for at every event, and found without a search
+    training = property(lambda self: self.learn.training)
     def __call__(self, event_name):
         "As in fastai, but an event without a method is passed over at once"
         if hasattr(type(self), event_name): return super().__call__(event_name)
@@ -92,7 +94,7 @@ def _set_learn(self, learn):
 
 # %% ../../nbs/06_training.callbacks.ipynb #4d627a33
 class Attached:
-    """A mixin: `attach` runs when the callback is given to a learner, `detach` when it is taken away
+    """A mixin: `attach` runs when the callback is given to a learner, `detach` when it is taken
 
     Raises `ValueError` if the learner has the callback already, or if its model is no network."""
     _learn = None
@@ -106,7 +108,7 @@ class Attached:
 
 # %% ../../nbs/06_training.callbacks.ipynb #99164b17
 class TidyCallback(QuickCallback):
-    "A callback of training that shows `columns` and leaves the learner as it found it, also after an error"
+    "A callback of training that shows `columns` and leaves the learner as it was, also after an error"
     order = 0
     run_valid = False
     _only_train_loop = True

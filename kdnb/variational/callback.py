@@ -22,7 +22,8 @@ from ..training.terms import LossTerm
 from .gates import Gate
 from .layers import log_alphas,noise_groups,noise_params,variational_layers,VDLayer
 from .kl import KL
-from .threshold import accuracy_threshold,cut_fraction,kept,_takes_T,to_deterministic
+from .threshold import accuracy_threshold,cut_fraction,kept,_takes_T
+from .threshold import to_deterministic
 
 # %% ../../nbs/22_variational.callback.ipynb #42681a1c
 def train_size(
@@ -52,19 +53,19 @@ def _by_gate(model, weights):
 
 # %% ../../nbs/22_variational.callback.ipynb #6598ae10
 class VariationalSparsifier(LossTerm):
-    """Add KL/N, the KL of a variational network over the number of samples (Ming et al. 2020, eq. 7)
+    """Add KL/N, the KL of a variational network over the samples' number (Ming et al. 2020, eq. 7)
 
-    Raises `ValueError` for weights and fractions that are none, and, before training starts, where a
-    layer or gate is not there, or the optimiser has no group for the noise."""
+    Raises `ValueError` for weights and fractions that are none, and, before training starts, where
+    a layer or gate is not there, or the optimiser has no group for the noise."""
     own_group = True      # the noise has a parameter group of its own, the optimiser's first
     def __init__(self,
         weight:float|Callable=1., # Weight of KL/N (Ming et al. 2020: 1-λ), or a schedule of it
-        gamma_weight:float|dict=1., # Weight of the groups' KL, more prunes harder; or `{gate: weight}`
+        gamma_weight:float|dict=1., # Weight of groups' KL, more prunes harder; or `{gate: weight}`
         theta_weight:float=1., # Weight of the weights' KL to N(0, 1) within KL
         warmup:float=.2, # Fraction of training over which the weight rises from 0
-        cooldown:tuple|None=None, # `(start, end)`, fractions of training between which it falls to 0
+        cooldown:tuple|None=None, # `(start, end)`, parts of training between which it falls to 0
         gamma_lr:float=10., # Learning rate of the noise, as a multiple of that of the last group
-        cap:float|dict=.2, # Largest standard deviation of the first layer's weights, or `{path: largest}`
+        cap:float|dict=.2, # Largest σ of the first layer's weights, or `{path: largest}`
     ):
         check_weight(weight)
         check_warmup(warmup, cooldown)
@@ -88,14 +89,16 @@ class VariationalSparsifier(LossTerm):
     def _kl(self):
         "The term: KL over the number of training samples, a scalar"
         groups,theta = self._kls()
-        gamma_weight = 1. if self._each_gate else self.gamma_weight      # else the weights are within `groups`
+        gamma_weight = 1. if self._each_gate else self.gamma_weight
         return (gamma_weight*groups + self.theta_weight*theta)/self._N
 
-    def params(self,
-        model:nn.Module, # Variational network
-    ) -> list[nn.Parameter]:
-        "What the group of its own holds"
-        return noise_params(model)
+# %% ../../nbs/22_variational.callback.ipynb #b1d2e3f9
+@patch
+def params(self:VariationalSparsifier,
+    model:nn.Module, # Variational network
+) -> list[nn.Parameter]:
+    "What the group of its own holds"
+    return noise_params(model)
 
 # %% ../../nbs/22_variational.callback.ipynb #5518780d
 def _caps(model, cap):
@@ -140,8 +143,7 @@ def before_train(self:VariationalSparsifier):
     if self.cooldown and any(isinstance(m, VDLayer) for m in self._noisy.modules()):
         raise ValueError('cooldown closes gates, and this network has single weights (VDLayer), '
                          'which would come back when the KL falls. Use cooldown=None.')
-    noise = noise_params(self.model)
-    self._has_group = {*map(id, self.opt.param_lists[0])}=={*map(id, noise)}
+    self._has_group = {*map(id, self.opt.param_lists[0])}=={*map(id, self.params(self.model))}
     if not self._has_group and self.gamma_lr!=1:
         raise ValueError('γ has no parameter group of its own, since the optimiser was made before '
                          'this callback came. Give it to the Learner '
@@ -252,7 +254,7 @@ def after_epoch(self:VariationalSparsifier):
 @patch
 @_takes_T
 def compress(self:Learner,
-    limit:float|dict|str|None=None, # On log α: number, `{gate: number}`, 'valley', 'gap', 'accuracy'
+    limit:float|dict|str|None=None, # Number, `{gate: number}`, 'valley', 'gap', 'accuracy'
     max_drop:float=.002, # Validation accuracy that 'accuracy' may cost, a fraction
 ) -> nn.Module:
     """The plain, physically smaller network that this learner's variational network has become
@@ -267,5 +269,5 @@ def compress(self:Learner,
 def paper_optimizer(
     lr:float=.003, # Learning rate
 ) -> dict:
-    "Arguments of `Learner` for the optimiser of Ming et al. 2020 (IV-A): SGD, momentum .5, no decay"
+    "`Learner` arguments for the optimiser of Ming et al. 2020 (IV-A): SGD, momentum .5, no decay"
     return dict(opt_func=partial(SGD, mom=.5), lr=lr, wd=0.)
