@@ -9,13 +9,14 @@ MOVED = {'terms': 'training.terms training.params training.optimizer training.ca
          'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers',
          'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
-                         'recipes.record training.schedules files',
+                         'recipes.record training.schedules files locks',
          'distill.methods': ' '.join(f'distill.{o}' for o in
                                      'terms logits layers heads vid crd srrl semckd simkd names'.split()),
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
-SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
+SPLIT = {'files': 'locks', 'data.arrays': 'data.loaders',
+         'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
          'channels.trial': 'channels.remove',
          'training.state': 'training.memory',
          'variational.layers': 'variational.gates variational.kl',

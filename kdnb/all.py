@@ -3,6 +3,7 @@ from fastai.vision.all import *
 from kdnb.core import *
 from kdnb.layers import weighted, own_axes, weight_names
 from kdnb.files import *
+from kdnb.locks import *
 from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *

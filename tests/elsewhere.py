@@ -14,7 +14,7 @@ def _on_cpu(f, *args, **kwargs):
 
 def start(f, *args, **kwargs):
     "`f` runs elsewhere, on the CPU; the process"
-    p = context.Process(target=_on_cpu, args=(f,*args), kwargs=kwargs)
+    p = context.Process(target=_on_cpu, args=(f,*args), kwargs=kwargs, daemon=True)     # it ends with this one
     p.start()
     return p
 

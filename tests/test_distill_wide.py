@@ -428,8 +428,8 @@ class Half(TfmdDL):
     def get_idxs(self): return super().get_idxs()[::2]
 
 @pytest.mark.parametrize('message,make', [
-    ('samples change from epoch to epoch', lambda: loaders(items=Trembling())),
-    ('samples change from epoch to epoch', lambda: loaders(after_batch=[Seldom(p=.01)])),
+    ('samples change from epoch to epoch, by the data set itself', lambda: loaders(items=Trembling())),
+    ('samples change from epoch to epoch, by Seldom', lambda: loaders(after_batch=[Seldom(p=.01)])),
     ('Half gives 25 of its 50 samples', lambda: loaders(Half)),
     ('needs to know which sample is which, and DataLoader does not say. Use image_dls, from_arrays, or fastai', lambda: DataLoaders(*[DataLoader(iter(numbers()), bs=16)]*2)),
 ])

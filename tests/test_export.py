@@ -147,6 +147,13 @@ def rewrite_stored(path, tensors):
     path.write_bytes(st.save(ts, metadata=dict(kdnb=json.dumps(h | dict(sha256=hashlib.sha256(st.save(ts)).hexdigest())))))
     return path
 
+def test_words_of_a_text_are_no_classes(tmp_path):
+    "Loaders of text have two vocabularies; class names are those that a network tells apart"
+    text = SimpleNamespace(vocab=L([['the','whale','sea'], CategoryMap(['neg','pos'])]))
+    for vocab,names in ((text.vocab, ['neg','pos']), (CategoryMap(['ant','bee']), ['ant','bee']), (L('a','b'), ['a','b']), (range(3), ['0','1','2']), ({'a': 1}, []), (None, [])):
+        path = save_model(create('lenet5', c=2), tmp_path/'a', SimpleNamespace(vocab=vocab))
+        assert read_header(path)[0]['classes']==names
+
 def test_refuses_what_is_not_plain(tmp_path):
     with pytest.raises(ValueError, match='still has Gate layers'): save_model(to_variational(lenet300()), tmp_path/'a')
     with pytest.raises(ValueError, match='does not say how to build it'): save_model(nn.Linear(2,2), tmp_path/'a')

@@ -21,7 +21,7 @@ def _files(pattern, root=ROOT):
 MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__init__.py', '_modidx.py')}
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
-FLOORS = dict(_moved=0, _face=0, core=1, layers=1, kinds=1, files=1, data=1, models=1, measure=2, features=2, show=2, drawing=2, training=2, masks=3, channels=4,
+FLOORS = dict(_moved=0, _face=0, core=1, layers=1, kinds=1, files=1, locks=1, data=1, models=1, measure=2, features=2, show=2, drawing=2, training=2, masks=3, channels=4,
               distill=5, variational=5, prune=5, export=5, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
 
 

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/08i_channels.dead.ipynb #b4a0407d
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from .groups import _removable
-from .layers import copy_network
 from .sizes import output_tensors
 from .trial import constant_draws,_silence,_summing
 from ..core import evaluating
@@ -58,6 +58,14 @@ def _constant(model, g):
     return torch.stack(mute).any(0)
 
 # %% ../../nbs/08i_channels.dead.ipynb #930a7985
+@contextmanager
+def _same_buffers(model):
+    "Statistics and other buffers of `model` are afterwards what they were: cheaper than a copy of a network of many modules"
+    old = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
+    try: yield
+    finally:
+        for m,n,b,was in old: m._buffers[n] = b.copy_(was)
+
 @torch.no_grad()
 def _hear_zeros(model, paths, xb, training=False):
     """`{path: mask}` of the inputs of layers that are zero everywhere in a batch
@@ -78,8 +86,9 @@ def _hear_zeros(model, paths, xb, training=False):
     finally:
         for h in hooks: h.remove()
     if training: return zero
-    try: trained = _hear_zeros(copy_network(model), paths, xb, True)
-    except Exception: trained = {}      # it may not train on these
+    with _same_buffers(model):
+        try: trained = _hear_zeros(model, paths, xb, True)
+        except Exception: trained = {}      # it may not train on these
     return {p: zero.get(p, True) & trained.get(p, True) for p in zero.keys() | trained.keys()}
 
 # %% ../../nbs/08i_channels.dead.ipynb #9aeeb879
@@ -101,8 +110,8 @@ def _other_inputs(xb):
 # %% ../../nbs/08i_channels.dead.ipynb #de15eb2c
 @torch.no_grad()
 def _silent(model, groups, xb):
-    "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in"
-    asked = [(g,c) for g in groups if (c := _constant(model, g) & ~g.paired).any()]
+    "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in; `groups` has what is known"
+    asked = [(g,c) for g,found in groups.items() if ((c := _constant(model, g) & ~g.paired) & ~found).any()]
     if not asked: return []
     loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
     paths,drawn,silent = {p.path for g,_ in asked for p in g.readers+_summing(model, g)},[],{}
@@ -144,7 +153,7 @@ def _one_sided(model, g):
 @torch.no_grad()
 def _cancelled(model, groups, xb):
     "Pairs of group and mask: channels that are multiplied with zeros only, whatever comes in"
-    asked = [(g,c) for g in groups if g.products and (c := _one_sided(model, g)).any()]
+    asked = [(g,c) for g,found in groups.items() if g.products and ((c := _one_sided(model, g)) & ~found).any()]
     if not asked or _same_without(model, asked, xb): return asked
     return [o for o in asked if _same_without(model, [o], xb)] if len(asked)>1 else []
 
@@ -160,7 +169,7 @@ def _same_without(model, asked, xb):
                 t = m._parameters[name]
                 t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
     def run(m, x, training):
-        with constant_draws(m): return output_tensors(copy_network(m).train(training)(*x))
+        with constant_draws(m), evaluating(m), _same_buffers(m): return output_tensors(m.train(training)(*x))
     for x in _other_inputs(xb):
         for training in (False,True):
             try: before = run(model, x, training)
@@ -192,6 +201,6 @@ def _dead(model, groups, xb):
         gone[g] = new
         return True
     while (any([settle(g, _unread(model, g)) for g in reversed(gone)])
-           or any([settle(g, found) for f in (_silent,_cancelled) for g,found in f(model, gone, xb)])): pass
+           or any([settle(g, found) for f in (_silent,_cancelled) for g,found in f(model, zero, xb)])): pass
     left = {g.name: why for g in groups if (why := _why_left(model, g, gone.get(g), zero.get(g)))}
     return {g: mask for g,mask in gone.items() if mask.any()},left

@@ -151,14 +151,21 @@ def _summing(model, g):
 
 
 # %% ../../nbs/08g_channels.trial.ipynb #264e6a65
+@torch.no_grad()
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` that nobody reads, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
-    masked = deepcopy(model)
-    for g,dead in gone:
-        _silence(masked, g, dead, ('makers','norms','readers') if _summing(model, g) or g.products else ['readers'])
-    small = deepcopy(masked)
+    def kinds(g): return ('makers','norms','readers') if _summing(model, g) or g.products else ['readers']
+    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, kinds(g))}
+    for g,dead in gone: _silence(model, g, dead, kinds(g))
+    try: return _differs_without(model, xb, gone)
+    finally:
+        for n,t in old.items(): model.get_parameter(n).copy_(t)
+
+def _differs_without(model, xb, gone):
+    "Where `model` differs from a copy without the channels `gone`, which are silenced, and why; or None"
+    small = deepcopy(model)
     try:
         kept = _remove(small, gone)
         # torch.fx prints the errors of its modules
@@ -166,7 +173,7 @@ def _difference(model, xb, groups):
     except Exception as e:
         return f"the network's code counts on their number ({_said(e)})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
-    where = _first_difference(layer_outputs(masked, xb), small, model, kept, tol)
+    where = _first_difference(layer_outputs(model, xb), small, model, kept, tol)
     return None if where is None else (LOST,where)
 
 # %% ../../nbs/08g_channels.trial.ipynb #51844b37

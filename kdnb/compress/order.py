@@ -11,7 +11,8 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from ..channels.groups import ChannelGroup
 from .budget import Budget
-from ..prune.sensitivity import least,without
+from ..prune.lowest import least
+from ..prune.sensitivity import without
 
 # %% ../../nbs/45a_compress.order.ipynb #26f45256
 def widths_of(

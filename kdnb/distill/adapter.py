@@ -95,7 +95,8 @@ class TeacherAdapter:
 # %% ../../nbs/11n_distill.adapter.ipynb #eb4c1649
 def _forget_compiled(net):
     "Let a compiled `net` see that its hooks have changed"
-    if any(getattr(m, '_orig_mod', m._compiled_call_impl) is not None for m in net.modules()): torch._dynamo.reset()
+    compiled = (getattr(m, '_orig_mod', m._compiled_call_impl) for m in net.modules())
+    if any(o is not None for o in compiled): torch._dynamo.reset()
 
 # %% ../../nbs/11n_distill.adapter.ipynb #9c52a00a
 @patch
@@ -217,5 +218,6 @@ def logits(self:TeacherAdapter,
     "The teacher's answers `z` as `term` expects them"
     if self.form=='probabilities' and (term.softmax or term.by_class and self.numbered): z = log_of(z)
     if self.order is None or not term.by_class: return z
-    if self._index is None or self._index.device!=z.device: self._index = torch.tensor(self.order, device=z.device)
+    if self._index is None or self._index.device!=z.device:
+        self._index = torch.tensor(self.order, device=z.device)
     return z.index_select(class_dim(z), self._index)

@@ -37,7 +37,7 @@ class _Fit:
     undo:ExitStack = field(default_factory=ExitStack)    # puts back what has been changed
     capture:Capture|None = None                          # of the student's layers
     views:list = field(default_factory=list)             # data sets, if answers are stored
-    noted:object = None                                  # `SamplePlaces` of a loader that does not number its batches
+    noted:object = None                                  # `SamplePlaces` of one of fastai's loaders
     places:torch.Tensor|None = None                      # of the last batch's samples (B,)
     checked:set = field(default_factory=set)             # teachers whose answers have been looked at
     judged:set = field(default_factory=set)              # terms that have seen what they compare
@@ -196,7 +196,7 @@ def _term_of_task(self:KnowledgeDistillation):
 # %% ../../nbs/13_distill.callback.ipynb #555d7700
 @patch
 def _terms_of_names(self:KnowledgeDistillation):
-    "Terms called `by_name`, with their usual layers and weights. Raises `ValueError` if a network has no such layers."
+    "Terms called `by_name`, with their usual layers and weights; `ValueError` if there are no such layers"
     t = self.teachers[0]
     with undisturbed(self.model):
         if not isinstance(t, StoredTeacher): t.adapter.meet(self.dls, t.net)
@@ -208,7 +208,7 @@ def _terms_of_names(self:KnowledgeDistillation):
 # %% ../../nbs/13_distill.callback.ipynb #f69df00f
 @patch
 def _choose_terms(self:KnowledgeDistillation):
-    "Terms that are not given: those of the task, or those of the names; if they are not certain, training will say so"
+    "Terms of the task, or of names; if they are not certain, the error is kept for the training"
     now = self.loss_func,self.dls,self.model
     late = self.by_task or self.by_name
     if not late or not self.teachers or 'gather_preds' in vars(self.learn): return
@@ -461,7 +461,8 @@ def _targets(self:KnowledgeDistillation, term):
 # %% ../../nbs/13_distill.callback.ipynb #351046de
 def as_mask(o):
     "What a user's `mask` has given, if it is a mask; raises `ValueError` if not"
-    if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point(): return o.as_subclass(torch.Tensor).bool()
+    if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point():
+        return o.as_subclass(torch.Tensor).bool()
     what = f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, torch.Tensor) else described(o)
     raise ValueError(f'mask gives {what}, expected a tensor of True and False, (B, H, W) or (B, '
                      'N): True where a place counts.')
@@ -520,8 +521,8 @@ def values(self:KnowledgeDistillation,
     res = {}
     for k in names:
         y = lambda t=self.terms[k]: self._targets(t)
-        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, by_label=self.mask is None,
-                      index=fit.places)
+        more = dict(y=y, mask=self._mask, by_label=self.mask is None, index=fit.places)
+        o = self._see(k, z_s, answers, raw, f_s, self.progress, **more)
         self._judge(k, o, raw)
         res[k] = self.terms[k](o)
     return res

@@ -99,7 +99,8 @@ def fresh_index(learn, last, noted=None):
     """The places of this batch's samples, of its `yb` or as `noted` by a `SamplePlaces`
 
     Raises `ValueError` if they are those of the `last` batch, or missing."""
-    if noted is not None: return noted.of(learn.iter, find_bs(learn.xb)).to(next(learn.model.parameters()).device)
+    if noted is not None:
+        return noted.of(learn.iter, find_bs(learn.xb)).to(next(learn.model.parameters()).device)
     take_index(learn)
     now = vars(learn).get('sample_index')
     if now is None or now is last:
@@ -115,7 +116,7 @@ def ignored_label(loss):
 
 # %% ../../nbs/12b_distill.checks.ipynb #64ba8e50
 def label_mask(loss, yb):
-    "True where a pixel or token has a label that `loss` does not ignore; None if all have, or there is one label a sample"
+    "True where a pixel or token has a label that `loss` does not ignore; None if all have"
     ignored = ignored_label(loss)
     if ignored is None or not len(yb) or not isinstance(yb[0], torch.Tensor): return
     y = yb[0].as_subclass(torch.Tensor)

@@ -157,4 +157,5 @@ def prepare(self:CRD,
 ) -> nn.Module:
     "Embeddings and memories for each pair"
     kwargs = dict(dim=self.dim, K=self.K, T=self.T, momentum=self.momentum)
-    return nn.ModuleList([ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs) for v_s,v_t in self.features(o)])
+    def head(v_s, v_t): return ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs)
+    return nn.ModuleList([head(*vs) for vs in self.features(o)])

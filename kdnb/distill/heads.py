@@ -152,18 +152,6 @@ class FitNet(HeadTerm):
         f_s,f_t = map_pair(f_s, f_t)
         return mse(*same_size(head(f_s), f_t))
 
-# %% ../../nbs/11c_distill.heads.ipynb #1a7a9618
-@patch
-def errors(self:FitNet,
-    head:nn.Module, # The regressor
-    f_s:torch.Tensor, # The student's features (B, …)
-    f_t:torch.Tensor, # The teacher's
-) -> torch.Tensor:
-    "Squared error of the regressor at each place (B, C, H, W)"
-    f_s,f_t = map_pair(f_s, f_t)
-    a,b = at_least_float32(same_size(head(f_s), f_t))
-    return (a-b).square()
-
 # %% ../../nbs/11c_distill.heads.ipynb #f5f8152d
 @patch
 def head(self:FitNet,
@@ -179,3 +167,15 @@ def head(self:FitNet,
     if self.norm: layers += batch_norm(c_t, size_t)
     if self.relu: layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+# %% ../../nbs/11c_distill.heads.ipynb #1a7a9618
+@patch
+def errors(self:FitNet,
+    head:nn.Module, # The regressor
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> torch.Tensor:
+    "Squared error of the regressor at each place (B, C, H, W)"
+    f_s,f_t = map_pair(f_s, f_t)
+    a,b = at_least_float32(same_size(head(f_s), f_t))
+    return (a-b).square()

@@ -27,7 +27,7 @@ def normalisation(
     tfms = getattr(getattr(getattr(dls, 'train', None), 'after_batch', None), 'fs', ())
     found = [t for t in tfms if isinstance(t, Normalize)]
     if any(t.mean is None or t.std is None for t in found): return
-    if not found and not any(isinstance(t, IntToFloatTensor) for t in tfms): return     # no images of fastai or of ours
+    if not found and not any(isinstance(t, IntToFloatTensor) for t in tfms): return     # no images
     mean,std = torch.zeros(1,1,1,1),torch.ones(1,1,1,1)
     for t in found:
         m,s = (_plain(torch.as_tensor(o)).detach().float().cpu() for o in (t.mean, t.std))
@@ -49,7 +49,8 @@ class Feed:
         ours:tuple|None=None, # `normalisation` of the student's images; nothing is done if None
         theirs:tuple|None=None, # … of the teacher's
     ):
-        if tfm is not None and not callable(tfm): raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
+        if tfm is not None and not callable(tfm):
+            raise ValueError(f'teacher_tfm is {tfm!r}, expected a function.')
         self.tfm = tfm
         self.ours = ours
         self.theirs = theirs
@@ -88,7 +89,8 @@ def feed_of(
     Raises `ValueError` if the pixels are on other scales."""
     ours,theirs = (None,None) if source is None or source is dls else map(normalisation, (dls, source))
     def alike(a, b): return a.shape==b.shape and torch.allclose(a, b, 1e-4, 1e-5)
-    if ours is None or theirs is None or all(map(alike, ours, theirs)): return None if tfm is None else Feed(tfm)
+    if ours is None or theirs is None or all(map(alike, ours, theirs)):
+        return None if tfm is None else Feed(tfm)
     if (ours[1]/theirs[1]).log().abs().max()<=math.log(20): return Feed(tfm, ours, theirs)
     raise ValueError(f'the teacher\'s images have deviations about {theirs[1].mean():.3g}, the '
                      f'student\'s about {ours[1].mean():.3g}: their pixels are on other scales, '
@@ -113,7 +115,7 @@ def check_size(
     xb:tuple, # What it is to be given
     shape:tuple|None, # Shape (C, H, W) of the images it was trained on
 ) -> str|None:
-    "A line to be said, if the images `xb` have another size. Raises `ValueError` if `teacher` cannot read them."
+    "A line to be printed if the images `xb` have another size. Raises `ValueError` if it cannot read them."
     if shape is None or not isinstance(xb[0], torch.Tensor): return      # a list of images, a dict
     got = tuple(xb[0].shape[1:])
     if got==shape: return

@@ -124,7 +124,8 @@ def rebuild(self:SimKD,
     archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
     if all(archs):
         more = {} if order is None else dict(order=order)
-        kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more)
+        kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor,
+                      norm=self.norm, **more)
         new.arch = dict(name='simkd_student', kwargs=kwargs)
     return new
 

@@ -58,14 +58,6 @@ def start(self:LiveTeacher,
         self._capture = undo.enter_context(Capture(self.net, layers, xb))
         self._undo = undo.pop_all()
 
-# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
-@patch
-def stop(self:LiveTeacher) -> None:
-    "Leave the network as it was found"
-    undo,self._undo = self._undo,None
-    if undo is not None: undo.close()
-    self._capture = None
-
 # %% ../../nbs/12_distill.teacher.ipynb #614b9870
 @patch
 def answer(self:LiveTeacher,
@@ -74,6 +66,14 @@ def answer(self:LiveTeacher,
 ) -> tuple:
     "Logits (or what it returns) and features by path, for one batch"
     return self.ask(xb),self._capture.take()
+
+# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
+@patch
+def stop(self:LiveTeacher) -> None:
+    "Leave the network as it was found"
+    undo,self._undo = self._undo,None
+    if undo is not None: undo.close()
+    self._capture = None
 
 # %% ../../nbs/12_distill.teacher.ipynb #e0d1888f
 @patch
@@ -122,16 +122,21 @@ def mixer(learn):
     "The name of the learner's callback that mixes images, or None"
     return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
+# %% ../../nbs/12_distill.teacher.ipynb #4e072fbb
+def random_transforms(dl):
+    "Those of fastai's transforms in `dl` that may be random"
+    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    return [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform)]
+
 # %% ../../nbs/12_distill.teacher.ipynb #0824e14d
 def changes(dl):
     "Do the inputs that `dl` gives for a sample change from epoch to epoch?"
     if isinstance(dl, TensorDL): return dl.augments
-    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
-    rare = [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform) and 0<t.p<1]
-    if rare: return True
+    if any(0<t.p<1 for t in random_transforms(dl)): return True
     steady = dl.new(shuffle=False, drop_last=False)
     once,again = (tree_leaves(list(steady.one_batch())) for _ in range(2))
-    return not all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b for a,b in zip(once, again))
+    def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+    return not all(map(same, once, again))
 
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
 def fixed_views(learn, n_views):
@@ -142,9 +147,10 @@ def fixed_views(learn, n_views):
                          'cache=False.')
     if not changes(dl): return [dl.dataset]
     if not isinstance(dl, TensorDL):
-        raise ValueError('cache is set, but the training samples change from epoch to epoch: '
-                         'reading them twice gives two things. Use cache=False, or transforms that '
-                         'are not random (n_views= is for image_dls and from_arrays).')
+        names = ', '.join(type(t).__name__ for t in random_transforms(dl)) or 'the data set itself'
+        raise ValueError('cache is set, but the training samples change from epoch to epoch, by '
+                         f'{names}. Use cache=False, or nothing random, such as '
+                         "Resize(n, method='squish'); n_views= is for image_dls and from_arrays.")
     if not n_views:
         raise ValueError('cache is set, but the training images change from epoch to epoch. Use '
                          'cache=False, data without pad and flip, or n_views=10 to train on ten '
@@ -250,9 +256,9 @@ class StoredTeacher(CachedTeacher):
         layers:list, # Paths of layers: none
     ) -> None:
         "Raises `ValueError` if layers are asked for: there are none."
-        if layers:
-            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use '
-                             'terms on logits.')
+        if not layers: return
+        raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on '
+                         'logits.')
 
     def probe(self,
         xb:tuple, # Inputs
@@ -262,32 +268,36 @@ class StoredTeacher(CachedTeacher):
         self.start(None, layers)
         return self.net.logits[:len(xb[0])],{}
 
-    def store(self,
-        dl:DataLoader, # Loader of the training set
-        views:list, # Its data sets
-    ) -> None:
-        "Raises `ValueError` if there are not as many rows as samples."
-        n = len(self.net.logits)
-        if n!=len(dl.dataset):
-            raise ValueError(f'the stored logits are of {n} samples, the training set has '
-                             f'{len(dl.dataset)}. Give one row for each, in their order.')
-        if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
-        self._views = [{'': self.net.logits}]*len(views)
-        self.show(0)
-
-    def answer(self,
-        xb:tuple, # Inputs: not needed
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "The logits of the samples at `index`, and no features; numpy's float64 as float32"
-        z_t,f_t = super().answer(xb, index)
-        return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
-
     def check(self,
         xb:tuple, # Inputs of the first batch
         z_t:torch.Tensor|None, # Stored answers to it
     ) -> None:
         "Nobody knows better"
+
+# %% ../../nbs/12_distill.teacher.ipynb #d5d96a3f
+@patch
+def store(self:StoredTeacher,
+    dl:DataLoader, # Loader of the training set
+    views:list, # Its data sets
+) -> None:
+    "Raises `ValueError` if there are not as many rows as samples."
+    n = len(self.net.logits)
+    if n!=len(dl.dataset):
+        raise ValueError(f'the stored logits are of {n} samples, the training set has '
+                         f'{len(dl.dataset)}. Give one row for each, in their order.')
+    if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
+    self._views = [{'': self.net.logits}]*len(views)
+    self.show(0)
+
+# %% ../../nbs/12_distill.teacher.ipynb #ec24d626
+@patch
+def answer(self:StoredTeacher,
+    xb:tuple, # Inputs: not needed
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "The logits of the samples at `index`, and no features; numpy's float64 as float32"
+    z_t,f_t = CachedTeacher.answer(self, xb, index)
+    return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
 
 # %% ../../nbs/12_distill.teacher.ipynb #8566d8a5
 def as_teacher(o):

@@ -99,13 +99,6 @@ class VID(HeadTerm):
     ) -> torch.Tensor:
         "Mean of -log q(t|s)"
         return head(f_s, f_t).mean()
-    def errors(self,
-        head:nn.Module, # q(t|s)
-        f_s:torch.Tensor, # The student's features (B, …)
-        f_t:torch.Tensor, # The teacher's
-    ) -> torch.Tensor:
-        "-log q(t|s) at each place (B, C, H, W)"
-        return head(f_s, f_t)
 
 # %% ../../nbs/11d_distill.vid.ipynb #b0f0bbe6
 @patch
@@ -137,6 +130,16 @@ def head(self:VID,
     if grows: mean = growing(f_s.shape[1], f_t.shape[1], size_t)
     else: mean = self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, size_s, size_t)))
     return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
+
+# %% ../../nbs/11d_distill.vid.ipynb #b2c4d2da
+@patch
+def errors(self:VID,
+    head:nn.Module, # q(t|s)
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> torch.Tensor:
+    "-log q(t|s) at each place (B, C, H, W)"
+    return head(f_s, f_t)
 
 # %% ../../nbs/11d_distill.vid.ipynb #41136708
 class VIDLP(VID):

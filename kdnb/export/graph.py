@@ -72,7 +72,10 @@ def _sample(data, model):
 def _graph(model, xb, opset, **kwargs):
     "What a network of `_still` does with `xb`, as ONNX; what its layers are called there; the index of the logits"
     onnx,run,xb = _onnx()[0],model.forward,first_samples(xb, 2, 2)
-    with torch.no_grad(): out = run(*xb)
+    with torch.no_grad():
+        try: out = run(*xb)
+        except (RuntimeError,TypeError,ValueError,IndexError) as e:
+            raise ValueError(f'{type(model).__name__} does not take these data: {_cause(e)}') from None
     model.forward = lambda *xs: tuple(output_tensors(run(*xs)))
     batch = torch.export.Dim('batch')
     free = tree_map(lambda o: {0: batch} if isinstance(o, torch.Tensor) and o.ndim else None, xb)
@@ -80,6 +83,8 @@ def _graph(model, xb, opset, **kwargs):
                         output_names=_output_names(out), **kwargs)
     if any(o.type.tensor_type.shape.dim and not o.type.tensor_type.shape.dim[0].dim_param for o in graph.graph.input):
         raise ValueError(f'{type(model).__name__} cannot be exported: its code fixes the number of samples in a batch.')
+    if (got := graph.opset_import[0].version)!=opset:
+        raise ValueError(f'opset is {opset}, and torch writes no less than {got} for this network. Ask for {got}.')
     layers = _layers(graph.graph)
     _bare(graph)
     _trim(graph)

@@ -34,7 +34,7 @@ def as_pairs(
 
 # %% ../../nbs/05b_features.layers.ipynb #5b711d85
 def _last_calls(model, data):
-    "`{path: (module, map size of input, of output)}` of the last call of each layer, in the order in which they finish"
+    "`{path: (module, map size of input, of output)}` of the last call of each layer, as they finish"
     last = {}
     for path,m,*shapes in layer_calls(model, data):      # `Capture` keeps the last of several calls, too
         last.pop(path, None)
@@ -48,11 +48,13 @@ def stage_ends(
 ) -> dict[tuple[int,int],str]:
     "`{(H, W): path}` of the last layer with maps of that size, not within a block that goes on to another size"
     last = _last_calls(model, data)
-    resizing = {f'{path}.': i for path,(m,i,o) in last.items() if i and o and i!=o and not isinstance(m, nn.Sequential)}
+    def resizes(m, i, o): return i and o and i!=o and not isinstance(m, nn.Sequential)
+    resizing = {f'{path}.': o[1] for path,o in last.items() if resizes(*o)}
     ends = {}
     for n,(path,(_,_,size)) in enumerate(last.items()):
         within = sum(path.startswith(block) and i==size for block,i in resizing.items())
-        if size: ends[size] = max(ends.get(size, (-within,n,path)), (-within,n,path))     # the outermost, then the last
+        here = -within,n,path
+        if size: ends[size] = max(ends.get(size, here), here)     # the outermost, then the last
     in_order = sorted(ends.items(), key=lambda o: o[1][1])
     paths = {size: path for size,(_,_,path) in in_order}
     return {size: path for size,path in paths.items() if size!=(1,1)} or paths

@@ -69,7 +69,7 @@ unnumbered = ('{} needs to know which sample is which, and {} does not say. Use 
 def _listed(dataset):
     "What a data set that does not hold its samples in one tensor lists them by: their number, files, rows"
     items = getattr(dataset, 'items', None)
-    if isinstance(items, pd.DataFrame): items = pd.util.hash_pandas_object(items, index=False)
+    if isinstance(items, pd.DataFrame): items = pd.util.hash_pandas_object(items.astype(str)).tolist()
     listed = [] if items is None or callable(items) else list(items)
     return len(dataset),*(o for o in listed if isinstance(o, (str,Path,int,float,torch.Tensor)))
 
@@ -107,7 +107,7 @@ def _inputs_in(dl, b, model):
 
 # %% ../../nbs/05d_features.stored.ipynb #9f327206
 def _put(res, k, o, places, n, folder, i):
-    "Rows `o` of the output `k`, the `i`-th of all, at `places` of `n`. Raises `ValueError` if they are of another shape."
+    "Put rows `o` of the output `k`, the `i`-th of all, at `places` of `n`; `ValueError` for another shape"
     if k not in res: res[k] = _empty_rows(o, n, folder, i)
     if o.shape[1:]!=res[k].shape[1:]:
         raise ValueError(f'{repr(k) if k else "the output"} has shape {tuple(o.shape[1:])} in one '
@@ -120,7 +120,8 @@ def _compute(model, dl, layers, folder, logits):
     "What `activations` returns, computed"
     res,n = {},len(dl.dataset)
     seen = torch.zeros(n, dtype=torch.bool)
-    with evaluating(model), Capture(model, layers, _inputs_in(dl, dl.one_batch(), model)) as c, SamplePlaces(dl) as order:
+    trial = _inputs_in(dl, dl.one_batch(), model)
+    with evaluating(model), Capture(model, layers, trial) as c, SamplePlaces(dl) as order:
         for i,b in enumerate(dl):
             xb = _inputs_in(dl, b, model)
             z = find_logits(model(*xb), logits)
@@ -145,7 +146,7 @@ def activations(
 ) -> dict[str,torch.Tensor]:
     """`{'': logits (N, …), path: outputs of that layer (N, …)}` for all samples of `dl`; no `''` if none are known
 
-    Raises `ValueError` if samples have no numbers, or `folder` holds the outputs of another network or for other images."""
+    Raises `ValueError` if samples have no numbers, or if `folder` holds other outputs."""
     if not is_numbered(dl): raise ValueError(unnumbered.format('activations', type(dl).__name__)+'.')
     dl,names = dl.new(shuffle=False, drop_last=False),['', *layers]
     if not folder: return _compute(model, dl, layers, folder, logits)

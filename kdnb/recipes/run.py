@@ -12,7 +12,8 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..export.files import load_model,save_model
-from ..files import atomic_write,load_state,release,save_state
+from ..files import atomic_write,load_state,save_state
+from ..locks import release
 from ..measure.counts import cost,latency
 from .record import Exhibit
 from .stage import _as_saved

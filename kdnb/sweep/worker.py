@@ -10,7 +10,7 @@ import gc,itertools,json,math,os,sys,threading,time,traceback
 import numpy as np
 from pathlib import Path
 from fastcore.basics import noop,patch
-from ..files import release
+from ..locks import release
 from ..show import percent
 from .grid import Grid
 from .processes import _lives,keep_alive,worker_process
