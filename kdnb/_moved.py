@@ -4,7 +4,7 @@ from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
-         'checkpoint': 'training.checkpoint training.state training.memory training.fingerprint files',
+         'checkpoint': 'training.checkpoint training.state training.memory training.fingerprint files locks',
          'processes': 'training.processes',
          'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers',
          'prune.masks': 'masks layers',

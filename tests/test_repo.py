@@ -174,7 +174,7 @@ def test_what_has_moved_down_is_found_where_it_was(module, names):
 @pytest.mark.parametrize('old, names', {'training.state': 'marks_of callback_memory', 'variational.layers': 'Gates Draw KL kl', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha kl_schedule noise_params cut_fraction',
     'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner is_warmup gradual schedules', 'recipes.vid': 'vid_table mlp_pairs',
     'recipes.prue': 'teachers_table methods_table', 'recipes.prune_then_distill': 'taught_table rounds_table',
-    'recipes.sequential': 'compression_table'}.items())
+    'recipes.sequential': 'compression_table', 'data.arrays': 'from_arrays ArrayDataLoaders', 'files': 'release'}.items())
 def test_what_has_moved_to_a_module_beside_is_found_where_it_was(old, names):
     mod = importlib.import_module(f'kdnb.{old}')
     for o in names.split(): assert getattr(mod, o) is getattr(kdnb.all, o)

@@ -30,7 +30,8 @@ from ..prune.sensitivity import check_data,validate_as
 # %% ../../nbs/45e_compress.learner.ipynb #84f0c059
 def _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh):
     "Raise if one of these numbers of `compress_to` is not what it should be"
-    whole = dict(n_epoch=(n_epoch,0), steps=(steps,1), round_to=(round_to,1), tries=(tries,1), n=(n,1), update_bn=(update_bn,0))
+    whole = dict(n_epoch=(n_epoch,0), steps=(steps,1), round_to=(round_to,1), tries=(tries,1), n=(n,1),
+                 update_bn=(update_bn,0))
     for k,(v,least) in whole.items():
         if v is None and k in ('round_to','n'): continue
         if isinstance(v, bool) or not isinstance(v, Integral) or v<least:
@@ -147,7 +148,8 @@ def compress_to(self:Learner,
 ) -> Compressed:
     """Remove channels until the limits hold, and distil from the dense network; the learner stays as it is
 
-    Raises `ValueError` if a limit is none or cannot be reached, or if no channel may go; `TypeError` for a name unknown."""
+    Raises `ValueError` if a limit is none or cannot be reached, or if no channel may go, and `TypeError` for a name
+    that is unknown."""
     _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh)
     _check_way(how, criterion, n_epoch, steps)
     _check_names(self, fit, kwargs)

@@ -44,7 +44,13 @@ class _Fit:
     after:list = field(default_factory=list)             # functions called after the backward pass
 
 # %% ../../nbs/13_distill.callback.ipynb #e4c119a9
-def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
+def make_teacher(
+    teacher:object, # A network, a `Learner` or stored logits
+    tfm:object=None, # What its inputs go through first, see `TeacherAdapter`
+    cache:bool|str|Path=False, # Ask once a sample? Or the folder of the answers
+    logits:object=None, # Where the logits are in what it returns, see `as_logits`
+    i:int|None=None, # Which of several teachers it is, for errors
+):
     "`teacher`, the `i`-th of several, as a live, a cached (in memory or the folder `cache`), or a stored one"
     net = as_teacher(teacher)
     adapter = TeacherAdapter(teacher, tfm)
@@ -54,7 +60,15 @@ def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
     return CachedTeacher(net, adapter, logits, folder)
 
 # %% ../../nbs/13_distill.callback.ipynb #8ef85bc3
-def check_arguments(named, by_task, task, cache, n_views, logits, mask):
+def check_arguments(
+    named:dict, # Terms by name
+    by_task:bool, # Were they chosen for the task?
+    task:object, # Weight of the task loss
+    cache:object, # As in `KnowledgeDistillation`
+    n_views:int|None, # As in `KnowledgeDistillation`
+    logits:object, # As in `KnowledgeDistillation`
+    mask:object, # As in `KnowledgeDistillation`
+) -> None:
     "Raise `ValueError` for what cannot be meant"
     if isinstance(task, (Term,Terms)):
         raise ValueError('task is a term, expected the weight of the task loss. Add terms up: '
@@ -71,7 +85,10 @@ def check_arguments(named, by_task, task, cache, n_views, logits, mask):
                          'such as lambda xb,yb: yb[0]!=255.')
 
 # %% ../../nbs/13_distill.callback.ipynb #369f74a6
-def usual_task(terms, names):
+def usual_task(
+    terms:object, # A term or a sum
+    names:object, # Names of terms, or None
+):
     "The usual weight of the task loss beside `terms`, or beside those called `names`"
     return min(t.task for t in [*terms, *map(registered, names)])
 
@@ -459,7 +476,9 @@ def _targets(self:KnowledgeDistillation, term):
                      'batches have targets.')
 
 # %% ../../nbs/13_distill.callback.ipynb #351046de
-def as_mask(o):
+def as_mask(
+    o:object, # What it has given
+):
     "What a user's `mask` has given, if it is a mask; raises `ValueError` if not"
     if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point():
         return o.as_subclass(torch.Tensor).bool()

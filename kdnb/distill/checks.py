@@ -15,7 +15,9 @@ from ..data.arrays import take_index
 from .terms import Term,Terms
 
 # %% ../../nbs/12b_distill.checks.ipynb #72e0eae7
-def named_terms(terms):
+def named_terms(
+    terms:object, # A term or a sum of terms
+) -> dict:
     "`{name: term}` of a term or a sum of them; raises `ValueError` if `terms` is neither"
     if isinstance(terms, (Term,Terms)): return (Terms()+terms).named()
     do = ''
@@ -50,7 +52,10 @@ def check_networks(
                          f'Move the teacher: teacher.to({str(s.device)!r}).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #df4de2c4
-def check_teachers(terms, n):
+def check_teachers(
+    terms:dict, # Terms by name
+    n:int, # How many teachers there are
+) -> None:
     "Raise `ValueError` if a term asks for a teacher that is not there, or for layers of nobody in particular"
     for t in terms.values():
         who = type(t).__name__
@@ -62,7 +67,10 @@ def check_teachers(terms, n):
                              f'{who}(..., teacher=0).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #b709d68e
-def check_shares(shares, n):
+def check_shares(
+    shares:list|None, # A weight for each teacher; equal ones if None
+    n:int, # How many teachers there are
+) -> list:
     "The weights of `n` teachers in the mean of their answers, of sum 1; raises `ValueError` if they are no such"
     if shares is None: return [1/n]*n
     numbers = isinstance(shares, (tuple,list)) and all(isinstance(o, Number) and o>=0 for o in shares)
@@ -72,7 +80,9 @@ def check_shares(shares, n):
     return [o/sum(shares) for o in shares]
 
 # %% ../../nbs/12b_distill.checks.ipynb #dbdfb93d
-def check_outputs(zs):
+def check_outputs(
+    zs:list, # Logits of each teacher
+) -> None:
     "Raise `ValueError` if the logits of several teachers, of which the mean is asked for, are not of one shape"
     other = next((i for i,z in enumerate(zs) if z.shape!=zs[0].shape), None)
     if other is None: return
@@ -81,13 +91,19 @@ def check_outputs(zs):
                      'classes, or a term for each, KD(teacher=0).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #ad31a53e
-def fit_size(z_t, z_s):
+def fit_size(
+    z_t:torch.Tensor, # Logits of the teacher
+    z_s:torch.Tensor, # Logits of the student
+):
     "Logits of pixels `z_t` (B, C, h, w), resized to the (H, W) of `z_s`; others as they are"
     if not z_t.ndim==z_s.ndim==4 or z_t.shape[2:]==z_s.shape[2:]: return z_t
     return nn.functional.interpolate(z_t, size=z_s.shape[2:], mode='bilinear', align_corners=False)
 
 # %% ../../nbs/12b_distill.checks.ipynb #4d40bf8c
-def check_places(z, y):
+def check_places(
+    z:torch.Tensor, # Logits
+    y:torch.Tensor, # Targets
+) -> None:
     "Raise `ValueError` if logits `z` are of pixels and targets `y` of whole images, and nobody has named the logits"
     if not isinstance(y, torch.Tensor) or z.ndim!=4 or y.ndim!=1 or y.is_floating_point(): return
     raise ValueError(f'what is taken for the student\'s logits has shape {tuple(z.shape)}, and '
@@ -95,7 +111,11 @@ def check_places(z, y):
                      'logits=, a key, an index, or a function of what the networks return.')
 
 # %% ../../nbs/12b_distill.checks.ipynb #ebdbe90c
-def fresh_index(learn, last, noted=None):
+def fresh_index(
+    learn:object, # In a batch of its training
+    last:torch.Tensor|None, # Places of the batch before
+    noted:object=None, # A `SamplePlaces`, if the loader has one
+):
     """The places of this batch's samples, of its `yb` or as `noted` by a `SamplePlaces`
 
     Raises `ValueError` if they are those of the `last` batch, or missing."""
@@ -109,13 +129,18 @@ def fresh_index(learn, last, noted=None):
     return now
 
 # %% ../../nbs/12b_distill.checks.ipynb #c1eaa059
-def ignored_label(loss):
+def ignored_label(
+    loss:object, # A loss function
+) -> int|None:
     "The label that `loss` ignores, or None"
     for o in (loss, getattr(loss, 'func', None)):
         if isinstance(i := getattr(o, 'ignore_index', None), int): return i
 
 # %% ../../nbs/12b_distill.checks.ipynb #64ba8e50
-def label_mask(loss, yb):
+def label_mask(
+    loss:object, # A loss function
+    yb:tuple, # Targets of a batch
+):
     "True where a pixel or token has a label that `loss` does not ignore; None if all have"
     ignored = ignored_label(loss)
     if ignored is None or not len(yb) or not isinstance(yb[0], torch.Tensor): return

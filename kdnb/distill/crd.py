@@ -19,7 +19,12 @@ from ..features.layers import penultimate
 # %% ../../nbs/11e_distill.crd.ipynb #2c8e922c
 @torch.no_grad()
 @in_float32
-def normaliser(v, memory, others, T):
+def normaliser(
+    v:torch.Tensor, # Samples (B, d)
+    memory:torch.Tensor, # Of the other network (N, d)
+    others:torch.Tensor, # Places of the negatives (B, K)
+    T:float, # Temperature
+):
     "The constant Z of `crd`: the mean of what negatives are given, times the samples of the memory"
     p = torch.exp(v@memory.T/T)
     return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
@@ -30,7 +35,9 @@ def ranks():
     return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
 
 # %% ../../nbs/11e_distill.crd.ipynb #ea4746b0
-def gather(x):
+def gather(
+    x:torch.Tensor, # Of this process
+):
     "The rows of `x` of all processes"
     if (n := ranks())==1: return x
     xs = [torch.empty_like(x) for _ in range(n)]
@@ -38,7 +45,9 @@ def gather(x):
     return torch.cat(xs)
 
 # %% ../../nbs/11e_distill.crd.ipynb #91d0e646
-def average(x):
+def average(
+    x:torch.Tensor, # Of this process
+):
     "The mean of `x` over all processes"
     if (n := ranks())>1: tdist.all_reduce(x)
     return x/n

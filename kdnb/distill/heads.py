@@ -30,7 +30,10 @@ class HeadTerm(LayerTerm, abstract=True):
         return sum(self.counted(h, *f, mask) for h,f in zip(o.head, self.features(o)))
 
 # %% ../../nbs/11c_distill.heads.ipynb #65fd4457
-def masked_mean(errors, mask):
+def masked_mean(
+    errors:torch.Tensor, # Of each channel and place
+    mask:torch.Tensor, # True where a place counts
+):
     "Mean of `errors` (B, C, h, w) over the places that count by `mask` (B, H, W)"
     mask = map_mask(mask, errors.shape[2:])
     return (errors*mask[:,None]).sum()/(mask.sum()*errors.shape[1]).clamp(min=1)
@@ -67,12 +70,18 @@ def as_map(
     except ValueError: return f.mT[:,:,None]
 
 # %% ../../nbs/11c_distill.heads.ipynb #ecdaaed8
-def map_pair(f_s, f_t):
+def map_pair(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+):
     "Both as maps: tokens place by place where there are as many, vectors as one pixel"
     return tuple(map(as_map, as_maps(f_s, f_t)))
 
 # %% ../../nbs/11c_distill.heads.ipynb #e3663282
-def batch_norm(c, size):
+def batch_norm(
+    c:int, # Channels
+    size:tuple, # (h, w) of the maps
+) -> list:
     "`[BatchNorm2d]` of `c` channels; nothing for maps of one pixel: a last batch of one value has no variance"
     return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []
 
@@ -121,7 +130,12 @@ def features(self:FSP,
     return res
 
 # %% ../../nbs/11c_distill.heads.ipynb #67d5fc61
-def resizing(c_s, c_t, size_s, size_t):
+def resizing(
+    c_s:int, # Channels of the student
+    c_t:int, # Channels of the teacher
+    size_s:tuple, # (h, w) of the student
+    size_t:tuple, # (h, w) of the teacher
+):
     "A convolution from maps of `size_s` to maps of at least `size_t`"
     (h_s,w_s),(h_t,w_t) = size_s,size_t
     if (h_s,w_s)==(h_t,w_t): return nn.Conv2d(c_s, c_t, 1)

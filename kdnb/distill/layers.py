@@ -85,19 +85,30 @@ def token_blocks(
     return max(rows, key=lambda paths: (len(paths), -paths[0].count('.')), default=[])
 
 # %% ../../nbs/11b_distill.layers.ipynb #3af592fb
-def block_pairs(s, t, n=3):
+def block_pairs(
+    s:list, # Paths of blocks of the student
+    t:list, # Paths of blocks of the teacher
+    n:int=3, # How many pairs at most
+):
     "`{student's block: teacher's}` at `n` equal steps through the blocks `s` and `t`"
     n = min(n, len(s), len(t))
     return {s[-(-i*len(s)//n)-1]: t[-(-i*len(t)//n)-1] for i in range(1, n+1)}
 
 # %% ../../nbs/11b_distill.layers.ipynb #cdba7f2e
-def last_features(model, data):
+def last_features(
+    model:nn.Module, # A network
+    data:object, # `DataLoaders` or a batch
+) -> str:
     "The path of a network's last map, or of a transformer's last block"
     blocks = token_blocks(model, data)
     return blocks[-1] if blocks else last_map(model, data)
 
 # %% ../../nbs/11b_distill.layers.ipynb #0285dc23
-def stage_pairs(student, teacher, data):
+def stage_pairs(
+    student:nn.Module, # A network
+    teacher:nn.Module, # A network
+    data:object, # `DataLoaders` or a batch
+):
     "Ends of the stages of equally large maps, or the last maps; of transformers some blocks"
     s,t = (token_blocks(m, data) for m in (student, teacher))
     if s and t: return block_pairs(s, t)

@@ -19,7 +19,10 @@ from .terms import Term
 from ..features.layers import as_pairs
 
 # %% ../../nbs/11g_distill.semckd.ipynb #2889620c
-def projector(f_s, f_t):
+def projector(
+    f_s:torch.Tensor, # The student's map
+    f_t:torch.Tensor, # The teacher's map
+):
     "1×1, 3×3, 1×1 convolutions"
     c_s,c_t = f_s.shape[1],f_t.shape[1]
     size = same_size(f_s, f_t)[0].shape[2:]

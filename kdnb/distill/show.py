@@ -22,12 +22,22 @@ from ..features.capture import hear
 from ..features.logits import as_logits
 
 # %% ../../nbs/16_distill.show.ipynb #5ea94258
-def draw(x, ax, title=None):
+def draw(
+    x:torch.Tensor, # An image (C, H, W)
+    ax:object, # An axis of matplotlib
+    title:str|None=None, # Over the image
+) -> None:
     "An image on an axis; of one channel dark on white"
     show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
 
 # %% ../../nbs/16_distill.show.ipynb #9832c16a
-def differing(learn, teacher, dl, n, logits=None):
+def differing(
+    learn:Learner, # Of the student
+    teacher:object, # Its teacher
+    dl:object, # A loader
+    n:int, # How many samples
+    logits:object=None, # Where the logits are, see `as_logits`
+):
     "The `n` samples of a batch on which teacher and student differ most, and the probabilities (n, C) of both"
     net,adapter,b = as_network(teacher),TeacherAdapter(teacher),dl.one_batch()
     def answer(m, data): return as_logits(hear(m, [], data, logits)[0])
@@ -67,7 +77,9 @@ def show_distilled(self:Learner,
     return axs
 
 # %% ../../nbs/16_distill.show.ipynb #b56bedaf
-def gaussians(kd):
+def gaussians(
+    kd:object, # A `KnowledgeDistillation` that has trained
+):
     "`(student's layer, teacher's layer, head)` of every pair of layers that VID has compared"
     found = []
     for k,term in kd.terms.items():

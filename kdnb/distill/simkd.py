@@ -25,7 +25,10 @@ from ..models.named import create
 from ..models.registry import architecture
 
 # %% ../../nbs/11h_distill.simkd.ipynb #9664ce0d
-def reorder(rest, order):
+def reorder(
+    rest:nn.Module, # Ends in a linear layer
+    order:list, # Places of the outputs that stay
+) -> None:
     "Let the last layer of `rest` give the outputs `order` only, in that order"
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
@@ -38,7 +41,11 @@ def reorder(rest, order):
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
 
 # %% ../../nbs/11h_distill.simkd.ipynb #f9ccec21
-def chain(body, projector, head):
+def chain(
+    body:nn.Module, # Up to the features
+    projector:nn.Module, # To features of the teacher
+    head:nn.Module, # Of the teacher
+):
     "One plain module of three, which takes what `body` takes"
     takes = [n.target for n in body.graph.nodes if n.op=='placeholder']
     root = nn.Sequential(OrderedDict(body=body, projector=projector, head=head))

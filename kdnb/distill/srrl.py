@@ -93,7 +93,11 @@ class SRRL(HeadTerm):
         return nn.ModuleList(heads)
 
 # %% ../../nbs/11f_distill.srrl.ipynb #a8081049
-def same_places(z, z_t, mask):
+def same_places(
+    z:torch.Tensor, # The student's logits
+    z_t:torch.Tensor, # The teacher's logits
+    mask:torch.Tensor, # (B, H, W), or None
+):
     "The logits `z` and the teacher's, where they count; class maps at the size of `mask`, or of the teacher's"
     if z.ndim==z_t.ndim==4:
         size = mask.shape[1:] if mask is not None and mask.ndim==3 else z_t.shape[2:]

@@ -93,7 +93,10 @@ def check(self:LiveTeacher,
     "What was asked just now is the answer"
 
 # %% ../../nbs/12_distill.teacher.ipynb #56380943
-def check_finite(z_t, f_t):
+def check_finite(
+    z_t:object, # Its logits
+    f_t:dict, # Its features by path
+) -> None:
     "Raise `ValueError` if the teacher's logits or one of its features are not finite"
     found = {'the output': z_t} if isinstance(z_t, torch.Tensor) else {}
     if bad := [k for k,v in {**found, **f_t}.items() if not v.isfinite().all()]:
@@ -102,7 +105,11 @@ def check_finite(z_t, f_t):
 
 # %% ../../nbs/12_distill.teacher.ipynb #69345fcd
 @contextmanager
-def numbered(dl, who, instead):
+def numbered(
+    dl:object, # A loader
+    who:str, # What needs the places, for errors
+    instead:str, # What to do instead, for errors
+):
     "Know the places of the samples in the batches of `dl`; afterwards all of it is as before"
     if not is_numbered(dl):
         raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or {instead}.')
@@ -118,18 +125,24 @@ def numbered(dl, who, instead):
         for k,v in was.items(): setattr(dl, k, v)
 
 # %% ../../nbs/12_distill.teacher.ipynb #dd9a3b41
-def mixer(learn):
+def mixer(
+    learn:object, # With its callbacks
+):
     "The name of the learner's callback that mixes images, or None"
     return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
 # %% ../../nbs/12_distill.teacher.ipynb #4e072fbb
-def random_transforms(dl):
+def random_transforms(
+    dl:object, # A loader
+):
     "Those of fastai's transforms in `dl` that may be random"
     pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
     return [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform)]
 
 # %% ../../nbs/12_distill.teacher.ipynb #0824e14d
-def changes(dl):
+def changes(
+    dl:object, # A loader
+) -> bool:
     "Do the inputs that `dl` gives for a sample change from epoch to epoch?"
     if isinstance(dl, TensorDL): return dl.augments
     if any(0<t.p<1 for t in random_transforms(dl)): return True
@@ -139,7 +152,10 @@ def changes(dl):
     return not all(map(same, once, again))
 
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
-def fixed_views(learn, n_views):
+def fixed_views(
+    learn:object, # With its loaders
+    n_views:int|None, # How many copies; None: of images that do not change
+):
     "Data sets whose images stay as they are: the training set, or `n_views` copies, their random transforms made"
     dl = learn.dls.train
     if mix := mixer(learn):
@@ -300,7 +316,9 @@ def answer(self:StoredTeacher,
     return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
 
 # %% ../../nbs/12_distill.teacher.ipynb #8566d8a5
-def as_teacher(o):
+def as_teacher(
+    o:object, # What a user has given as a teacher
+):
     "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits or its file; or `ValueError`"
     if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy': return StoredLogits(o)
     if not isinstance(o, (str,Path)): return as_network(o)

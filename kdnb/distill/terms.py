@@ -29,18 +29,24 @@ def _register(cls):
     if not ours or cls.__module__.startswith('kdnb.'): _terms[name] = cls
 
 # %% ../../nbs/11_distill.terms.ipynb #61cc644c
-def registered(name):
+def registered(
+    name:str, # As in `named_term`
+):
     "The class of the term called `name`"
     return _terms[name]
 
 # %% ../../nbs/11_distill.terms.ipynb #961ab2c6
-def on_both(find):
+def on_both(
+    find:object, # A function that names a layer
+):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"
     def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),find(teacher, data)
     return classmethod(usual_layers)
 
 # %% ../../nbs/11_distill.terms.ipynb #e0a41d1d
-def on_student(find):
+def on_student(
+    find:object, # A function that names a layer
+):
     "`usual_layers`: the layer that `find(network, data)` gives, of the student"
     def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),
     return classmethod(usual_layers)
@@ -223,7 +229,9 @@ class Terms:
     def __repr__(self): return ' + '.join(map(repr, self.terms))
 
 # %% ../../nbs/11_distill.terms.ipynb #6ba6f0e5
-def check_temperature(T):
+def check_temperature(
+    T:object, # A number or a schedule
+):
     "`T`, if it is a number above 0 or a schedule; raises `ValueError` if it is neither"
     if not callable(T): check_T(T)
     return T

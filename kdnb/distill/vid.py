@@ -54,7 +54,11 @@ def forward(self:GaussianHead,
     return .5*(var.log() + (t-mean)**2/var)
 
 # %% ../../nbs/11d_distill.vid.ipynb #4693c082
-def growing(c_s, c_t, size):
+def growing(
+    c_s:int, # Channels of the student
+    c_t:int, # Channels of the teacher
+    size:tuple, # (h, w) of the teacher
+):
     "Transposed convolutions from a 1×1 map to `size`: 1 → 4 → 8 → …"
     layers = [nn.ConvTranspose2d(c_s, c_t, 4)]
     n = 4

@@ -51,7 +51,8 @@ def _still(model):
             raise ValueError(f'{path or type(m).__name__} stays in training mode after eval(), '
                              'where layers may draw random numbers. '
                              'Let its train() method follow, or replace the layer.')
-        m._forward_hooks.clear(); m._forward_pre_hooks.clear()
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
     return model
 
 # %% ../../nbs/41_export.graph.ipynb #eef9780d

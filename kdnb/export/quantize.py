@@ -7,7 +7,6 @@ __all__ = ['check_drop']
 
 # %% ../../nbs/42_export.quantize.ipynb #7c0d50db
 import math,tempfile,warnings
-from collections.abc import Iterator
 from numbers import Real
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -71,7 +70,9 @@ def _quantised(graph, batches):
 # %% ../../nbs/42_export.quantize.ipynb #e71d1d6c
 class _Logits(nn.Module):
     "The `i`-th of the tensors that `net` returns"
-    def __init__(self, net, i): super().__init__(); self.net,self.i = net,i
+    def __init__(self, net, i):
+        super().__init__()
+        self.net,self.i = net,i
     def forward(self, *xb): return output_tensors(self.net(*xb))[self.i]
 
 # %% ../../nbs/42_export.quantize.ipynb #b1be7046

@@ -76,7 +76,9 @@ def _ways(model, data):
 def _ready(way, xb):
     "A function that runs, the tensors it gives, and the reason if there is none"
     try:
-        with _silent(): f = way(xb); out = f()
+        with _silent():
+            f = way(xb)
+            out = f()
         return f,[torch.as_tensor(o) for o in output_tensors(out) or out],''
     except Exception as e: return None,None,f'cannot run here: {_cause(e)}'
 

@@ -46,7 +46,7 @@ class SamplePlaces:
         n:int, # How many samples it has
     ) -> torch.Tensor:
         "Places of the samples of batch `i` (n,). Raises `ValueError` if others were drawn for it."
-        if i==0: self._now = self._drawn      # another reader may begin within an epoch
+        if i==0 or self._now is None: self._now = self._drawn      # others may read within an epoch
         places = (self._now or [])[i*self.dl.bs:(i+1)*self.dl.bs]
         if len(places)==n: return torch.tensor(places)
         raise ValueError(f'batch {i} has {n} samples, and {len(places)} were drawn for it: it is '

@@ -19,7 +19,8 @@ def _refuse_names(name, given, takes, fixed, family):
     "Raise if one of the arguments `given` is not one that the network called `name` takes"
     for k in given:
         if k in takes: continue
-        if k in fixed: raise TypeError(f'{name} has {k}={fixed[k]!r} by its name. For another: create({family!r}, {k}=…).')
+        if k in fixed:
+            raise TypeError(f'{name} has {k}={fixed[k]!r} by its name. For another: create({family!r}, {k}=…).')
         near = get_close_matches(k, takes, 1)
         raise TypeError(f'{name} takes no {k}. It takes {", ".join(takes)}.'
                         + (f' Did you mean {near[0]}?' if near else ''))

@@ -33,8 +33,8 @@ def _wider(net, width):
     def by(n): return times_width(n, width)
     if odd := [m for m in net.modules() if isinstance(m, nn.Conv2d)
                and m.groups>1 and (by(m.in_channels)%m.groups or by(m.out_channels)%m.groups)]:
-        raise ValueError(f'width is {width:g}, and {by(odd[0].in_channels)} channels are not {odd[0].groups} equal groups. '
-                         'Take a multiple of .25, such as .5.')
+        raise ValueError(f'width is {width:g}, and {by(odd[0].in_channels)} channels are not '
+                         f'{odd[0].groups} equal groups. Take a multiple of .25, such as .5.')
     for path,m in list(net.named_modules()):
         if isinstance(m, nn.Conv2d):
             ni = 3 if path=='conv1' else by(m.in_channels)
@@ -56,7 +56,7 @@ def torchvision_net(
 ) -> nn.Module:
     """One of torchvision's networks, untrained, for images of any size
 
-    Raises `ValueError` for a base or stem there is not, images too small, sizes that are none, or a width it has not."""
+    Raises `ValueError` for a base, stem or width there is not, images too small, and sizes that are none."""
     if base not in _tv_nets: raise ValueError(f'base is {base!r}. There are {", ".join(_tv_nets)}.')
     if stem not in (None,'small','imagenet'):
         raise ValueError(f"stem is {stem!r}. Pass 'small', 'imagenet' or None.")

@@ -52,13 +52,19 @@ def _maps(f_s, f_t):
     return same_size(f_s, f_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #82c404a0
-def map_mask(mask, size):
+def map_mask(
+    mask:torch.Tensor, # True where a pixel counts
+    size:tuple, # (h, w) of a map
+):
     "A mask of pixels (B, H, W) at another `size`: a place counts if at least half of its pixels do"
     if tuple(mask.shape[1:])==tuple(size): return mask.bool()
     return F.adaptive_avg_pool2d(mask[:,None].float(), tuple(size))[:,0]>=.5
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #9649c607
-def place_mask(f, mask):
+def place_mask(
+    f:torch.Tensor, # Features (B, C, h, w) or (B, N, C)
+    mask:torch.Tensor, # (B, H, W) or (B, N), or None
+):
     """`mask` at the places of `f`: (B, N) of tokens, (B, h, w) of maps; None if `f` has no places, or all count
 
     Raises `ValueError` if it is of other places."""
@@ -75,7 +81,11 @@ def place_mask(f, mask):
                      f'{tuple(f.shape)}: True for each place that counts.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #4f382f5b
-def shared_mask(f_s, f_t, mask):
+def shared_mask(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+    mask:torch.Tensor, # As in `place_mask`
+):
     "`mask` at the places where `f_s` and `f_t` are compared, else None; raises `ValueError` as `place_mask`"
     masks = [place_mask(f, mask) for f in (f_s, f_t)]
     if any(m is None for m in masks): return
@@ -84,7 +94,11 @@ def shared_mask(f_s, f_t, mask):
     return map_mask(mask, tuple(map(min, *sizes)))
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #fd3ade2f
-def blank_out(f_s, f_t, mask):
+def blank_out(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+    mask:torch.Tensor, # As in `place_mask`
+):
     "Features of student and teacher with zeros at the places that do not count"
     shared = shared_mask(f_s, f_t, mask)
     def blank(f):
@@ -94,7 +108,11 @@ def blank_out(f_s, f_t, mask):
     return blank(f_s),blank(f_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #d2e48dfb
-def check_whole(who, fs, mask):
+def check_whole(
+    who:str, # Name of the term
+    fs:list, # Features it compares
+    mask:torch.Tensor, # As in `place_mask`
+) -> None:
     "Raise `ValueError` if some places of `fs` do not count, for the term `who` that compares whole layers"
     for f in fs:
         counts = place_mask(f, mask)
