@@ -886,7 +886,7 @@ def mnist_learners():
     if not os.environ.get('KDNB_DATA'): pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
     def trained(seed):
         set_seed(seed, reproducible=True)
-        learn = Learner(image_dls('mnist', bs=128, n_per_class=1000), lenet300(), metrics=accuracy, opt_func=fused_adam)
+        learn = Learner(image_dls('mnist', bs=256), lenet300(), metrics=accuracy, opt_func=fused_adam)
         return quiet(learn, 3, 4e-3, fit='fit_one_cycle')
     return [trained(seed) for seed in range(3)]
 
