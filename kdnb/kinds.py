@@ -94,7 +94,8 @@ class StandardisedKind(ConvKind):
 # %% ../nbs/00b_kinds.ipynb #dd08c855
 def _plain_class(m):
     "The class of the plain convolution with the padding of `m`"
-    if not getattr(m, 'same_pad', False): return next(c for c in type(m).__mro__ if c.__module__.startswith('torch.nn'))
+    if not getattr(m, 'same_pad', False):
+        return next(c for c in type(m).__mro__ if c.__module__.startswith('torch.nn'))
     from timm.layers import Conv2dSame
     return Conv2dSame
 

@@ -47,7 +47,8 @@ def _every(parts, n, test):
     return res
 
 def _unread(model, g):
-    if _summing(model, g): return torch.zeros(g.n, dtype=torch.bool, device='cpu')      # the mean of all reads it, too
+    # the mean of all reads it, too
+    if _summing(model, g): return torch.zeros(g.n, dtype=torch.bool, device='cpu')
     return ~g.paired & _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
 
 # %% ../../nbs/08i_channels.dead.ipynb #f58518f2
@@ -176,7 +177,8 @@ def _same_without(model, asked, xb):
             except Exception:
                 if not training: raise
                 continue      # it may not train on these
-            if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a,b in zip(before, run(loud, x, training))): return False
+            if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a,b in zip(before, run(loud, x, training))):
+                return False
     return True
 
 
@@ -192,7 +194,8 @@ def _why_left(model, g, gone, zero):
 # %% ../../nbs/08i_channels.dead.ipynb #766bcc71
 def _dead(model, groups, xb):
     "`{group: mask}` of channels that can go, set to zero in `model`, and `{name: why}` of groups with zeros that stay"
-    gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool, device='cpu') for g in groups if not g.stays} for _ in range(2))
+    gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool, device='cpu') for g in groups if not g.stays}
+                 for _ in range(2))
     def settle(g, found):
         zero[g] |= found
         new = _removable(g, zero[g], gone[g])

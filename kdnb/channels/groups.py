@@ -41,14 +41,16 @@ class ChannelGroup:
     @property
     def paired(self):
         "Which of the channels are multiplied with others of themselves, and need no reader (n,)"
-        at = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'), *(p.unit for o in self.products for p in o.left)])
+        at = torch.cat([torch.zeros(0, dtype=torch.long, device='cpu'),
+                        *(p.unit for o in self.products for p in o.left)])
         return torch.zeros(self.n, dtype=torch.bool, device='cpu').index_fill(0, at, True)
     @property
     def n_blocks(self): return 1 if self.blocks is None else len(self.blocks.unique())
     def __repr__(self):
         kinds = dict(makers=self.makers, norms=self.norms, readers=self.readers, tensors=self.tensors)
         said = [f'{k} {", ".join(p.path for p in ps)}' for k,ps in kinds.items() if ps]
-        return '; '.join([f'{self.name}: {self.n} channels', *said, *([f'stays: {self.stays}'] if self.stays else [])])
+        return '; '.join([f'{self.name}: {self.n} channels', *said,
+                          *([f'stays: {self.stays}'] if self.stays else [])])
 
 # %% ../../nbs/08f_channels.groups.ipynb #4b5b023d
 class ChannelGroups(list):
@@ -83,7 +85,8 @@ def _hold_odd(t, model):
                     if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
         if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
         elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
-        elif odd: t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
+        elif odd:
+            t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
 
 # %% ../../nbs/08f_channels.groups.ipynb #c3d5e7f7
 def _in_all(cls, blocks):
@@ -277,7 +280,8 @@ def _rescale(model, gone, kept):
                 m = model.get_submodule(p.path)
                 scale = torch.ones(n_channels(m)[0], dtype=torch.float64, device='cpu')
                 scale[p.at] = factor
-                for name,there in masks_over(m, scale<1): m._parameters[name].data[there.expand_as(m._parameters[name])] *= factor
+                for name,there in masks_over(m, scale<1):
+                    m._parameters[name].data[there.expand_as(m._parameters[name])] *= factor
                 kept.factors[p.path] = scale
             m = model.get_submodule(o.path)
             for name in [k for k,v in vars(m).items() if 'scale' in k and type(v) is float and v==o.length**-.5]:

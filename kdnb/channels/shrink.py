@@ -105,7 +105,8 @@ def max_difference(a, b, data):
     with _no_tf32(): ya,yb = (_exact(m, xb, run)[2] for m in (a, b))
     if [o.shape for o in ya]!=[o.shape for o in yb]:
         raise ValueError(f'outputs of shape {[tuple(o.shape) for o in ya]} and {[tuple(o.shape) for o in yb]}.')
-    if not ya: raise ValueError(f'{type(a).__name__} gives no tensors to compare, nor tuples, lists or dicts of them.')
+    if not ya:
+        raise ValueError(f'{type(a).__name__} gives no tensors to compare, nor tuples, lists or dicts of them.')
     return max(map(relative_difference, ya, yb), key=lambda d: math.inf if math.isnan(d) else d)
 
 # %% ../../nbs/08j_channels.shrink.ipynb #30de6df5

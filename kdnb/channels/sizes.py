@@ -135,7 +135,8 @@ class _Shapes(TorchFunctionMode):
             axis = args[1]%args[0].ndim if name=='unflatten' else 0
         sizes = args[-1] if axis is not None and isinstance(args[-1], (tuple,list)) else args[1:]
         for i,o in enumerate(sizes if axis is not None else tree_leaves((args, kwargs))):
-            if type(o) is _Named: self.seen.setdefault(o.name, set()).add(None if axis is None else (out.ndim, axis+i))
+            if type(o) is _Named:
+                self.seen.setdefault(o.name, set()).add(None if axis is None else (out.ndim, axis+i))
         return out
 
 
@@ -152,7 +153,8 @@ def asked_for(self:Trace,
         m.__dict__[n] = _Named(v)
         m.__dict__[n].name = n
     try:
-        with evaluating(m), torch.random.fork_rng(devices=[]), _Shapes() as shapes: m(*deepcopy(args), **deepcopy(kwargs))
+        with evaluating(m), torch.random.fork_rng(devices=[]), _Shapes() as shapes:
+            m(*deepcopy(args), **deepcopy(kwargs))
     except Exception: return {}
     finally: m.__dict__.update(old)
     return {n: places for n,places in shapes.seen.items() if None not in places}

@@ -27,7 +27,8 @@ def _load_data(args):
     kwargs = dict(size=args.size, bs=bs, pad=args.pad, flip=args.flip)
     if args.model:     # images as its network takes them
         header,_ = _model_header(args)
-        kwargs |= dict(size=args.size or tuple(header.get('input', ())[1:]) or None, stats=header.get('stats') or None)
+        kwargs |= dict(size=args.size or tuple(header.get('input', ())[1:]) or None,
+                       stats=header.get('stats') or None)
     if args.data in image_sets or not Path(args.data).exists(): return image_dls(args.data, **kwargs),args.data
     p = Path(args.data).resolve()
     name = p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name

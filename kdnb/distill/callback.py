@@ -297,7 +297,8 @@ def _probe(self:KnowledgeDistillation):
     res = {}
     for k,term in self.terms.items():
         t = self.teachers[self.whom(term)[0]]
-        res[k] = self._see(k, z_s, answers, raw, f_s, teacher=unwrap(t.net), order=t.adapter.order, **more)
+        res[k] = self._see(k, z_s, answers, raw, f_s, teacher=unwrap(t.net), order=t.adapter.order,
+                           **more)
     return res
 
 # %% ../../nbs/13_distill.callback.ipynb #92246cc4

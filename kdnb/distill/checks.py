@@ -24,7 +24,8 @@ def named_terms(
     if isinstance(terms, (Number,slice)):
         do = f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).'
     elif isinstance(terms, type): do = f'Make one: {terms.__name__}(...).'
-    elif isinstance(terms, (tuple,list,dict)): do = "Add them up: KD() + AT(...), or by their names, 'KD + AT'."
+    elif isinstance(terms, (tuple,list,dict)):
+        do = "Add them up: KD() + AT(...), or by their names, 'KD + AT'."
     raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum '
                      f'of terms. {do}'.strip())
 

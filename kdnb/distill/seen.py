@@ -31,17 +31,20 @@ class Seen:
     "What a term sees of a batch of B samples"
     f_s:dict = field(default_factory=dict)      # Features of the student by path, (B, …) each
     f_t:dict = field(default_factory=dict)      # Features of the teacher by path
-    z_s:torch.Tensor|Callable = Lazy()          # The student's logits (B, C), or (B, C, H, W), (B, N, C)
+    # The student's logits (B, C), or (B, C, H, W), (B, N, C)
+    z_s:torch.Tensor|Callable = Lazy()
     z_t:torch.Tensor|Callable = Lazy()          # The teacher's logits
     y:torch.Tensor|Callable = Lazy()            # Targets (B, …)
-    mask:torch.Tensor|Callable|None = Lazy()    # True where a place counts (B, H, W) or (B, N); None: everywhere
+    # True where a place counts (B, H, W) or (B, N); None: everywhere
+    mask:torch.Tensor|Callable|None = Lazy()
     index:torch.Tensor|None = None              # Places of the samples in the training set (B,)
     pct:float = 0.                              # Training progress, 0 to 1
     head:nn.Module|None = None                  # The term's trainable part
     mixed:bool = False                          # Is `z_t` the mean of several teachers?
     student:nn.Module|None = None               # For `prepare`: the networks, unwrapped,
     teacher:nn.Module|None = None
-    logits:object = None                        # where the logits are in what they return, see `as_logits`,
+    # where the logits are in what they return, see `as_logits`,
+    logits:object = None
     order:list|None = None                      # places of the student's classes among the teacher's,
     bs:int|None = None                          # the batch size in training,
     labels:torch.Tensor|None = None             # and the labels of the training set (N,)

@@ -27,7 +27,8 @@ def projector(
     c_s,c_t = f_s.shape[1],f_t.shape[1]
     size = same_size(f_s, f_t)[0].shape[2:]
     return nn.Sequential(nn.Conv2d(c_s, c_t, 1), *batch_norm(c_t, size), nn.ReLU(),
-                         nn.Conv2d(c_t, c_t, 3, 1, 1), *batch_norm(c_t, size), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
+                         nn.Conv2d(c_t, c_t, 3, 1, 1), *batch_norm(c_t, size), nn.ReLU(),
+                         nn.Conv2d(c_t, c_t, 1))
 
 # %% ../../nbs/11g_distill.semckd.ipynb #9ff0cebe
 class CrossLayerHead(nn.Module):

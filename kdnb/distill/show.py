@@ -84,7 +84,8 @@ def gaussians(
     found = []
     for k,term in kd.terms.items():
         if k not in kd.heads or not hasattr(term, 'pairs'): continue
-        found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
+        found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead)
+                  and t]
     if not found:
         raise ValueError('no term here has learnt a variance. Train with VID and keep what distill '
                          'returns.')

@@ -56,7 +56,8 @@ def loss_kind(
 ) -> str|None:
     "'classes', 'labels', 'values' or 'probabilities' (of labels), by the class of `loss` or of what it holds; or None"
     if (kind := _known(loss)) or not depth: return kind
-    kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o) and not isinstance(o, (type,Learner))} - {None}
+    kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o)
+             and not isinstance(o, (type,Learner))} - {None}
     return kinds.pop() if len(kinds)==1 else None
 
 # %% ../../nbs/11j_distill.task.ipynb #c1ee49bc

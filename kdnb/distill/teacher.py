@@ -320,7 +320,8 @@ def as_teacher(
     o:object, # What a user has given as a teacher
 ):
     "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits or its file; or `ValueError`"
-    if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy': return StoredLogits(o)
+    if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy':
+        return StoredLogits(o)
     if not isinstance(o, (str,Path)): return as_network(o)
     raise ValueError(f'teacher is {str(o)!r}, expected a Learner, a network, or logits by sample '
                      'in a .npy file. Load it first, and pass what was in it.')

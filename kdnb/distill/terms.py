@@ -40,7 +40,8 @@ def on_both(
     find:object, # A function that names a layer
 ):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"
-    def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),find(teacher, data)
+    def usual_layers(cls, student, teacher, data, layers=None):
+        return find(student, data),find(teacher, data)
     return classmethod(usual_layers)
 
 # %% ../../nbs/11_distill.terms.ipynb #e0a41d1d

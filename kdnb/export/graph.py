@@ -111,7 +111,8 @@ def _logits_at(out):
     "Which of the tensors in `out` are logits, or None if no class can be read from them"
     z = find_logits(out)
     if not isinstance(z, torch.Tensor) or z.ndim<2 or z.shape[1]<2 or not z.is_floating_point(): return
-    return next((i for i,o in enumerate(output_tensors(out)) if o.shape==z.shape and o.data_ptr()==z.data_ptr()), None)
+    return next((i for i,o in enumerate(output_tensors(out)) if o.shape==z.shape and o.data_ptr()==z.data_ptr()),
+                None)
 
 # %% ../../nbs/41_export.graph.ipynb #3dd3442a
 def _translated(model, xb, custom_translation_table=None, **kwargs):
@@ -119,7 +120,8 @@ def _translated(model, xb, custom_translation_table=None, **kwargs):
     table = dict(custom_translation_table or {})
     def export(table):
         with _silent(),torch.no_grad():
-            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs)
+            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table,
+                                        **kwargs)
         return program.model_proto
     try: return export(table)
     except Exception as e: error = e

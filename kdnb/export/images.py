@@ -62,7 +62,8 @@ class Preprocess:
             div = 255. if ((mean>0) & (mean<1) & (std<=.5)).all() else 1. if (mean>1).any() else None
         return cls(tuple(shape), *stats, div)
 
-    def __call__(self, images): # Path, PIL image, array or tensor of bytes (H, W), (H, W, C), (C, H, W); list or batch
+    # Path, PIL image, array or tensor of bytes (H, W), (H, W, C), (C, H, W); list or batch
+    def __call__(self, images):
         "Batch (N, C, H, W) for the network; floats (C, H, W) are normalised only"
         if isinstance(images, (list,tuple)) or getattr(images, 'ndim', 0)==4:
             return torch.cat([self(o) for o in images]) if len(images) else torch.zeros(0, *self.shape)
@@ -85,7 +86,8 @@ def _fitted(self:Preprocess, im):
         raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
     if im.mode[0] in 'IF': raise ValueError(f'the pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel.')
     im = im.convert('L' if c==1 else 'RGB')
-    return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
+    return np.atleast_3d(im if im.size==(w,h)
+                         else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
 
 # %% ../../nbs/40_export.images.ipynb #c41f7a05
 @patch

@@ -63,7 +63,8 @@ def _quantised(graph, batches):
     copy.CopyFrom(graph)      # it is changed
     feeds = (dict(zip(names, (o.cpu().numpy() for o in tree_leaves(xb)))) for xb in batches)
     with tempfile.TemporaryDirectory() as folder,_silent():
-        q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ, per_channel=True,
+        q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ,
+                          per_channel=True,
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
         return _onnx()[0].load(f'{folder}/int8.onnx')
 

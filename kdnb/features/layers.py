@@ -36,7 +36,8 @@ def as_pairs(
 def _last_calls(model, data):
     "`{path: (module, map size of input, of output)}` of the last call of each layer, as they finish"
     last = {}
-    for path,m,*shapes in layer_calls(model, data):      # `Capture` keeps the last of several calls, too
+    # `Capture` keeps the last of several calls, too
+    for path,m,*shapes in layer_calls(model, data):
         last.pop(path, None)
         last[path] = m,*(o[2:] if len(o)==4 else () for o in shapes)
     return last

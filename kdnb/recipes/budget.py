@@ -115,7 +115,8 @@ def budget(
     s['ways'] = tuple(L(s['ways']))
     budgets = _budgets(s)
     _refuse_budgets(dls, teacher, budgets, s)
-    run = Run(path, 'budget', dls, data, seeds, force, show, teacher=name_of(teacher), epochs=epochs, quick=quick, **s)
+    run = Run(path, 'budget', dls, data, seeds, force, show, teacher=name_of(teacher), epochs=epochs, quick=quick,
+              **s)
     _show(run, _distil_all(run, teacher, epochs, budgets, s))
     return run.finish(run.models[f"{s['ways'][0]}, {next(iter(budgets))}"], of=run.models['dense'])
 

@@ -41,7 +41,8 @@ def value(self:Run,
         try: o = load_state(path)
         except (ValueError,OSError): return
         done = self.finished and self.seed in self._old['seeds']
-        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o     # its data and stages are the same
+        # its data and stages are the same
+        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o
         if done: self._refuse(f'the value {name!r} is computed from other things')
     if self.rank==0 and known() is None:
         self._begin()

@@ -204,7 +204,8 @@ def fit(self:TrainingRun,
     before = of and n_weights(of)
     mark = fingerprint(self.seed, learn, n_epoch, lr, fit, cbs, result, before, more, kwargs, self.test,
                        *_named_code(cbs))
-    def parts(): return _made_from(learn, cbs, dict(epochs=n_epoch, lr=lr, fit=fit, result=result, more=more) | kwargs)
+    def parts():
+        return _made_from(learn, cbs, dict(epochs=n_epoch, lr=lr, fit=fit, result=result, more=more) | kwargs)
     record = self._known_stage(id_, mark, stage, parts)
     state = self.path/'stages'/f'{id_}.safetensors'
     made = record.get('made_from') if record else parts()

@@ -34,7 +34,8 @@ from .vid_tables import _show_variances,_table_titles
 from ..training.schedules import nesterov_sgd
 
 # %% ../../nbs/55b_recipes.vid.ipynb #2f5b323f
-_printed_weights = dict(KD=(1,10), FitNet=(10,100), AT=(100,1000), NST=(5,50), VID=(10,100), VIDLP=(10,100), # λ2 (A.3)
+# λ2 (A.3)
+_printed_weights = dict(KD=(1,10), FitNet=(10,100), AT=(100,1000), NST=(5,50), VID=(10,100), VIDLP=(10,100),
                         LwF=(1,10)) # Not printed: those of KD
 
 # %% ../../nbs/55b_recipes.vid.ipynb #d9b12c9f
@@ -44,7 +45,8 @@ _table_3 = 'fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I','LwF + FitNe
 @dataclass
 class VidSettings(Settings):
     "Settings of `vid`"
-    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I') # For 'samples' and 'sizes' (Tables 1, 2)
+    # For 'samples' and 'sizes' (Tables 1, 2)
+    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I')
     mlp_methods:object = ('KD','FitNet','VID-I') # For 'mlp' (Table 4)
     transfer_methods:object = _table_3 # For 'transfer' (Table 3)
     n_per_class:object = None # Training images a class, ('all', 500, 100); all, a 5th, 10th, 50th if None (Table 1)
