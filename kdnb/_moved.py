@@ -26,7 +26,7 @@ SPLIT = {'files': 'locks', 'data.arrays': 'data.loaders',
          'prune.callback': 'prune.lowest prune.select prune.rewind training.schedules training.callbacks',
          'prune.select': 'prune.lowest',
          'distill.callback': 'distill.learner distill.show distill.seen',
-         'distill.task': 'distill.adapter distill.inputs', 'distill.adapter': 'distill.inputs',
+         'distill.task': 'distill.adapter distill.inputs', 'distill.adapter': 'distill.inputs core',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
          'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 

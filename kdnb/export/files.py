@@ -17,9 +17,9 @@ from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.layers import attributes_of,plain_copy,fold_noted,set_attributes
-from ..core import unwrap
+from ..core import class_names,unwrap
 from .build import _built,_check_fit,_cut,_is_ours,_put
-from .images import _classes,_pixels,Preprocess
+from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
 from ..files import atomic_write
 from ..models.named import create
@@ -60,7 +60,7 @@ def save_model(
     tensors,sparse = _packed(tensors_of(model))
     if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
-    header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=_classes(dls),
+    header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=class_names(dls) or [],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
                   **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
     if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say

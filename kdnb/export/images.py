@@ -23,16 +23,6 @@ def _pixels(dls):
                        for o in (norm.mean, norm.std)] if norm else [],
                 div=ints.div if ints else None)
 
-# %% ../../nbs/40_export.images.ipynb #40000003
-def _classes(dls, n=None):
-    "Names of the classes, `n` of them if that is known; of several vocabularies the last; none if nothing is known"
-    vocab = getattr(dls, 'vocab', None)
-    if vocab is None or isinstance(vocab, (str,dict)) or not hasattr(vocab, '__len__'): return []
-    several = len(vocab) and all(hasattr(o, '__len__') and not isinstance(o, (str,bytes)) for o in vocab)
-    for names in reversed(list(vocab)) if several else [vocab]:
-        if n in (None,len(names)): return [str(o) for o in names]
-    return []
-
 # %% ../../nbs/40_export.images.ipynb #c41f7a04
 class Preprocess:
     "Makes batches of images as a network was trained on"

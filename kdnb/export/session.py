@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves,tree_map_only
 from fastai.data.core import DataLoaders
 from ..channels.sizes import output_tensors
 from ..channels.trial import relative_difference
-from ..core import first_samples
+from ..core import class_names,first_samples
 from .graph import _cause,_onnx,_sample
-from .images import _classes,_pixels,Preprocess
+from .images import _pixels,Preprocess
 from ..measure.outputs import in_order
 
 # %% ../../nbs/41a_export.session.ipynb #7983317c
@@ -26,7 +26,7 @@ def _header(data, xb, graph, logits, int8):
     "What the file says of itself"
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
     said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
-    classes = _classes(data, said[0]) if said else []
+    classes = class_names(data, said[0]) or [] if said else []
     return dict(format='kdnb-onnx-1', classes=classes, input=list(first.shape[1:]), **_pixels(data),
                 inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
 
