@@ -383,7 +383,7 @@ def test_masks_are_folded_and_the_original_is_untouched(attach):
     assert all(torch.equal(p.grad, g) for p,g in zip(m.parameters(), grads))
     assert not any(parametrize.is_parametrized(o) or isinstance(o, Masked) for o in s.modules())
     assert all(p.grad is None for p in s.parameters())
-    assert s.training and not s.layer1[0].training and not s.layer1[0].bn1.training and s.layer1[1].bn1.training
+    assert s.training and not s.layer1[0].training and not s.layer1[0].bn1.training and s.layer2[0].bn1.training
     assert [n for n,_ in s.named_parameters()]==[n for n,_ in FAMILIES['resnet_b'][0]().named_parameters()]
     assert torch.equal(m.eval()(x), y) and max_difference(s, m, x)<=1e-5 and n_params(s)<.6*n_params(m)
 

@@ -1,7 +1,7 @@
 "Evidence: grids, rows and the tables that are computed from them"
 import json, os, shutil, time
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, nbformat, numpy as np, pandas as pd, pytest
 from execnb.shell import CaptureShell
 from elsewhere import elsewhere,start
 from kdnb.evidence import MissingRows
@@ -198,12 +198,13 @@ def test_every_row_belongs_to_a_grid():
     for paper in {p for p,_ in keys}:
         for o in stored_rows(paper, RESULTS): assert o['key'] in keys[paper,o['table']], (paper, o['table'], o['trial'])
 
-def has_rows(f): return '"#| rows' in f.read_text(encoding='utf-8')
+def has_rows(f): return '.ipynb_checkpoints' not in f.parts and '"#| rows' in f.read_text(encoding='utf-8')
 
 def _run(folder, sources):
     "Outputs of cells, in the order in which they run, as a kernel in `folder` would store them"
     os.chdir(folder)
     pd.set_option('display.max_columns', 20)      # pandas has it so where a kernel imports it
+    plt.close('all')      # figures of the process that it comes from
     shell = CaptureShell()
     res = []
     for o in sources:

@@ -25,7 +25,7 @@ from .task import targets,task_of,usual_terms
 from .teacher import as_teacher,CachedTeacher,check_finite,fixed_views,LiveTeacher,mixer,numbered
 from .teacher import StoredLogits,StoredTeacher
 from .terms import registered,Term,Terms
-from ..features.capture import Capture,hear
+from ..features.capture import Capture,capture_outputs
 from ..features.logits import as_logits
 from ..training.terms import LossTerm
 from ..training.optimizer import TermSplitter
@@ -201,7 +201,7 @@ def __getstate__(self:KnowledgeDistillation):
 @patch
 def _outputs(self:KnowledgeDistillation, *models):
     "What `models` return for one validation batch"
-    with undisturbed(self.model): return tuple(hear(m, [], self.dls, self.logits)[0] for m in models)
+    with undisturbed(self.model): return tuple(capture_outputs(m, [], self.dls, self.logits)[0] for m in models)
 
 # %% ../../nbs/13_distill.callback.ipynb #b30c1997
 @patch
@@ -287,7 +287,7 @@ def _who_counts(self:KnowledgeDistillation):
 def _probe(self:KnowledgeDistillation):
     "What each term sees of one validation batch, by its name"
     xb = inputs(self.dls)
-    out,f_s = hear(self.model, self.paths('probe_layers'), xb, self.logits)
+    out,f_s = capture_outputs(self.model, self.paths('probe_layers'), xb, self.logits)
     answers = [t.probe(xb, self.paths('teacher_layers', i)) for i,t in enumerate(self.teachers)]
     z_s = lambda: as_logits(out, who='the student')
     raw = lambda i: as_logits(answers[i][0], who='the teacher')

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from ..core import inputs,unwrap
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.logits import as_logits
 
 # %% ../../nbs/10c_distill.seen.ipynb #3f235901
@@ -31,20 +31,17 @@ class Seen:
     "What a term sees of a batch of B samples"
     f_s:dict = field(default_factory=dict)      # Features of the student by path, (B, …) each
     f_t:dict = field(default_factory=dict)      # Features of the teacher by path
-    # The student's logits (B, C), or (B, C, H, W), (B, N, C)
-    z_s:torch.Tensor|Callable = Lazy()
+    z_s:torch.Tensor|Callable = Lazy()          # The student's logits (B, C), or (B, C, H, W), (B, N, C)
     z_t:torch.Tensor|Callable = Lazy()          # The teacher's logits
     y:torch.Tensor|Callable = Lazy()            # Targets (B, …)
-    # True where a place counts (B, H, W) or (B, N); None: everywhere
-    mask:torch.Tensor|Callable|None = Lazy()
+    mask:torch.Tensor|Callable|None = Lazy()    # True where a place counts (B, H, W) or (B, N); None: everywhere
     index:torch.Tensor|None = None              # Places of the samples in the training set (B,)
     pct:float = 0.                              # Training progress, 0 to 1
     head:nn.Module|None = None                  # The term's trainable part
     mixed:bool = False                          # Is `z_t` the mean of several teachers?
     student:nn.Module|None = None               # For `prepare`: the networks, unwrapped,
     teacher:nn.Module|None = None
-    # where the logits are in what they return, see `as_logits`,
-    logits:object = None
+    logits:object = None                        # where the logits are in what they return, see `as_logits`,
     order:list|None = None                      # places of the student's classes among the teacher's,
     bs:int|None = None                          # the batch size in training,
     labels:torch.Tensor|None = None             # and the labels of the training set (N,)
@@ -67,8 +64,8 @@ def probe(
 ) -> Seen:
     "What terms see of one batch. Raises `ValueError` if a network has no such layer."
     xb = inputs(data, student)
-    z_s,f_s = hear(student, layers, xb, logits)
-    z_t,f_t = hear(teacher, teacher_layers, xb, logits)
+    z_s,f_s = capture_outputs(student, layers, xb, logits)
+    z_t,f_t = capture_outputs(teacher, teacher_layers, xb, logits)
     def s(): return as_logits(z_s, who='the student')
     def t(): return as_logits(z_t, who='the teacher')
     return Seen(f_s, f_t, s, t, student=unwrap(student), teacher=unwrap(teacher), logits=logits,

@@ -18,7 +18,7 @@ from .adapter import TeacherAdapter
 from .callback import KnowledgeDistillation
 from .logits import KD
 from .vid import GaussianHead
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.logits import as_logits
 
 # %% ../../nbs/16_distill.show.ipynb #5ea94258
@@ -40,7 +40,7 @@ def differing(
 ):
     "The `n` samples of a batch on which teacher and student differ most, and the probabilities (n, C) of both"
     net,adapter,b = as_network(teacher),TeacherAdapter(teacher),dl.one_batch()
-    def answer(m, data): return as_logits(hear(m, [], data, logits)[0])
+    def answer(m, data): return as_logits(capture_outputs(m, [], data, logits)[0])
     adapter.meet(learn.dls, net, lambda: tuple(answer(m, learn.dls) for m in (learn.model, net)))
     with adapter.fed(net): z_t = answer(net, b[:1])
     z_s = answer(learn.model, b[:1])
@@ -105,8 +105,8 @@ def likelihood_maps(
     found = gaussians(kd)
     b = dl.one_batch()
     xb = inputs(b[:1], model)
-    f_s = hear(model, [s for s,_,_ in found], xb)[1]
-    with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
+    f_s = capture_outputs(model, [s for s,_,_ in found], xb)[1]
+    with kd.adapter.fed(kd.teacher): f_t = capture_outputs(kd.teacher, [t for _,t,_ in found], xb)[1]
     images = [x for x,*_ in dl.decode_batch(tuple(b), max_n=n)]
     res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x in images])}
     for s,t,head in found:

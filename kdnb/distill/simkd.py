@@ -18,7 +18,7 @@ from .losses.shared import at_least_float32
 from .seen import Seen
 from .srrl import rest_of
 from .terms import on_both
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.halves import cut
 from ..features.layers import as_pairs,last_map
 from ..models.named import create
@@ -150,5 +150,5 @@ def simkd_student(
     s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
     xb = torch.zeros(2, *student['kwargs']['in_shape'])
     (layer_s,layer_t), = as_pairs(layers)
-    f_s,f_t = hear(s, [layer_s], xb)[1],hear(t, [layer_t], xb)[1]
+    f_s,f_t = capture_outputs(s, [layer_s], xb)[1],capture_outputs(t, [layer_t], xb)[1]
     return SimKD(layers, factor=factor, norm=norm).rebuild(Seen(f_s, f_t, student=s, teacher=t, order=order))

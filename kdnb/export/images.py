@@ -52,8 +52,7 @@ class Preprocess:
             div = 255. if ((mean>0) & (mean<1) & (std<=.5)).all() else 1. if (mean>1).any() else None
         return cls(tuple(shape), *stats, div)
 
-    # Path, PIL image, array or tensor of bytes (H, W), (H, W, C), (C, H, W); list or batch
-    def __call__(self, images):
+    def __call__(self, images): # Path, PIL image, array or tensor of bytes (H, W), (H, W, C), (C, H, W); list or batch
         "Batch (N, C, H, W) for the network; floats (C, H, W) are normalised only"
         if isinstance(images, (list,tuple)) or getattr(images, 'ndim', 0)==4:
             return torch.cat([self(o) for o in images]) if len(images) else torch.zeros(0, *self.shape)

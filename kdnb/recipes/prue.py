@@ -23,7 +23,7 @@ from ..distill.logits import KD
 from ..distill.names import method_names,named_term
 from ..distill.task import check_classes
 from ..distill.terms import Term,Terms
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.layers import match_stages
 from ..masks.model import mask_model,masks,prunable
 from ..measure.outputs import uncertainty
@@ -149,7 +149,7 @@ def _uncertain_teachers(run, teacher, epochs, s):
     res = {'teacher': dense}
     if s.smoothing:
         net = untrained(run.dls, teacher, run.seed)
-        c = hear(dense, [], run.dls)[0].shape[1]
+        c = capture_outputs(dense, [], run.dls)[0].shape[1]
         loss_func = _smoothed(s.smoothing, c)
         res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=loss_func, more=soft)
     for (name,c),sparsity in product(s.criteria.items(), s.sparsities):

@@ -37,8 +37,7 @@ _pairs = 'alone','unpruned','pruned','mismatched','uniform'
 @dataclass
 class PruneThenDistillSettings(Settings):
     "Settings of `prune_then_distill`"
-    # Parts of the teacher's weights that go: 2, 4 and 7 rounds (section 5)
-    sparsities:tuple[float,...] = (.36,.59,.79)
+    sparsities:tuple[float,...] = (.36,.59,.79) # Parts of the teacher that go: 2, 4, 7 rounds (section 5)
     rate:float = .2 # Part of what is left that goes each round (Table 7)
     criterion:object = 'magnitude' # What the smallest of goes, a name or a function (section 3.1)
     pairs:tuple[str,...] = _pairs[:3] # Who teaches (section 5); also 'mismatched' (Table 12), 'uniform'

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable
 from torch import nn
 from fastcore.basics import patch
-from fastai.data.core import DataLoaders
 from ..export.files import load_model,save_model
 from ..files import atomic_write,load_state,save_state
 from ..locks import release

@@ -45,8 +45,7 @@ _table_3 = 'fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I','LwF + FitNe
 @dataclass
 class VidSettings(Settings):
     "Settings of `vid`"
-    # For 'samples' and 'sizes' (Tables 1, 2)
-    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I')
+    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I') # (Tables 1, 2)
     mlp_methods:object = ('KD','FitNet','VID-I') # For 'mlp' (Table 4)
     transfer_methods:object = _table_3 # For 'transfer' (Table 3)
     n_per_class:object = None # Training images a class, ('all', 500, 100); all, a 5th, 10th, 50th if None (Table 1)
