@@ -52,7 +52,7 @@ def remove_channels(model, # Any module; masks are multiplied in
             counts = g.blocks[asked].bincount(minlength=int(g.blocks.max())+1)
             raise ValueError(f'the channels of {name!r} meet a grouped convolution, which must lose the same number in '
                              f'each of its {len(counts)} blocks; asked for {counts.min()} to {counts.max()} a block.')
-        warnings.warn(f'{asked.sum()} of the {g.n} channels of {name!r} were to go: {g.n-mask.sum()} are kept, '
+        warnings.warn(f'{asked.sum()} of the {g.n} channels of {name!r} were to go; kept: {g.n-mask.sum()}, '
                       'since no layer may be emptied.')
     with torch.no_grad(): _remove(model, dead.values())
     return model
