@@ -20,7 +20,7 @@ test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real M
 lab: $(READY)  ## open JupyterLab on nbs/
 	cd nbs && ../$(BIN)/jupyter lab --config=../.ci/lab.py
 
-nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/02c_data.sets.ipynb] [FLAGS=slow]
+nbs: $(READY)  ## run notebooks for keeps: make nbs [NB=nbs/02d_data.sets.ipynb] [FLAGS=slow]
 	$(BIN)/nbdev-export
 	$(BIN)/python .ci/nbs.py $(NB) --flags "$(FLAGS)"
 

@@ -1,5 +1,5 @@
 "How literate are the notebooks? Figures beside what is wanted, a warning each, never a gate: names are matched, not meaning."
-import ast, json, re, statistics as st
+import ast, io, json, re, statistics as st, tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +17,7 @@ def parse(s):
 
 def lines(s): return [o for o in s.splitlines() if o.strip() and not o.startswith('#|')]
 def is_def(o): return isinstance(o, (ast.FunctionDef,ast.ClassDef))
+def semicolons(text): return sum(o.type==tokenize.OP and o.string==';' for o in tokenize.generate_tokens(io.StringIO(text).readline))
 def imports_only(tree): return all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in tree.body)
 
 def shows(cell, src):
@@ -57,9 +58,10 @@ def package():
         text = path.read_text(encoding='utf-8')
         rows,tree = text.splitlines(),parse(text)
         n += len(lines(text))
-        over100 += sum(len(o)>100 for o in rows)
-        over120 += sum(len(o)>120 for o in rows)
-        semi += sum(';' in re.sub(r'''(['"]).*?\1|#.*''', '', o) for o in rows)
+        written = [o for o in rows if not o.startswith('__all__ = ')]      # nbdev's, wrapped for 120 without this beginning
+        over100 += sum(len(o)>100 for o in written)
+        over120 += sum(len(o)>120 for o in written)
+        semi += semicolons(text)      # those of statements: CSS and messages have others
         for o in ast.walk(tree):
             multi += isinstance(o, ast.Assign) and isinstance(o.targets[0], ast.Tuple) and isinstance(o.value, ast.Tuple)
             if isinstance(o, COMPREHENSIONS):

@@ -35,9 +35,10 @@ def client(nb, fn):
                           resources={'metadata': {'path': fn.parent}})
 
 def run(fn, flags, only=None):
-    """Run the cells of `fn` that `nbdev-test --flags` would, or those marked with the directive `only`; the others keep the
-    outputs they have. Returns what tables say that lack rows, if these need no GPU."""
-    todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, get_config().tst_flags.split(), flags)}
+    """Run the cells of `fn` that `nbdev-test --flags` would, and those of rows, or those marked with the directive `only`; the others
+    keep the outputs they have. Returns what tables say that lack rows, if these need no GPU."""
+    skipped = [o for o in get_config().tst_flags.split() if o!='rows']
+    todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, skipped, flags)}
     if todo or not only: print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return []
     nb = nbformat.read(fn, 4)

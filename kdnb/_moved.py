@@ -4,26 +4,29 @@ from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
-         'checkpoint': 'training.checkpoint training.state training.fingerprint files',
+         'checkpoint': 'training.checkpoint training.state training.memory training.fingerprint files locks',
          'processes': 'training.processes',
          'trace': 'channels.trace channels.arithmetic channels.operations channels.sizes channels.labels layers',
          'prune.masks': 'masks layers',
          'recipes.core': 'recipes.run recipes.training recipes.stage recipes.folder recipes.settings recipes.registry '
-                         'recipes.record training.schedules files',
+                         'recipes.record training.schedules files locks',
          'distill.methods': ' '.join(f'distill.{o}' for o in
                                      'terms logits layers heads vid crd srrl semckd simkd names'.split()),
          'deploy': 'export.onnx export.speed export.session export.quantize export.graph'}
 
 # modules that are there, and others that hold now some of what stood in them
-SPLIT = {'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
+SPLIT = {'files': 'locks', 'data.arrays': 'data.loaders',
+         'channels.trace': 'channels.labels channels.sizes channels.operations channels.arithmetic',
          'channels.trial': 'channels.remove',
-         'variational.layers': 'variational.gates',
+         'training.state': 'training.memory',
+         'variational.layers': 'variational.gates variational.kl',
          'variational.convert': 'variational.threshold',
-         'variational.callback': 'variational.show',
+         'variational.callback': 'variational.show variational.layers variational.threshold training.schedules',
          'prune.criteria': 'prune.scoring prune.lowest prune.select prune.penalties',
-         'prune.callback': 'prune.lowest prune.select prune.rewind', 'prune.select': 'prune.lowest',
+         'prune.callback': 'prune.lowest prune.select prune.rewind training.schedules training.callbacks',
+         'prune.select': 'prune.lowest',
          'distill.callback': 'distill.learner distill.show distill.seen',
-         'distill.task': 'distill.adapter',
+         'distill.task': 'distill.adapter distill.inputs', 'distill.adapter': 'distill.inputs core',
          'recipes.prune_then_distill': 'recipes.prune_then_distill_tables', 'recipes.prue': 'recipes.prue_tables',
          'recipes.sequential': 'recipes.sequential_tables', 'recipes.vid': 'recipes.vid_jobs recipes.vid_tables'}
 

@@ -3,6 +3,7 @@ from fastai.vision.all import *
 from kdnb.core import *
 from kdnb.layers import weighted, own_axes, weight_names
 from kdnb.files import *
+from kdnb.locks import *
 from kdnb.data import *
 from kdnb.models import *
 from kdnb.measure import *
@@ -14,6 +15,7 @@ from kdnb.training.schedules import *
 from kdnb.training.optimizer import *
 from kdnb.training.params import *
 from kdnb.training.terms import *
+from kdnb.training.memory import *
 from kdnb.training.state import *
 from kdnb.training.checkpoint import *
 from kdnb.training.processes import *
@@ -36,6 +38,7 @@ from kdnb.distill.correlation import *
 from kdnb.distill.names import *
 from kdnb.distill.task import *
 from kdnb.distill.adapter import *
+from kdnb.distill.inputs import *
 from kdnb.distill.seen import *
 from kdnb.distill.teacher import *
 from kdnb.distill.parts import *
@@ -46,6 +49,7 @@ from kdnb.distill.learner import *
 from kdnb.distill.show import *
 from kdnb.variational.gates import *
 from kdnb.variational.layers import *
+from kdnb.variational.kl import *
 from kdnb.variational.convert import *
 from kdnb.variational.threshold import *
 from kdnb.variational.callback import *

@@ -8,29 +8,55 @@ __all__ = ['RecurrentKind', 'EmbeddingKind', 'StandardisedKind', 'masks_over', '
 # %% ../nbs/00b_kinds.ipynb #ed72a2bd
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from fastcore.basics import patch
 from .layers import ConvKind,kind_of,layer_kind,makers,MakesKind,over_weight,spanned_axis,weighted
 
 # %% ../nbs/00b_kinds.ipynb #19dad9be
 @layer_kind(nn.RNNBase, nn.RNNCellBase)
 class RecurrentKind(MakesKind):
-    "LSTM, GRU, RNN of one layer and one direction, and their cells: hidden units, and inputs"
+    "LSTM, GRU, RNN and their cells: hidden units of all layers and directions, and inputs"
     recurs = True
-    def sizes(self, m): return m.hidden_size,m.input_size+m.hidden_size
+    def runs(self, m): return getattr(m, 'num_layers', 1)*self.ways(m)
+    def ways(self, m): return 1+getattr(m, 'bidirectional', False)
+    def sizes(self, m): return self.runs(m)*m.hidden_size,m.input_size+self.runs(m)*m.hidden_size
+    def inner(self, m): return (self.runs(m)-self.ways(m))*m.hidden_size
     def weights(self, m): return tuple(m._parameters)
     def noted(self, m): return 'hidden_size','input_size'
     def resize(self, m, made, read):
-        m.hidden_size,m.input_size = made,read-made
+        m.hidden_size,m.input_size = made//self.runs(m),read-made
         if hasattr(m, '_flat_weights_names'): m._flat_weights = [getattr(m, n) for n in m._flat_weights_names]
     def holds(self, m):
-        if getattr(m, 'num_layers', 1)>1 or getattr(m, 'bidirectional', False) or getattr(m, 'proj_size', 0):
-            return '{} has several layers, two directions, or a projection'
-        if not {'weight_hh','weight_hh_l0'} & m._parameters.keys(): return '{} computes its weight'
-    def places(self, m, name):
-        t = m._parameters[name]
-        res = {0: (0, torch.arange(m.hidden_size, device='cpu').repeat(len(t)//m.hidden_size))}
-        if t.ndim==1: return res
-        return res | {1: (1, torch.arange(t.shape[1], device='cpu') + (m.input_size if '_hh' in name else 0))}
+        if getattr(m, 'proj_size', 0): return '{} has a projection'
+        names = getattr(m, '_flat_weights_names', ['weight_hh'])
+        if not {n for n in names if n.startswith('weight')}<=m._parameters.keys(): return '{} computes its weight'
+
+
+# %% ../nbs/00b_kinds.ipynb #5d1c0b11
+@patch
+def places(self:RecurrentKind, m:nn.Module, name:str) -> dict[int,tuple]:
+    "`{axis: (side, channel of each position)}` of the tensor `name` of `m`"
+    t,n,ways = m._parameters[name],m.hidden_size,self.ways(m)
+    layer = int(name.removesuffix('_reverse').rpartition('_l')[2]) if '_l' in name else 0
+    first = (layer*ways + name.endswith('_reverse'))*n      # of its units
+    units = torch.arange(n, device='cpu')+first
+    res = {0: (0, units.repeat(len(t)//n))}
+    if t.ndim==1: return res
+    if '_hh' in name: return res | {1: (1, m.input_size+units)}
+    below = m.input_size+(layer-1)*ways*n if layer else 0
+    return res | {1: (1, torch.arange(t.shape[1], device='cpu')+below)}
+
+@patch
+def outputs(self:RecurrentKind, m:nn.Module, out:object) -> list[tuple]:
+    "Units of the last layer in the output, those of all in the last states"
+    if self.runs(m)==1: return super(RecurrentKind, self).outputs(m, out)
+    every = torch.arange(self.sizes(m)[0], device='cpu')
+    def states(o): return every.view(self.runs(m), *[1]*(o.ndim-2), -1)
+    y = out[0].data if isinstance(out[0], PackedSequence) else out[0]
+    return [(y, every[self.inner(m):]), *((o, states(o)) for o in tree_leaves(out[1]))]
+
 
 # %% ../nbs/00b_kinds.ipynb #efdc13e1
 @layer_kind(nn.Embedding)
@@ -68,7 +94,8 @@ class StandardisedKind(ConvKind):
 # %% ../nbs/00b_kinds.ipynb #dd08c855
 def _plain_class(m):
     "The class of the plain convolution with the padding of `m`"
-    if not getattr(m, 'same_pad', False): return next(c for c in type(m).__mro__ if c.__module__.startswith('torch.nn'))
+    if not getattr(m, 'same_pad', False):
+        return next(c for c in type(m).__mro__ if c.__module__.startswith('torch.nn'))
     from timm.layers import Conv2dSame
     return Conv2dSame
 

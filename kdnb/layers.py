@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 
 # %% ../nbs/00a_layers.ipynb #21812117
@@ -39,6 +40,7 @@ class LayerKind:
     def holds(self, m:nn.Module) -> str|None: "Why channels that `m` reads cannot go, with {} for its name; or None"
     def rescale(self, m:nn.Module, before:int) -> None:
         "Make up in `m` for channels of zeros that are gone: there were `before`"
+    def inner(self, m:nn.Module) -> int: "How many of the channels that `m` makes come before those of its output"; return 0
     def noted(self, m:nn.Module) -> tuple:
         "Attributes that a saved network cannot tell from the shapes of its tensors"
         return ()
@@ -61,6 +63,19 @@ def places(self:LayerKind, m:nn.Module, name:str) -> dict[int,tuple]:
     "`{axis: (side, channel of each position)}` of the tensor `name` of `m`"
     t = (m._parameters | m._buffers)[name]
     return {d: (side, torch.arange(t.shape[d], device='cpu')) for d,side in (self.sides(m, name) or {}).items()}
+
+# %% ../nbs/00a_layers.ipynb #5d1c0001
+@patch
+def outputs(self:LayerKind, m:nn.Module, out:object) -> list[tuple]:
+    "`(tensor, which channels of `m` its numbers are)` of what `m` put out; the latter broadcasts, or is None if it is not to be said"
+    axis,made = self.axis(m),self.sizes(m)[0]
+    def places(o):
+        if o.ndim<-axis or o.shape[axis]!=made: return None
+        shape = [1]*o.ndim
+        shape[axis] = made
+        return torch.arange(made, device='cpu').view(shape)
+    return [(o, places(o)) for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+
 
 # %% ../nbs/00a_layers.ipynb #bb30bc40
 @patch
@@ -161,7 +176,8 @@ class _GlobalResponse(LayerKind):
 def _holding(why, *classes):
     layer_kind(*classes)(type('_Holding', (LayerKind,), dict(role='holds', holds=lambda self, m: why)))
 
-_holding('{} splits them into heads: open_attention makes linear layers of it', nn.MultiheadAttention)
+_holding('{} splits them into heads: open_attention makes linear layers of it', nn.MultiheadAttention,
+         'torchvision.models.swin_transformer.ShiftedWindowAttention')
 
 # %% ../nbs/00a_layers.ipynb #11396923
 def holds(

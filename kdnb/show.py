@@ -13,7 +13,7 @@ from markupsafe import Markup
 from .files import atomic_write
 
 # %% ../nbs/09_show.ipynb #4ba5ea5f
-_units = ('', ' k', ' M', ' G', ' T')
+_prefixes = ('', ' k', ' M', ' G', ' T')
 
 def human(
     n:float, # Any number
@@ -21,11 +21,11 @@ def human(
 ) -> str:
     "`n` with three digits and a prefix: 266200 is '266 k'"
     i = 0
-    while abs(n)>=999.5 and i<len(_units)-1:
+    while abs(n)>=999.5 and i<len(_prefixes)-1:
         n /= 1000
         i += 1
     digits = f'{n:.0f}' if i==0 or n>=99.95 else f'{n:.3g}'
-    return digits + (_units[i] or ' ')*bool(unit or i) + unit
+    return digits + (_prefixes[i] or ' ')*bool(unit or i) + unit
 
 # %% ../nbs/09_show.ipynb #99853060
 def percent(

@@ -7,6 +7,7 @@ if DEVICE=='cpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''     # before torch loo
 import matplotlib
 import pytest
 import torch
+from filelock import FileLock
 from fastai.torch_core import default_device, set_seed
 
 matplotlib.use('Agg')
@@ -19,10 +20,19 @@ def data_dir():
     pytest.skip('no image files: set KDNB_DATA to the folder that holds MNIST/')
 
 @pytest.fixture(scope='session')
-def two_ranks(tmp_path_factory):
-    "What variational training and pruning end with in each of two processes, which are started once: `{name: state}`"
+def two_processes(tmp_path_factory):
+    "Folder with the runs of two processes, which are started once for all workers of xdist"
     import two_processes as ddp
-    return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.NOISY, *ddp.PRUNERS)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'two_processes'
+    with FileLock(f'{folder}.lock'):
+        if not folder.exists(): folder.mkdir(); ddp.both(folder)
+    return folder
+
+@pytest.fixture(scope='session')
+def two_ranks(two_processes):
+    "What distillation, variational training and pruning end with in each of the two: `{name: state}`"
+    return [torch.load(two_processes/f'{i}.pth', weights_only=True) for i in (0,1)]
 
 def pytest_runtest_setup():
     "A test draws the same numbers whatever ran before it in its process"

@@ -1,14 +1,10 @@
-"A run that is killed again and again, each time in a stage: killed.py folder seed. Children are forked, so that nothing is imported twice"
-import json, os, random, signal, sys, time, warnings
-from pathlib import Path
+"A run that is killed again and again, each time in a stage. Children are forked, so that nothing is imported twice"
+import os, random, signal, time
 
-warnings.filterwarnings('ignore')
-import torch
-torch.set_num_threads(1)
 import kdnb.recipes.run as run_module
 from kdnb.all import *
 
-KILLS,STAGES = 5,('teacher','student','sparse','small','thin','finish')
+KILLS,STAGES = 3,('teacher','student','sparse','small','thin','finish')
 
 def work(path, pipe=None):
     "The whole run; says on `pipe` which stage begins"
@@ -22,7 +18,7 @@ def work(path, pipe=None):
         setattr(Run, name, g)
     for name in ('_train','enter','finish'): says(name, getattr(Run, name))
     dls = image_dls('digits', bs=256, pad=1)
-    vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (12,12,24), data='digits', gamma_weight=20., cooldown=(.4,.8), single_weights=20., show=False).report()
+    vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (6,6,12), data='digits', gamma_weight=20., cooldown=(.4,.8), single_weights=20., show=False).report()
 
 def attempt(path, stage, delay):
     "Run until `stage` or a later one has begun and `delay` seconds have passed, then kill; True if it was in that stage"
@@ -42,13 +38,13 @@ def attempt(path, stage, delay):
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status)==0, 'the run failed'
     return os.WIFSIGNALED(status) and stage.encode() in said
 
-if __name__=='__main__':
-    folder,rng = Path(sys.argv[1]),random.Random(int(sys.argv[2]))
-    start = time.perf_counter()
-    attempt(folder/'whole', None, 0)
-    whole,kills = time.perf_counter()-start,{}
+def kills(folder, seed):
+    "Make a run in `folder/whole` and one that is killed in `folder/killed`; how often in which stage"
+    rng,start,res = random.Random(seed),time.perf_counter(),{}
+    work(folder/'whole')       # here: what it imports is there in every fork
+    whole = time.perf_counter()-start
     for stage in STAGES:
         for _ in range(KILLS):
-            if attempt(folder/'killed', stage, rng.uniform(0, whole/40)): kills[stage] = kills.get(stage, 0)+1
+            if attempt(folder/'killed', stage, rng.uniform(0, whole/40)): res[stage] = res.get(stage, 0)+1
     attempt(folder/'killed', None, 0)
-    print(json.dumps(kills))
+    return res

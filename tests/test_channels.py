@@ -7,7 +7,11 @@ from functools import partial
 import pytest
 import torchvision.models as tvm
 from torch.nn.utils import parametrize
-from fastai.vision.all import DynamicUnet, OptimWrapper, SGD, Adam, create_vision_model, resnet18, xresnet18, xresnet34
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from fastai.vision.all import DynamicUnet, OptimWrapper, ResBlock, SGD, Adam, XResNet, create_vision_model
 from common import quiet
 from kdnb.all import *
 from kdnb.channels.groups import ChannelGroup,_removable
@@ -65,22 +69,42 @@ def small_vgg(widths=(16,16,24,24,32,32,32,32), h=40):
 def vit():
     return tvm.VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
 
+def resnet(block, **kwargs): return ResNet(block, [2,1,1,1], num_classes=10, **kwargs)
+
+def mobilenet_v3():
+    "With and without squeeze-excite, with both activations, with a shortcut"
+    rows = [(16,3,16,16,True,'RE',2,1), (16,3,72,24,False,'RE',2,1), (24,3,88,24,False,'RE',1,1), (24,5,96,40,True,'HS',2,1)]
+    return MobileNetV3([InvertedResidualConfig(*o, width_mult=1.) for o in rows], last_channel=64, num_classes=10)
+
+def efficientnet():
+    rows = [(1,3,1,32,16,1), (6,3,2,16,24,2), (6,5,2,24,40,1)]
+    return EfficientNet([MBConvConfig(*o) for o in rows], dropout=.2, last_channel=64, num_classes=10)
+
+def squeezenet():
+    "The first two of the eight fires"
+    m = tvm.squeezenet1_1(num_classes=10)
+    m.features,m.classifier[1] = m.features[:5],nn.Conv2d(128, 10, 1)
+    return m
+
+# Of each family a network with few layers: whole ones are in the zoo.
 # builder, number of groups that can go, paths of those that stay
 FAMILIES = dict(
     vgg=(small_vgg, 9, ['fc.2']), mlp=(partial(mlp, hidden=40), 7, ['fc5']),
     lenet5=(partial(lenet5, in_shape=(3,32,32)), 4, ['fc3']),
     lenet5_caffe=(partial(lenet5_caffe, in_shape=(3,32,32)), 3, ['fc2']),
-    resnet_a=(partial(cifar_resnet, depth=14, option='A'), 7, ['layer2.0.conv2','fc']), padded=(Padded, 2, ['b','out.2']),
-    resnet_b=(partial(cifar_resnet, depth=14, option='B'), 9, ['fc']), wrn=(partial(create, 'wrn_16_1'), 9, ['fc']),
-    preact_bottleneck=(partial(cifar_resnet, depth=20, kind='bottleneck'), None, None),
-    resnet18=(tvm.resnet18, 12, ['fc']), resnet50=(tvm.resnet50, 37, ['fc']),
-    resnext50=(tvm.resnext50_32x4d, 37, ['fc']),
-    mobilenet_v2=(tvm.mobilenet_v2, 25, ['classifier.1']), mobilenet_v3=(tvm.mobilenet_v3_small, 27, ['classifier.3']),
-    efficientnet=(tvm.efficientnet_b0, 40, ['classifier.1']), densenet=(tvm.densenet121, 120, ['classifier']),
-    shufflenet=(tvm.shufflenet_v2_x0_5, 18, None), regnet=(tvm.regnet_y_400mf, 53, ['fc']),
-    squeezenet=(tvm.squeezenet1_1, 25, ['classifier.1']), xresnet18=(partial(xresnet18, n_out=10), 14, ['11']),
-    xresnet34=(partial(xresnet34, n_out=10), 22, ['11']),
-    vision_learner=(lambda: create_vision_model(resnet18, 10, pretrained=False), 13, ['1.8']),
+    resnet_a=(partial(cifar_resnet, depth=8, option='A'), 4, ['layer2.0.conv2','fc']), padded=(Padded, 2, ['b','out.2']),
+    resnet_b=(partial(cifar_resnet, depth=8, option='B'), 6, ['fc']), wrn=(partial(create, 'wrn_10_1'), 6, ['fc']),
+    preact_bottleneck=(partial(cifar_resnet, depth=11, kind='bottleneck'), None, None),
+    resnet18=(partial(resnet, BasicBlock), 9, ['fc']), resnet50=(partial(resnet, Bottleneck), 15, ['fc']),
+    resnext50=(partial(resnet, Bottleneck, groups=32, width_per_group=4), 15, ['fc']),
+    mobilenet_v2=(lambda: tvm.MobileNetV2(10, inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,2,2]]), 9, ['classifier.1']),
+    mobilenet_v3=(mobilenet_v3, 11, ['classifier.3']), efficientnet=(efficientnet, 12, ['classifier.1']),
+    densenet=(lambda: tvm.DenseNet(8, (3,2), 16, num_classes=10), 12, ['classifier']),
+    shufflenet=(lambda: tvm.ShuffleNetV2([2,2,2], [24,48,96,192,128], num_classes=10), 11, None),
+    regnet=(lambda: RegNet(BlockParams([1,2], [24,48], [8,8], [1.,1.], [2,2], .25), num_classes=10), 12, ['fc']),
+    squeezenet=(squeezenet, 7, ['classifier.1']), xresnet=(partial(XResNet, ResBlock, 1, [1]*4, n_out=10), 10, ['11']),
+    xresnet_bottleneck=(partial(XResNet, ResBlock, 4, [1]*4, n_out=10), 15, ['11']),
+    vision_learner=(lambda: create_vision_model(lambda pretrained: resnet(BasicBlock), 10, pretrained=False, cut=-2), 10, ['1.8']),
     vit=(vit, 2, ['conv_proj','heads.head']), unet=(lambda: UNet(nn.BatchNorm2d), 4, ['last.3']),
     unet_in=(lambda: UNet(partial(nn.InstanceNorm2d, affine=True)), 4, ['last.3']), cat_add=(CatAdd, 2, ['out.2']))
 
@@ -95,7 +119,7 @@ def lively(m):
 
 def build(name):
     set_seed(0)
-    return lively(FAMILIES[name][0]()).eval(),torch.randn(2, 3, *((64,64) if name=='squeezenet' else (32,32)))
+    return lively(FAMILIES[name][0]()).eval(),torch.randn(2, 3, 32, 32)
 
 def choose(g): return _removable(g, _some(g, torch.randperm(g.n)))
 def all_but_one(g): return _removable(g, torch.ones(g.n, dtype=torch.bool))
@@ -135,7 +159,7 @@ def test_families(name):
     assert max_difference(small, unread, x)<=1e-5
     assert widths(small, free)==expected(m, free, dead)
 
-    large = n_params(m)>5e6
+    large = n_params(m)>1e6
     for f in [choose] if large else [choose, all_but_one]:
         dead = {g: f(g) for g in free}
         muted = mute(deepcopy(m), free, dead)
@@ -143,7 +167,7 @@ def test_families(name):
         assert max_difference(small, muted, x)<=1e-5
         assert widths(small, free)==expected(m, free, dead)
         assert not [k for k in small.stays if k not in [g.name for g in groups if g.stays]]
-        if not large: assert n_params(shrink(small, x))==n_params(small)    # nothing is left to remove
+        if f is choose and not large: assert n_params(shrink(small, x))==n_params(small)    # nothing is left to remove
 
 @pytest.mark.parametrize('small,large', [
     (partial(small_vgg, (9,12,20,24,25,16,8,31), 33), small_vgg),
@@ -165,9 +189,9 @@ def test_members_of_groups():
     m,x = build('resnet_b')
     g = {g.name: g for g in channel_groups(m, x)}
     paths = lambda ps: [p.path for p in ps]
-    assert paths(g['conv1'].makers)==['conv1','layer1.0.conv2','layer1.1.conv2']
-    assert paths(g['conv1'].norms)==['bn1','layer1.0.bn2','layer1.1.bn2']
-    assert paths(g['conv1'].readers)==['layer1.0.conv1','layer1.1.conv1','layer2.0.conv1','layer2.0.shortcut.0']
+    assert paths(g['conv1'].makers)==['conv1','layer1.0.conv2']
+    assert paths(g['conv1'].norms)==['bn1','layer1.0.bn2']
+    assert paths(g['conv1'].readers)==['layer1.0.conv1','layer2.0.conv1','layer2.0.shortcut.0']
     assert paths(g['layer2.0.conv1'].readers)==['layer2.0.conv2'] and g['layer2.0.conv1'].n==32
     m = lenet5()
     part, = channel_groups(m, torch.randn(2,1,28,28))['conv2'].readers
@@ -219,9 +243,10 @@ def test_what_stays(model, why):
     with pytest.raises(ValueError, match="'a' cannot be removed exactly"): remove_channels(model, x, {'a': [0]})
 
 class Recurrent(nn.Module):
-    def __init__(self, both=True):
+    def __init__(self, projected=True):
         super().__init__()
-        self.l,self.g = nn.Linear(32,24),nn.GRU(24,8 if both else 16,batch_first=True,bidirectional=both)
+        self.l = nn.Linear(32,24)
+        self.g = nn.LSTM(24,20,proj_size=16,batch_first=True) if projected else nn.GRU(24,16,batch_first=True)
         self.h,self.f = nn.Linear(16,20),nn.Linear(20,10)
     def forward(self, x): return self.f(F.relu(self.h(self.g(F.relu(self.l(x[:,0])))[0][:,-1])))
 
@@ -358,7 +383,7 @@ def test_masks_are_folded_and_the_original_is_untouched(attach):
     assert all(torch.equal(p.grad, g) for p,g in zip(m.parameters(), grads))
     assert not any(parametrize.is_parametrized(o) or isinstance(o, Masked) for o in s.modules())
     assert all(p.grad is None for p in s.parameters())
-    assert s.training and not s.layer1[0].training and not s.layer1[0].bn1.training and s.layer1[1].bn1.training
+    assert s.training and not s.layer1[0].training and not s.layer1[0].bn1.training and s.layer2[0].bn1.training
     assert [n for n,_ in s.named_parameters()]==[n for n,_ in FAMILIES['resnet_b'][0]().named_parameters()]
     assert torch.equal(m.eval()(x), y) and max_difference(s, m, x)<=1e-5 and n_params(s)<.6*n_params(m)
 
@@ -766,7 +791,7 @@ def test_computed_weights_are_seen_through(name, training):
 def test_a_trace_has_a_bound_in_time():
     m,x = build('resnet_b')
     groups = channel_groups(m, x, seconds=0)
-    assert {g.stays for g in groups}=={'there was no time to try them', OUTPUT} and len(groups)==10
+    assert {g.stays for g in groups}=={'there was no time to try them', OUTPUT} and len(groups)==7
 
 class Grouped(nn.Module):
     "Attention with grouped queries and rotary positions, RMSNorm, a gated MLP, and None beside the logits"

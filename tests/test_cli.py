@@ -55,6 +55,8 @@ def test_the_network_of_a_run_as_onnx(run, photos, capsys, tmp_path):
     assert 'equal predictions' in text and net.header['stats']==read_header(out/'model.safetensors')[0]['stats']
     assert torch.equal(net(x).argmax(1), model(x.as_subclass(Tensor)).argmax(1)) and len(net.header['classes'])==10
     assert 'int8' in said(capsys, 0, 'export', out, '--int8', '--max-drop', 1, '--data', photos, '--out', file)
+    page = (out/'report.html').read_text()      # written anew, with what the file takes
+    assert '<h2>Without torch</h2>' in page and 'small.onnx' in page and f'Report, with size and speed of the file: {out/"report.html"}' in text
 
 def test_report_of_one_and_of_two(run, tmp_path, capsys, monkeypatch):
     out,_ = run

@@ -302,6 +302,7 @@ def test_the_network_goes_where_the_data_are():
 @pytest.mark.parametrize('kwargs,said', [
     (dict(), 'no budget is given'), (dict(macs=0), 'macs is 0, expected'), (dict(params=1.5), 'params is 1.5, expected'),
     (dict(macs='20X'), 'Units of macs are k, M, G and %'), (dict(macs='20M'), 'no limit: the network has'), (dict(macs=.5, how='uniforms'), "how is 'uniforms'"),
+    (dict(macs=.5, update_bn=-1), 'update_bn is -1'), (dict(macs=.5, update_bn='x'), "update_bn is 'x'"), (dict(macs=.5, lr=-1), 'lr is -1'), (dict(macs=.5, lr='x'), "lr is 'x'"),
     (dict(macs=.5, steps=0), 'steps is 0'), (dict(macs=.5, n_epoch=-1), 'n_epoch is -1'), (dict(macs=.5, round_to=0), 'round_to is 0'),
     (dict(macs=.5, max_drop=.01), 'contradict'), (dict(max_drop=-1), 'max_drop is -1'), (dict(max_drop=True), 'max_drop is True'),
     (dict(max_drop=1.5), 'For 1.5 points write 0.015'), (dict(max_drop=.5), 'For 0.5 points write 0.005'),
@@ -310,6 +311,12 @@ def test_the_network_goes_where_the_data_are():
     (dict(macs=.5, criterion='magntude'), 'Did you mean'), (dict(macs=.5, ignore='conv9'), 'conv9'), (dict(macs=1e-9), 'no group is emptied')])
 def test_what_is_refused(kwargs, said):
     with pytest.raises(ValueError, match=said): learner('lenet5').compress_to(n_epoch=kwargs.pop('n_epoch', 0), n=64, show=False, **kwargs)
+
+def test_samples_and_names_that_are_none():
+    for n in (0,-5,'x',1.5):
+        with pytest.raises(ValueError, match=f'n is {n!r}, expected a whole number'): learner('lenet5').compress_to(macs=.5, n=n)
+    with pytest.raises(TypeError, match='compress_to takes no epochs, nor do distill and fit_one_cycle. Did you mean n_epoch'): learner('lenet5').compress_to(macs=.5, n_epoch=0, epochs=3)
+    with pytest.raises(ValueError, match="fit is 'fit_one', expected the name of a fit method"): learner('lenet5').compress_to(macs=.5, fit='fit_one')
 
 def test_learners_that_cannot(monkeypatch):
     learn = learner('lenet5')

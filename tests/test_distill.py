@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import timm
 from fastai.callback.schedule import *
-from fastai.vision.models.xresnet import xresnet18
-from torchvision.models import mobilenet_v2, resnet18
+from fastai.vision.models.xresnet import XResNet
+from torchvision.models import MobileNetV2, resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 import two_processes as ddp
 from common import CPUAutocast, StopAt, X, Y, data, ends, flat, here, quiet, seeded
 from kdnb.all import *
@@ -264,7 +265,8 @@ def test_schedule_of_a_term_and_columns():
 
 
 def timm_net(): return timm.create_model('mobilenetv3_small_050', num_classes=10)
-@pytest.mark.parametrize('make', [lambda: resnet18(num_classes=10), lambda: xresnet18(n_out=10), lambda: mobilenet_v2(num_classes=10), timm_net],
+@pytest.mark.parametrize('make', [lambda: ResNet(BasicBlock, [1]*4, 10), lambda: XResNet(ResBlock, 1, [1]*4, n_out=10),
+                                  lambda: MobileNetV2(10, inverted_residual_setting=[[1,16,1,1],[6,24,2,2],[6,32,2,2],[6,64,2,2]]), timm_net],
                          ids=['torchvision','fastai','mobilenet','timm'])
 def test_models_as_they_are(make):
     set_seed(0)
@@ -326,12 +328,17 @@ def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):
 class Invert(Callback):
     def before_batch(self): self.learn.xb = (1-self.x,)
 
+class Streamed(TfmdDL):
+    "A loader that puts its batches together in its own way"
+    def sample(self): return super().sample()
+
 @pytest.mark.parametrize('message,terms,kw', [
     ("has no layer 'conv3'. The nearest names are 'conv2', 'conv1'", AT('conv3'), {}),
     ("has no layer 'layer1'", FitNet({'conv1': 'layer1'}), {}),
-    ('CRD needs to know which sample is which', CRD({'fc2': 'fc1'}), dict(generic=True, labels=True)),
-    ('CRD needs the labels of the whole training set', CRD({'fc2': 'fc1'}), dict(generic=True)),
-    ('cache needs to know which sample is which', KD(), dict(generic=True, cache=True)),
+    ('CRD needs to know which sample is which', CRD({'fc2': 'fc1'}), dict(generic=Streamed, labels=True)),
+    ('CRD needs the labels of the whole training set', CRD({'fc2': 'fc1'}), dict(generic=TfmdDL)),
+    ('cache needs to know which sample is which, and Streamed does not say', KD(), dict(generic=Streamed, cache=True)),
+    ('no method is called \'KDD\'. Did you mean \'KD\'?', 'KDD', {}),
     ('images change from epoch to epoch', KD(), dict(pad=1, cache=True)),
     ('expected maps', AT('fc1'), {}),
     ('expected maps', SimKD({'fc1': 'conv2'}), {}),
@@ -355,9 +362,9 @@ def test_bad_input(message, terms, kw):
             def forward(self, x): return x[:len(x)//2]
         teacher = nn.Sequential(Halve(), *teacher)
     dls = data(pad=kw.pop('pad', 0))
-    if kw.pop('generic', False):
+    if generic := kw.pop('generic', None):
         items = ArrayDataset(X.float()/255, Y, vocab=range(10)) if kw.pop('labels', False) else list(zip(X.float()/255, Y))
-        dls = DataLoaders(*[TfmdDL(items, bs=64, num_workers=0) for _ in range(2)])
+        dls = DataLoaders(*[generic(items, bs=64, num_workers=0) for _ in range(2)])
     learn = learner(dls)
     if kw.pop('parallel', False): learn.model = nn.DataParallel(learn.model)
     cbs = L(kw.pop('cbs', None)).map(lambda o: o())
@@ -380,13 +387,9 @@ def test_teacher_assistant():
     assert last is chain[2] and [torch.equal(flat(l.model), b) for l,b in zip(chain, before)]==[True,False,False]
 
 
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory):
-    return ddp.both(tmp_path_factory.mktemp('ranks'), *ddp.TERMS)
-
 @pytest.mark.parametrize('name', ddp.TERMS)
-def test_two_processes_equal_one(name, two_processes):
-    one,first,second = ddp.train(name),*(o[name] for o in two_processes)
+def test_two_processes_equal_one(name, two_ranks):
+    one,first,second = ddp.train(name),*(o[name] for o in two_ranks)
     assert any('head' in k or 'projector' in k for k in one)
     for k,v in one.items():
         assert torch.equal(first[k], second[k]), k
@@ -743,6 +746,18 @@ def test_terms_with_parts_of_the_teacher_understand_them_too(name):
     b = quiet(learner(), 1, 1e-3, cbs=KnowledgeDistillation(TEACHER, TERMS[name]))
     assert torch.allclose(flat(a.model), flat(b.model), atol=1e-6)
     if name=='srrl': quiet(learner(), Returns(TEACHER, lambda z: dict(a=-z, b=z)), 1, term, logits='b', fit='distill')
+
+def test_what_stands_first_in_a_tuple_may_be_no_logits():
+    class First(Returns):
+        def forward(self, x): return self.how(self.net(x), x)
+    learn = learner(model=First(student(), lambda z,x: (x,z)))
+    learn.loss_func,learn.metrics = lambda out,y: F.cross_entropy(out[1], y),[]
+    teacher = First(TEACHER, lambda z,x: (x,z))
+    with pytest.raises(ValueError, match=r'logits has shape \(64, 1, 8, 8\), and targets are one class for each of 64 images. Name the logits'):
+        quiet(learn, teacher, 1, DIST(), fit='distill')
+    quiet(learn, teacher, 1, DIST(), logits=1, fit='distill')
+    with pytest.raises(ValueError, match='the function logits= fails on that: .*so it must know both'):
+        quiet(learn, TEACHER, 1, KD(), logits=lambda o: o[1] if isinstance(o, tuple) else o['z'], fit='distill')
 
 def test_simkd_with_a_teacher_that_returns_a_dict():
     learn = learner()

@@ -1,10 +1,12 @@
 "Tokens, several teachers, temperatures over time, places that do not count, and learners that teach each other: right values, and nothing left behind."
-import gc, weakref
+import gc, math, random, weakref
 
 import pytest
 from fastai.callback.schedule import *
 from common import X, Y, data, flat, here, quiet, seeded
 from kdnb.all import *
+from kdnb.distill.correlation import CC, ICKD
+from kdnb.distill.reviewkd import ReviewKD
 from kdnb.distill.seen import Seen, probe
 
 DLS = data()
@@ -220,6 +222,12 @@ def test_two_teachers_with_features_cached_in_memory_and_files(tmp_path):
     for cache in (True, tmp_path, tmp_path): assert torch.allclose(ask(pair, terms, cache)[0], right, atol=1e-5)
     assert sorted(o.name for o in tmp_path.iterdir())==['teacher0','teacher1']
 
+def test_stored_logits_in_a_file_and_in_float64(tmp_path):
+    table = answers(wide(), data().train)[''].cpu()
+    np.save(tmp_path/'z.npy', table.double().numpy())
+    right = ask(table, KD())[0]
+    for o in (table.double().numpy(), tmp_path/'z.npy', str(tmp_path/'z.npy')): assert torch.allclose(ask(o, KD())[0], right, atol=1e-5)
+
 def test_a_teacher_of_stored_logits():
     t = wide()
     table = answers(t, data().train)['']
@@ -231,7 +239,9 @@ def test_a_teacher_of_stored_logits():
         with pytest.raises(ValueError, match=message): ask(o, terms)
     with pytest.raises(ValueError, match='stored logits, but MixUp mixes'): quiet(learner(), 1, cbs=[KnowledgeDistillation(table), MixUp()])
     x,y = DLS.train.dataset.x[:64].float()/255,DLS.train.dataset.y[:64]
-    plain = DataLoaders(*[DataLoader(list(zip(x, y)), bs=16)]*2)
+    class Streamed(TfmdDL):
+        def sample(self): return super().sample()
+    plain = DataLoaders(*[Streamed(list(zip(x, y)), bs=16, num_workers=0)]*2)
     with pytest.raises(ValueError, match='a teacher of stored logits needs to know which sample is which'):
         quiet(seeded(plain, lenet()), 1, cbs=KnowledgeDistillation(table[:64]))
 
@@ -243,6 +253,10 @@ def test_a_teacher_of_stored_logits():
     ('teacher gives 7 outputs, student 10', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)], KD(teacher=1)))),
     ('T is -1', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation(wide(), KD(T=lambda p: -1.)))),
     ("token is 'last'", lambda: RKD('b', token='last')),
+    ('teachers 0 and 1 give outputs of shape .64, 10. and .64, 7., which have no mean', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)]))),
+    (r'T is \[4, 1\], expected a temperature', lambda: KD(T=[4,1])),
+    ("teacher is 'net.pth', expected a Learner, a network, or logits by sample", lambda: KnowledgeDistillation('net.pth')),
+    ('the peer gives outputs of shape .64, 7., this learner .64, 10.', lambda: quiet(learner(), 1, cbs=MutualLearning(learner(create('lenet5', DLS, c=7))))),
 ])
 def test_bad_input(message, make):
     with pytest.raises(ValueError, match=message): make()
@@ -310,6 +324,152 @@ def test_a_teacher_of_another_size_is_resized():
         assert torch.allclose(taught(t, term), taught(Resized(t), term), atol=1e-6), term
         assert not torch.equal(taught(t, term), flat(fcn())), term
 
+def maps_of(term, mask, f_s=(6,8,8), f_t=(7,4,4), mess=0., by_label=False):
+    "The loss of `term` on random maps, the teacher's with `mess` added where the mask is False"
+    set_seed(5)
+    f_s,f_t = {k: torch.randn(3,*f_s) for k in 'ab'},{k: torch.randn(3,*f_t) for k in 'ab'}
+    o = Seen(f_s, f_t, z_t=torch.randn(3,5), bs=3)
+    o.head = term.prepare(o)
+    if mask is not None:
+        left_out = ~(F.adaptive_avg_pool2d(mask[:,None].float(), f_t['a'].shape[2:])>=.5)
+        for k in f_t: f_t[k] += mess*left_out
+    o.mask,o.by_label = mask,by_label
+    return float(term(o))
+
+@pytest.mark.parametrize('term', [FitNet('a'), VID('a'), AT('a'), NST('a'), SP('a'), PKT('a'), RKD('a'), CC('a'), FSP(['a','b']), Terms],
+                         ids=lambda t: 'SimKD' if t is Terms else type(t).__name__)
+def test_pixels_that_do_not_count_are_left_out_of_maps(term):
+    "Layers are smaller than the mask, and of two sizes: what the teacher has there changes nothing, unless `mask` only says what has a label"
+    mask = (torch.arange(16)<9).expand(3,16,16)
+    if term is Terms:       # SimKD compares the projector's maps
+        term = SimKD('a')
+        o = Seen({'projector': torch.randn(3,7,4,4)}, {'a': torch.randn(3,7,4,4)}, mask=mask)
+        once = term(o)
+        o.f_t['a'][...,2:] += 50
+        assert torch.equal(term(o), once) and term(Seen(o.f_s, o.f_t))>once
+        return
+    once = maps_of(term, mask)
+    assert maps_of(term, mask, mess=50.)==pytest.approx(once, rel=1e-5) and math.isfinite(once)
+    assert maps_of(term, mask, mess=50., by_label=True)!=pytest.approx(once, rel=1e-3)
+    assert maps_of(term, torch.ones(3,16,16).bool())==pytest.approx(maps_of(term, None), rel=1e-5)
+    assert math.isfinite(maps_of(term, torch.zeros(3,16,16).bool()))
+
+def test_a_mask_of_pixels_by_hand():
+    "A place counts if at least half of its pixels do"
+    set_seed(6)
+    f_s,f_t = torch.randn(2,3,2,2),torch.randn(2,3,2,2)
+    mask = torch.ones(2,4,4).bool()
+    mask[0,:2,:2] = tensor([[False,False],[False,True]])        # one of four
+    mask[1,2:,2:] = tensor([[False,True],[True,False]])         # two of four
+    counts = torch.ones(2,2,2).bool()
+    counts[0,0,0] = False
+    o = Seen({'a': f_s}, {'a': f_t}, mask=mask)
+    term = FitNet('a', norm=False, relu=False)
+    o.head = term.prepare(o)
+    with torch.no_grad(): z = o.head[0](f_s*counts[:,None])
+    assert torch.isclose(term(o), (z-f_t).square().mean(1)[counts].mean())
+    def where(f): return [(f[i].square().mean(0)*counts[i]).flatten() for i in range(2)]
+    q = [[v/v.norm() for v in where(f)] for f in (f_s,f_t)]
+    assert torch.isclose(AT('a')(o), sum((a-b).square().sum() for a,b in zip(*q))/7)
+
+def test_masks_of_pixels_on_tokens_and_what_cannot_leave_out():
+    o = Seen({'b': torch.randn(2,17,6)}, {'b': torch.randn(2,8,4,4)}, mask=(torch.arange(8)<4).expand(2,8,8))
+    once = AT('b')(o)
+    o.f_t['b'][...,2:] += 9
+    assert torch.isclose(AT('b')(o), once)
+    for term in (ICKD('b'), ReviewKD(['b','c']), SemCKD('b', 'b')):
+        o = Seen({k: torch.randn(2,8,4,4) for k in 'bc'}, {k: torch.randn(2,8,4,4) for k in 'bc'}, bs=2)
+        o.head = term.prepare(o)
+        o.mask = (torch.arange(8)<4).expand(2,8,8)
+        with pytest.raises(ValueError, match='compares whole layers, and some pixels do not count'): term(o)
+    o.mask = torch.arange(5).expand(2,5)<3
+    with pytest.raises(ValueError, match=r'the mask has shape \(2, 5\), expected \(2, H, W\) for maps'): AT('b')(o)
+
+@pytest.mark.parametrize('mask,message', [(lambda xb,yb: None, 'mask gives None, expected a tensor of True and False'),
+                                          (lambda xb,yb: torch.rand(16,8,8), 'mask gives torch.float32 of shape')])
+def test_what_is_no_mask(mask, message):
+    learn = Learner(pixels(ignored=1), fcn(), CrossEntropyLossFlat(axis=1))
+    with pytest.raises(ValueError, match=message): quiet(learn, 1, cbs=KnowledgeDistillation(fcn(seed=1), KD(), mask=mask))
+
+# Loaders that number their samples
+
+def numbers(n=50): return list(zip(X[:n].float()/255, Y[:n]))
+class Longest(TfmdDL):
+    "Sorts what it does not shuffle, as fastai's loader of texts does"
+    def get_idxs(self): return super().get_idxs() if self.shuffle else list(range(self.n))[::-1]
+def loaders(cls=TfmdDL, items=None, **kwargs):
+    return DataLoaders(*[cls(items or numbers(), bs=16, shuffle=s, num_workers=0, **kwargs) for s in (True,False)])
+
+@pytest.mark.parametrize('make', [loaders, lambda: loaders(Longest), lambda: loaders(drop_last=True), lambda: loaders(DataLoader)],
+                         ids=['fastai','sorted','drop_last','plain'])
+def test_any_loader_of_numbered_samples_is_cached(make, tmp_path):
+    class Other(Callback):
+        "Reads the training set within an epoch"
+        def after_batch(self): self.dls.train.one_batch()
+    def run(cache):
+        dls = make()
+        dls.train.rng = random.Random(0)
+        learn = Learner(dls, lenet(), CrossEntropyLossFlat(), opt_func=SGD)
+        set_seed(1)
+        quiet(learn, 2, 1e-2, cbs=[KnowledgeDistillation(wide(), KD() + AT('conv2'), cache=cache), Other()])
+        assert 'get_idxs' not in vars(dls.train)
+        return flat(learn.model)
+    right = run(False)
+    for cache in (True, tmp_path, tmp_path): assert torch.allclose(run(cache), right, atol=1e-5)
+
+class Trembling:
+    "A data set that augments on its own, which no transform tells"
+    def __len__(self): return 50
+    def __getitem__(self, i): return X[i].float()/255+torch.rand(1),Y[i]
+
+class Seldom(RandTransform):
+    def encodes(self, x:torch.Tensor): return x
+class Half(TfmdDL):
+    def get_idxs(self): return super().get_idxs()[::2]
+
+@pytest.mark.parametrize('message,make', [
+    ('samples change from epoch to epoch, by the data set itself', lambda: loaders(items=Trembling())),
+    ('samples change from epoch to epoch, by Seldom', lambda: loaders(after_batch=[Seldom(p=.01)])),
+    ('Half gives 25 of its 50 samples', lambda: loaders(Half)),
+    ('needs to know which sample is which, and DataLoader does not say. Use image_dls, from_arrays, or fastai', lambda: DataLoaders(*[DataLoader(iter(numbers()), bs=16)]*2)),
+])
+def test_what_cannot_be_cached(message, make):
+    with pytest.raises(ValueError, match=message): quiet(Learner(make(), lenet(), CrossEntropyLossFlat()), 1, cbs=KnowledgeDistillation(wide(), KD(), cache=True))
+
+def test_a_folder_of_another_data_set_is_noticed(tmp_path):
+    "Whose first batch is the same"
+    def run(n): quiet(Learner(loaders(items=numbers(n)), lenet(), CrossEntropyLossFlat()), 1, cbs=KnowledgeDistillation(wide(), KD(), cache=tmp_path))
+    run(40)
+    run(40)
+    with pytest.raises(ValueError, match='holds the outputs of another network'): run(50)
+
+def test_torch_s_own_loaders():
+    "Distil, with features too, and are not cached"
+    rows = torch.utils.data.TensorDataset(X[:32].float()/255, Y[:32])
+    dls = DataLoaders(*[torch.utils.data.DataLoader(rows, 16) for _ in range(2)], device=DLS.device)
+    learn = Learner(dls, lenet(), CrossEntropyLossFlat())
+    quiet(learn, 1, cbs=KnowledgeDistillation(Learner(dls, wide(), CrossEntropyLossFlat()), KD() + FitNet('conv2') + SemCKD('conv2', 'conv2')))
+    with pytest.raises(ValueError, match='needs to know which sample is which, and DataLoader does not say'):
+        quiet(learn, 1, cbs=KnowledgeDistillation(wide(), KD(), cache=True))
+
+# Terms by their names
+
+def test_terms_by_name():
+    "Are those that `named_term` builds"
+    net = lenet()
+    named = named_term('KD + VID-I', net, wide(), DLS)
+    a,b = learner(opt_func=SGD),learner(opt_func=SGD)
+    kd_a,kd_b = KnowledgeDistillation(wide(), 'KD + VID-I'),KnowledgeDistillation(wide(), named)
+    for learn,kd_ in ((a,kd_a), (b,kd_b)): quiet(learn, 1, 1e-3, cbs=kd_)
+    assert (list(kd_a.terms), kd_a.weights, kd_a.task)==(['kd','vid'], kd_b.weights, kd_b.task)
+    assert torch.allclose(flat(a.model), flat(b.model), atol=1e-5)
+    check_terms('KD + AT', net, wide(), DLS)
+    with pytest.raises(ValueError, match='AT compares layers, and there are 2 teachers'): quiet(learner(), [wide(), wide()], 1, 'KD + AT', fit='distill')
+    with pytest.raises(ValueError, match='stored logits'): quiet(learner(), torch.randn(len(DLS.train.dataset),10), 1, 'AT', fit='distill')
+    learn = learner()
+    quiet(learn, wide(), 1, 'SimKD', fit='distill')
+    assert hasattr(learn.model, 'projector')
+
 def test_srrl_of_pixels_at_the_size_of_the_mask():
     "The student's map is half as large as the teacher's, and so are the class maps that the teacher's rest makes of it"
     s,t = fcn(stride=2),fcn(seed=1)
@@ -320,8 +480,9 @@ def test_srrl_of_pixels_at_the_size_of_the_mask():
     z = F.interpolate(z, size=(8,8), mode='bilinear', align_corners=False)
     features = F.mse_loss(f.mean((2,3)), small.mean((2,3)))
     assert torch.isclose(SRRL('1')(o), features + F.mse_loss(z, o.z_t))
-    o.mask = torch.arange(8).expand(len(z),8,8).to(z.device)<5
-    assert torch.isclose(SRRL('1')(o), features + F.mse_loss(z[...,:5], o.z_t[...,:5]))
+    o.mask = torch.arange(8).expand(len(z),8,8).to(z.device)<6
+    features = F.mse_loss(f[...,:3].mean((2,3)), small[...,:3].mean((2,3)))
+    assert torch.isclose(SRRL('1')(o), features + F.mse_loss(z[...,:6], o.z_t[...,:6]))
 
 # Each other
 
@@ -338,6 +499,23 @@ def test_mutual_steps_are_those_of_the_paper():
     (F.cross_entropy(z_b, yb) + .7*kd(z_b, z_a.detach(), 2.)).backward()
     for net,learn in ((a,first), (b,second)):
         for p,q in zip(net.parameters(), learn.model.parameters()): assert torch.allclose(p-.1*p.grad, q, atol=1e-6)
+
+def test_peers_do_not_compare_ignored_pixels():
+    class Mad(nn.Module):
+        "Answers at the ignored pixels, and there alone, that are otherwise"
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): z = self.net(x); return torch.cat([9+z[:,:,:3].flip(1), z[:,:,3:]], 2)
+    res = []
+    for wrap in (noop, Mad):
+        a,b = [Learner(pixels(), net, CrossEntropyLossFlat(axis=1, ignore_index=255), opt_func=SGD) for net in (fcn(), wrap(fcn(seed=1)))]
+        quiet(a, 1, .1, cbs=MutualLearning(b))
+        res.append(torch.cat([flat(a.model), flat(b.model)]))
+    assert torch.equal(*res) and res[0].isfinite().all()
+
+def test_a_peer_follows_the_schedule_of_the_rate():
+    a,b = learner(),learner(lenet(5))
+    with a.no_bar(), a.no_logging(): a.fit_one_cycle(1, 1e-2, cbs=MutualLearning(b, weight=SchedLin(0., 1.), T=SchedCos(4., 1.)))
+    assert b.opt.hypers[-1]['lr']==pytest.approx(float(a.opt.hypers[-1]['lr']))
 
 def test_mutual_learning_leaves_nothing_and_refuses():
     a,b = learner(),learner(lenet(5))

@@ -1,8 +1,9 @@
 "Evidence: grids, rows and the tables that are computed from them"
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, time
 from pathlib import Path
-import nbformat, numpy as np, pandas as pd, pytest
-from nbclient import NotebookClient
+import matplotlib.pyplot as plt, nbformat, numpy as np, pandas as pd, pytest
+from execnb.shell import CaptureShell
+from elsewhere import elsewhere,start
 from kdnb.evidence import MissingRows
 from kdnb.evidence.tables import Verdict,printed,read_rows,spread,verdict,with_rows
 from kdnb.evidence.rows import add_rows,all_grids,per_seed,results_folder,rows_file,stored_rows
@@ -52,14 +53,12 @@ def test_rows_are_made_once_and_know_where_they_come_from(folder, tmp_path):
 
 def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
     path = folder('a', [.1,.2,.3,.4], steps=10)
-    def start(): return subprocess.Popen([sys.executable, '-c', 'import sys; from kdnb.evidence import work_through; work_through(*sys.argv[1:])',
-                                          str(path), str(tmp_path/'runs')])
-    a,b = start(),start()
+    a,b = (start(work_through, path, tmp_path/'runs', show=False) for _ in range(2))
     for _ in range(600):
         if stored_rows('p', path): break
         time.sleep(.1)
-    a.send_signal(signal.SIGKILL)
-    a.wait(), b.wait()
+    a.kill()
+    a.join(), b.join()
     work_through(path, tmp_path/'runs', show=False)      # what the other could not take over
     rows = stored_rows('p', path)
     assert len({(o['key'], o['cell']) for o in rows})==len(rows) and len({o['key'] for o in rows})==8
@@ -116,12 +115,12 @@ def test_a_folder_copied_in_the_middle_of_a_trial_goes_on(folder, tmp_path, monk
     path = folder('a', [.1], steps=60)
     work_through(path, tmp_path/'runs', until=time.time()+1, show=False)
     journal = tmp_path/'runs'/'p'/'a'/'journal.log'
-    p = subprocess.Popen([sys.executable, '-c', 'import sys; from kdnb.evidence import work_through; work_through(*sys.argv[1:])', str(path), str(tmp_path/'runs')])
     begun = journal.read_text().count('"state":0')
+    p = start(work_through, path, tmp_path/'runs', show=False)
     for _ in range(600):
         if journal.read_text().count('"state":0')>begun: break
         time.sleep(.1)
-    p.kill(), p.wait()
+    p.kill(), p.join()
     shutil.copytree(tmp_path/'runs', tmp_path/'copy')
     monkeypatch.setattr(worker, '_patience', 1.)
     work_through(path, tmp_path/'copy', show=False)
@@ -199,7 +198,19 @@ def test_every_row_belongs_to_a_grid():
     for paper in {p for p,_ in keys}:
         for o in stored_rows(paper, RESULTS): assert o['key'] in keys[paper,o['table']], (paper, o['table'], o['trial'])
 
-def has_rows(f): return '"#| rows' in f.read_text(encoding='utf-8')
+def has_rows(f): return '.ipynb_checkpoints' not in f.parts and '"#| rows' in f.read_text(encoding='utf-8')
+
+def _run(folder, sources):
+    "Outputs of cells, in the order in which they run, as a kernel in `folder` would store them"
+    os.chdir(folder)
+    pd.set_option('display.max_columns', 20)      # pandas has it so where a kernel imports it
+    plt.close('all')      # figures of the process that it comes from
+    shell = CaptureShell()
+    res = []
+    for o in sources:
+        res.append([nbformat.from_dict(out) for out in shell.run(o)])
+        if shell.exc: raise shell.exc
+    return res
 
 @pytest.mark.parametrize('name', sorted(str(f.relative_to(ROOT)) for f in (ROOT/'nbs').rglob('*.ipynb') if has_rows(f)))
 def test_a_stored_table_is_what_its_rows_say(name):
@@ -208,12 +219,11 @@ def test_a_stored_table_is_what_its_rows_say(name):
     first = next(i for i,c in enumerate(code) if c.source.startswith('#| rows'))
     imports = [c for c in code[:first] if 'import *' in c.source]
     stored = [c for c in code if c.source.startswith('#| rows')]
-    was = [_texts(c) for c in stored]
-    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in imports+stored])
-    NotebookClient(new, timeout=300, resources={'metadata': {'path': (ROOT/name).parent}}).execute()
-    for c,old,now in zip(stored, was, [_texts(c) for c in new.cells[len(imports):]]): assert now==old, c.source
+    now = elsewhere(_run, (ROOT/name).parent, [c.source for c in imports+stored])[len(imports):]
+    for c,new in zip(stored, now, strict=True): assert _texts(new)==_texts(c.outputs), c.source
 
-def _texts(cell):
+def _texts(outputs):
     "What a cell prints, and what it displays; a picture stands for itself. How printing falls into pieces is the kernel's affair."
-    printed = ''.join(o.text for o in cell.outputs if o.output_type=='stream' and o.name=='stdout')
-    return printed, ['picture' if 'image/png' in o.data else o.data['text/plain'] for o in cell.outputs if 'data' in o]
+    text = lambda o: o if isinstance(o, str) else ''.join(o)
+    printed = ''.join(text(o.text) for o in outputs if o.output_type=='stream' and o.name=='stdout')
+    return printed, ['picture' if 'image/png' in o.data else text(o.data['text/plain']) for o in outputs if 'data' in o]

@@ -34,6 +34,13 @@ def test_push_hands_over_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.hub_mixin.hf_hub_download', lambda repo_id, filename, **kw: str(tmp_path/'hub'/filename))
     assert torch.equal(from_pretrained('me/small', revision='v1')(x), plain_copy(learn.model).cpu().eval()(x))
 
+def test_what_is_not_there_or_something_else(tmp_path):
+    (tmp_path/'text').write_text('no zip')
+    with pytest.raises(ValueError, match='text is no file of torch.save'): needs_of(tmp_path/'text')
+    for o in (tmp_path/'none', './none'):
+        with pytest.raises(ValueError, match='none is no folder, and not the name of a network'): from_pretrained(o)
+    with pytest.raises(ValueError, match='is a folder. Name the file'): load_model(tmp_path)
+
 def test_networks_of_one_s_own_are_built_by_the_reader(tmp_path):
     def build(n): return nn.Sequential(nn.Flatten(), nn.Linear(64, n))
     save_pretrained(build(3), tmp_path/'own', data(), dict(name='own', kwargs=dict(n=3)))

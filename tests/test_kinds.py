@@ -1,6 +1,7 @@
 "Layers and code of each kind lose half of their channels: the sizes are right, the outputs are the same, and a saved one comes back."
 from contextlib import contextmanager
 import pytest
+from pytest import approx
 from kdnb.all import *
 from kdnb.channels.layers import attributes_of, set_attributes
 from kdnb.kinds import StandardisedKind
@@ -100,10 +101,14 @@ class Own(nn.Module):
 
 class Recurrent(nn.Module):
     "A layer of units that read themselves, between two linear layers"
-    def __init__(self, kind=nn.LSTM):
+    def __init__(self, kind=nn.LSTM, states=False, **kwargs):
         super().__init__()
-        self.a,self.rnn,self.b = nn.Linear(3,16),kind(16, 12, batch_first=True),nn.Linear(12,5)
-    def forward(self, x): return self.b(self.rnn(self.a(x))[0][:,-1])
+        self.a,self.rnn,self.states = nn.Linear(3,16),kind(16, 12, batch_first=True, **kwargs),states
+        self.b = nn.Linear(24 if self.rnn.bidirectional else 12, 5)
+    def forward(self, x):
+        y,h = self.rnn(self.a(x))
+        if self.states: return self.b(torch.cat([h[-2], h[-1]], 1))
+        return self.b(y[:,-1])
 
 class Steps(nn.Module):
     "A cell, step by step"
@@ -147,6 +152,33 @@ class Biased(Attention):
         q,k,v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2,0,3,1,4).unbind(0)
         bias = self.table[self.places].view(6, 6, -1).permute(2,0,1).unsqueeze(0)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(*x.shape[:2], self.inner)
+        return self.head((x+self.proj(y)).mean(1))
+
+class Compared(nn.Module):
+    "Attention whose heads cannot go: one, or queries of several that share their keys, or as many as the code says"
+    def __init__(self, fused=True, q=8, k=8, v=6, heads=1):
+        super().__init__()
+        self.heads,self.fused,self.scale = str(heads),fused,8**-.5      # a text: no number that could follow
+        self.stem,self.norm,self.head = nn.Linear(3,12),nn.LayerNorm(12),nn.Linear(12,5)
+        self.q,self.k,self.v,self.proj = nn.Linear(12,q),nn.Linear(12,k),nn.Linear(12,v),nn.Linear(int(self.heads)*v,12)
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.norm(x)
+        q,k,v = self.q(h).unflatten(2, (int(self.heads),-1)).transpose(1, 2),self.k(h)[:,None],self.v(h)[:,None]
+        if self.fused: y = F.scaled_dot_product_attention(q, k, v)
+        else: y = (q*self.scale@k.mT).softmax(-1)@v
+        return self.head((x+self.proj(y.transpose(1, 2).flatten(2))).mean(1))
+
+class FixedHeads(nn.Module):
+    "Three heads of fused queries, keys and values, and the code says three"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.norm = nn.Linear(3,12),nn.LayerNorm(12)
+        self.qkv,self.proj,self.head = nn.Linear(12,72),nn.Linear(24,12),nn.Linear(12,5)
+    def forward(self, x):
+        x = self.stem(x)
+        q,k,v = self.qkv(self.norm(x)).unflatten(2, (3,3,-1)).permute(2,0,3,1,4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.head((x+self.proj(y)).mean(1))
 
 class Standardised(nn.Conv2d):
@@ -205,10 +237,18 @@ def halved(m, shape):
     (Spread, IMAGES, dict(a=4, s=12), {}),
     (Recurrent, TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
     (partial(Recurrent, nn.GRU), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, num_layers=2), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, nn.GRU, True, num_layers=2, bidirectional=True), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
+    (partial(Recurrent, nn.RNN, bidirectional=True), TOKENS, dict(a=8, b=5), {'rnn': {'hidden_size': 6, 'input_size': 8}}),
     (Steps, TOKENS, dict(a=8), {'cell': {'hidden_size': 6, 'input_size': 8}}),
     (Words, TOKENS, dict(f=6, b=5), {'e': {'embedding_dim': 8}}),
     (Llama, TOKENS, dict(stem=16, q=16, k=8, v=8, gate=12, up=12), {}),      # one of two keys, with its two queries
-    (Biased, TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}})])
+    (Biased, TOKENS, dict(qkv=48, stem=12, proj=12), {'': {'num_heads': 2, 'inner': 16}}),
+    # the root of what is left divides, so queries are multiplied by it, and what keeps it as a number follows
+    (lambda: Compared().double(), TOKENS, dict(q=4, k=4, v=3, stem=12), {'': {'scale': approx(.5)}}),
+    (partial(Compared, False), TOKENS, dict(q=4, k=4, v=3, stem=12), {}),
+    (lambda: Compared(q=24, heads=3).double(), TOKENS, dict(q=12, k=4, v=3, stem=12), {'': {'scale': approx(.5)}}),
+    (lambda: FixedHeads().double(), TOKENS, dict(qkv=36, stem=12), {})])
 def test_half_of_each_group(make, shape, widths, attributes, tmp_path):
     set_seed(0)
     m = make().eval()
@@ -296,12 +336,35 @@ def test_units_that_are_zero_go():
     with torch.no_grad(): m.b.weight[:,5],m.rnn.weight_hh_l0[:,5] = 0,0  # nobody reads it
     assert shrink(m, x).rnn.hidden_size<=11
 
-@pytest.mark.parametrize('layer,why', [(nn.LSTM(16, 12, 2, batch_first=True), 'several layers'), (nn.GRU(16, 6, bidirectional=True, batch_first=True), 'two directions'),
-                                       (nn.LSTM(16, 14, proj_size=12, batch_first=True), 'projection')])
-def test_recurrent_layers_that_stay(layer, why):
+def test_units_of_deep_layers_that_are_zero_go():
+    set_seed(0)
+    m,x = Recurrent(nn.GRU, num_layers=2, bidirectional=True).eval(),torch.randn(TOKENS)
+    def silence(unit, name):
+        with torch.no_grad():
+            for p in (getattr(m.rnn, f'{n}_{name}') for n in ('weight_ih','weight_hh','bias_ih','bias_hh')): p.view(3, 12, -1)[:,unit] = 0
+    for i,name in enumerate(('l0','l0_reverse','l1')): silence(i, name)
+    small = shrink(m, x)
+    assert small.rnn.hidden_size==12 and {g.name: (g.n, bool(g.stays)) for g in channel_groups(Stays(), x)}['rnn']==(24,True)
+    silence(7, 'l1_reverse')                       # now each has one, at places of their own
+    small = shrink(m, x)
+    assert small.rnn.hidden_size==11 and max_difference(small, m, x)<1e-6
+    loss = F.cross_entropy(small.train()(x), torch.tensor([1,2]))
+    loss.backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+class Stays(Recurrent):
+    "Units of one direction are normalised, so that those of the other stay, too"
+    def __init__(self):
+        super().__init__(nn.GRU, bidirectional=True)
+        self.n = nn.LayerNorm(12)
+    def forward(self, x):
+        y = self.rnn(self.a(x))[0].unflatten(2, (2,12))
+        return self.b(torch.cat([self.n(y[:,:,0]), y[:,:,1]], 2)[:,-1])
+
+def test_a_projection_holds_units():
     m = Recurrent()
-    m.rnn = layer
-    assert why in channel_groups(m, torch.randn(TOKENS))['a'].stays
+    m.rnn = nn.LSTM(16, 14, proj_size=12, batch_first=True)
+    assert 'projection' in channel_groups(m, torch.randn(TOKENS))['a'].stays
 
 def test_packed_sequences_stay():
     class Packed(Recurrent):
@@ -336,6 +399,75 @@ def test_open_attention(batch_first):
     assert none is None and (out-m(*qkv)[0]).abs().max()<1e-14 and 'MultiheadAttention' in type(m).__name__
     for kwargs in (dict(add_bias_kv=True), dict(add_zero_attn=True), dict(dropout=.1)):
         with pytest.raises(ValueError, match='Build it without'): open_attention(nn.MultiheadAttention(8, 2, **kwargs))
+
+@pytest.mark.parametrize('side', 'qk')
+def test_one_side_of_zeros_is_enough(side):
+    set_seed(0)
+    m,x = Compared().double().eval(),torch.randn(TOKENS).double()
+    layer,g = getattr(m, side),next(g for g in channel_groups(m, x) if g.name=='q')
+    assert g.paired.all() and not g.readers and [p.path for p in g.makers]==['q','k']
+    with torch.no_grad(): layer.weight[2:4],layer.bias[2:4] = 0,0
+    small = shrink(m, x)
+    assert small.q.out_features==small.k.out_features==6 and small.v.out_features==6 and max_difference(small, m, x)<1e-12
+    layer.bias.data[2] = 1.                                              # a constant is compared, too
+    assert shrink(m, x).q.out_features==7
+    with torch.no_grad(): m.proj.weight[:] = 0                           # nobody listens: then they are dead
+    small = shrink(m, x)
+    assert small.q.out_features in (1,7) and max_difference(small, m, x)<1e-12
+
+def test_a_proof_sees_through_attention():
+    set_seed(0)
+    m,x = Compared(v=8).double(),torch.randn(TOKENS).double()
+    for n in 'qv':
+        other = deepcopy(m)
+        getattr(other, n).weight.data *= 2
+        assert max_difference(other, m, x)>1e-3
+
+def test_numbers_of_one_length_are_told_apart():
+    timm = pytest.importorskip('timm')
+    set_seed(0)
+    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=4, num_classes=5).eval()
+    small,_ = halved(m, (2,3,32,32))       # four heads of four numbers
+    a = small.blocks[0].attn
+    assert (a.num_heads, a.head_dim, a.proj.in_features)==(2,4,8)
+
+def test_shared_keys_of_timm_go_in_pairs():
+    layer = pytest.importorskip('timm.layers.attention2d').MultiQueryAttention2d
+    set_seed(0)
+    m = nn.Sequential(nn.Conv2d(3,16,1), layer(16, num_heads=2, key_dim=8, value_dim=8, kv_stride=2), nn.Conv2d(16,5,1), nn.Flatten(), nn.Linear(80,5)).double().eval()
+    small,x = halved(m, (2,3,4,4))
+    a = small[1]
+    assert (a.query.proj.out_channels, a.key.proj.out_channels, a.value.proj.out_channels, a.key_dim, a.scale)==(8,4,4,4,approx(.5))
+    m[1].fused_attn = a.fused_attn = False
+    twice,_ = halved(small.eval(), (2,3,4,4))
+    assert (twice[1].key.proj.out_channels, twice[1].scale)==(2,approx(.5))      # it stays what it is where it is read
+
+@pytest.mark.parametrize('version', ['','V2'])
+def test_open_windows(version, tmp_path):
+    from torchvision.models import swin_transformer as swin
+    set_seed(0)
+    block,merge = getattr(swin, f'SwinTransformerBlock{version}'),getattr(swin, f'PatchMerging{version}')
+    def make(): return swin.SwinTransformer([4,4], 8, [2], [2], [4,2], num_classes=5, block=block, downsample_layer=merge).double().eval()
+    m,x = make(),torch.randn(2,3,20,24).double()
+    with torch.no_grad():
+        for n,p in m.named_parameters():
+            if 'bias' in n or 'scale' in n: p.normal_()
+    opened = open_attention(m)
+    assert max_difference(opened, m, x)<1e-12
+    a,b = deepcopy(m).train(),deepcopy(opened).train()
+    for o in (a,b):
+        set_seed(0)
+        o.loss = o(x).square().sum()
+        o.loss.backward()
+    att,new = a.features[1][1].attn,b.features[1][1].attn
+    test_close(a.loss.item(), b.loss.item(), 1e-9)
+    test_close(att.qkv.weight.grad[:8], new.q.weight.grad, 1e-9)
+    small,_ = halved(opened, x.shape)
+    assert [(o.attn.q.out_features, o.attn.v.out_features, o.mlp[0].out_features) for o in small.features[1]]==[(4,4,16)]*2
+    again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), lambda: open_attention(make()))
+    assert torch.equal(again(x), small(x))
+    other = torch.randn(1,3,16,8).double()      # another size, a single window wide
+    assert torch.isfinite(small(other)).all() and (opened(other)-m(other)).abs().max()<1e-12
 
 def test_attributes_that_do_not_fit_are_refused():
     for given in ({'': {'num_heads': 5}}, {'': {'num_heads': 2.}}, {'': {'none': 1}}, {'x': {'num_heads': 1}}, [1], {'': 3}, {'': {'forward': 1}}):

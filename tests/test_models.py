@@ -195,11 +195,29 @@ def test_densenet_needs_pixels():
     ('cifar_resnet', dict(kind='wide'), 'There are basic, preact, bottleneck'), ('resnet8', dict(option='C'), "option is 'C'. Pass 'A'"),
     ('vgg', dict(depth=12), 'depth is 12. VGGs have 8, 9'), ('vgg11', dict(widths=[8]*7), 'widths are 7, VGG-11 has 8 convolutions'),
     ('resnet18', dict(stem='tiny'), "stem is 'tiny'"), ('torchvision_net', dict(base='vit_b_16'), "base is 'vit_b_16'. There are resnet18"),
-    ('densenet121', dict(width=2), 'densenet121 has no width factor')])
+    ('densenet121', dict(width=2), 'densenet121 has no width factor'), ('resnet8', dict(width='2'), "width is '2', expected a factor"),
+    ('vgg8', dict(width=0), 'width is 0, expected a factor of the channels above 0'), ('resnet18', dict(width=float('nan')), 'width is nan'),
+    ('resnet8', dict(stem=.5), 'stem is 0.5, expected a whole number'), ('resnet8', dict(c=0), 'c is 0, expected a whole number'),
+    ('resnet8', dict(in_shape=(8,8)), 'in_shape is \\(8, 8\\), expected 3 whole numbers'), ('lenet5', dict(in_shape=8), 'in_shape is 8, expected 3'),
+    ('cifar_resnet', dict(depth='8'), "depth is '8', expected a whole number"), ('vgg8', dict(widths=5), 'widths is 5, expected whole numbers'),
+    ('vgg8', dict(widths=[1,2,3,4,.5]), 'expected whole numbers'), ('mlp', dict(hidden=(3,4)), 'hidden is \\(3, 4\\), expected a whole number'),
+    ('mlp', dict(hidden=3), 'a bottleneck has a quarter of it'), ('lenet300', dict(hidden=(5,.5)), 'hidden is \\(5, 0.5\\), expected whole'),
+    ('resnet8', dict(width=.5, option='A'), "Pass stem=8, or option='B'"), ('resnext50', dict(width=.3), '38 channels are not 32 equal groups')])
 def test_errors(name, kw, says):
     before = list(architectures)
     with pytest.raises(ValueError, match=says): create(name, **kw)
     assert list(architectures) == before
+
+@pytest.mark.parametrize('name,kw,channels', [('resnet8', dict(width=.5), 32), ('resnet8', dict(width=.01), 1), ('resnet164', dict(width=.5), 128),
+                                              ('resnet8', dict(width=.5, option='A', stem=8), 32), ('vgg8', dict(width=.3), 154), ('resnet18', dict(width=.33), 169)])
+def test_a_width_may_be_a_fraction(name, kw, channels, tmp_path):
+    net = create(name, in_shape=(1,8,8), **kw).eval()
+    x = torch.randn(2,1,8,8)
+    assert net.fc.in_features==channels and torch.equal(load_model(save_model(net, tmp_path/'net'))(x), net(x))
+
+def test_names_that_a_network_does_not_take():
+    with pytest.raises(TypeError, match='resnet8 takes no widht. It takes c, in_shape, kind, width, stem, option. Did you mean width?'): create('resnet8', widht=.5)
+    with pytest.raises(TypeError, match="wrn_16_1 has width=1 by its name. For another: create\\('cifar_resnet', width=…"): create('wrn_16_1', width=.5)
 
 def test_a_fixed_argument_is_fixed():
     with pytest.raises(TypeError, match='depth'): create('resnet20', depth=32)

@@ -206,9 +206,28 @@ def test_a_script_for_what_is_no_image(build, make, path):
     said,z = json.loads(alone(path.parent, f'import net; print(np.array(net.predict({lists})).tolist())')),net(*xb).detach()
     assert said==z.argmax(1).tolist() if found.same else np.allclose(said[0], z, atol=1e-5)
 
+def test_what_cannot_be_timed_or_written_as_asked(learn, path):
+    for kwargs in (dict(batches=0), dict(batches=(1,'2')), dict(rounds=0)):
+        with pytest.raises(ValueError, match='expected whole numbers from 1 on'): runtimes(learn, **kwargs)
+    with pytest.raises(ValueError, match='Sequential does not take these data: Given groups=1'): to_onnx(learn.model, torch.zeros(2,3,8,8), path)
+    with pytest.raises(ValueError, match='opset is 5, and torch writes no less than 18 for this network. Ask for 18.'): to_onnx(learn, None, path, opset=5)
+    assert not path.exists()
+
+def test_openvino_is_timed_where_it_is_installed(learn):
+    pytest.importorskip('openvino')
+    r = runtimes(learn, which=['openvino','openvino int8'], batches=[1,8], rounds=2)
+    assert not r.table.note.any() and r.table.same['openvino']==1 and r.table.same['openvino int8']>.8 and (r.table['ms 8']>0).all()
+
+def test_without_openvino_it_is_no_row_unless_it_is_asked_for(learn, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    assert not [k for k in speed._ways(learn.model, learn.dls) if k.startswith('openvino') and speed._installed(k)]
+    r = runtimes(learn, which=['openvino'], batches=[1], rounds=1)
+    assert r.table.note['openvino']=='cannot run here: openvino is not installed: pip install openvino (ValueError)' and 'Take eager' in r.advice
+
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
     monkeypatch.setattr(speed, '_compiled', none)
+    monkeypatch.setitem(sys.modules, 'openvino', None)
     net = prune_model(deepcopy(learn.model), .5).train()
     r = runtimes(net, learn.dls, dense=learn.model, rounds=3)
     t = r.table

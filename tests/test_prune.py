@@ -917,7 +917,7 @@ def test_iterative_prune_ends_beside_a_distillation_with_heads(rewind):
 
 def test_a_round_that_prunes_nothing_is_an_error(monkeypatch):
     from kdnb.prune import rewind
-    monkeypatch.setattr(rewind, '_cut', lambda s, *args, **kwargs: s.model)
+    monkeypatch.setattr(rewind, '_cut_units', lambda s, *args, **kwargs: s.model)
     with pytest.raises(ValueError, match='this round has pruned nothing'): quietly_iterative(learner(), .5, n_epoch=1, lr=1e-3)
 
 @pytest.mark.parametrize('name', penalties)

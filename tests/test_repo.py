@@ -21,7 +21,7 @@ def _files(pattern, root=ROOT):
 MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__init__.py', '_modidx.py')}
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()
              if p.name[0] != '_' and '.ipynb_checkpoints' not in o}
-FLOORS = dict(_moved=0, _face=0, core=1, layers=1, kinds=1, files=1, data=1, models=1, measure=2, features=2, show=2, drawing=2, training=2, masks=3, channels=4,
+FLOORS = dict(_moved=0, _face=0, core=1, layers=1, kinds=1, files=1, locks=1, data=1, models=1, measure=2, features=2, show=2, drawing=2, training=2, masks=3, channels=4,
               distill=5, variational=5, prune=5, export=5, compress=6, recipes=7, report=8, sweep=9, evidence=10, cli=11, all=12)
 
 
@@ -52,15 +52,17 @@ def _text_outputs(nb):
         yield ''.join(o.get('text', ''))
         yield from (''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text') or k.endswith('svg+xml'))
 
+@cache
 def _stored_text():
-    "Notebooks as source and text outputs, other files as they stand"
-    for o,nb in NOTEBOOKS.items(): yield o, '\n'.join([*(''.join(c['source']) for c in nb['cells']), *_text_outputs(nb)])
+    "Notebooks as source and text outputs, other files as they stand: `{file: text}`"
+    found = {o: '\n'.join([*(''.join(c['source']) for c in nb['cells']), *_text_outputs(nb)]) for o,nb in NOTEBOOKS.items()}
     for g in ('*', '.ci/*', 'kdnb/**/*.py', 'nbs/**/*.md', 'tests/**/*.py', 'bench/*', 'results/**/*'):
         for o,p in _files(g).items():
             if p.suffix in ('', '.py', '.md', '.ini', '.toml', '.json', '.txt', '.csv', '.html'):
-                yield o, p.read_text(encoding='utf-8', errors='ignore')
+                found[o] = p.read_text(encoding='utf-8', errors='ignore')
+    return found
 
-def _found(pattern): return {o: m for o,t in _stored_text() if (m := sorted({m[0] for m in re.finditer(pattern, t)}))}
+def _found(pattern): return {o: m for o,t in _stored_text().items() if (m := sorted({m[0] for m in re.finditer(pattern, t)}))}
 
 def test_no_machine_path():
     assert not _found(r'(?:(?<![\w./~-])|file://)/(?:tmp|root|home|work|opt|mnt|var|Users|usr/(?:lib|local))/[\w.]+')
@@ -68,10 +70,14 @@ def test_no_machine_path():
 def test_no_package_index(): assert not _found(r'py[p]i\.org|python[h]osted|index[-_]url')
 
 def _slug(heading): return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+@cache
 def _prose(path):
     "What is written in a notebook or a file of markdown, without code"
     if path.suffix=='.ipynb': return '\n'.join(''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
     return re.sub(r'```.*?```', '', path.read_text(encoding='utf-8'), flags=re.S)
+
+@cache
+def _anchors(path): return {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(path), re.M)}
 
 def dead_links(path, text=None):
     "Relative links and anchors in the prose of `path` that lead nowhere"
@@ -81,7 +87,7 @@ def dead_links(path, text=None):
         target = (path.parent/file).resolve() if file else path
         if re.match(r'[a-z]+:', link): continue
         if not target.exists(): yield link
-        elif anchor and anchor.lower() not in {_slug(re.sub(r'\$|`', '', o)) for o in re.findall(r'^#+ (.*)', _prose(target), re.M)}: yield link
+        elif anchor and anchor.lower() not in _anchors(target): yield link
 
 DOCS = [*(ROOT/o for o in NOTEBOOKS), *ROOT.glob('*.md')]
 @pytest.mark.parametrize('path', DOCS, ids=lambda o: o.name)
@@ -165,10 +171,10 @@ def test_what_has_moved_down_is_found_where_it_was(module, names):
     mod = importlib.import_module(f'kdnb.{module}')
     assert all(hasattr(mod, o) for o in names.split())
 
-@pytest.mark.parametrize('old, names', {'variational.layers': 'Gates Draw', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha',
-    'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner', 'recipes.vid': 'vid_table mlp_pairs',
+@pytest.mark.parametrize('old, names', {'training.state': 'marks_of callback_memory', 'variational.layers': 'Gates Draw KL kl', 'variational.convert': 'threshold weight_bits', 'variational.callback': 'plot_log_alpha kl_schedule noise_params cut_fraction',
+    'prune.criteria': 'Penalty select', 'prune.callback': 'iterative_prune prune_model Pruner is_warmup gradual schedules', 'recipes.vid': 'vid_table mlp_pairs',
     'recipes.prue': 'teachers_table methods_table', 'recipes.prune_then_distill': 'taught_table rounds_table',
-    'recipes.sequential': 'compression_table'}.items())
+    'recipes.sequential': 'compression_table', 'data.arrays': 'from_arrays ArrayDataLoaders', 'files': 'release'}.items())
 def test_what_has_moved_to_a_module_beside_is_found_where_it_was(old, names):
     mod = importlib.import_module(f'kdnb.{old}')
     for o in names.split(): assert getattr(mod, o) is getattr(kdnb.all, o)
@@ -200,6 +206,26 @@ def test_no_name_of_fastai_is_covered():
             for mod in [importlib.import_module(o.name)] for n in getattr(mod, '__all__', [])}
     covered = {n for n,v in ours.items() if getattr(fastai, n, v) is not v}
     assert covered == {'save_model', 'load_model'}     # fastai's are for its own use
+
+def defined_twice(text):
+    "Public names that a module defines twice: functions and classes, or methods that are patched into one class"
+    found = []
+    for o in ast.parse(text).body:
+        if not isinstance(o, (ast.FunctionDef,ast.ClassDef)) or o.name[0]=='_': continue
+        patched = any('patch' in ast.unparse(d) for d in o.decorator_list)
+        found.append(f'{ast.unparse(o.args.args[0].annotation)}.{o.name}' if patched else o.name)
+    return sorted({o for o in found if found.count(o)>1})
+
+@pytest.mark.parametrize('path', MODULES)
+def test_no_public_name_is_defined_twice(path): assert not defined_twice(MODULES[path].read_text(encoding='utf-8'))
+
+def test_what_is_defined_twice_is_found():
+    twice = 'def f(): 1\nclass C: 1\ndef f(): 2\n' + '@patch\ndef g(self:C): 1\n'*2
+    assert defined_twice(twice)==['C.g','f'] and not defined_twice('def f(): 1\n@patch\ndef f(self:C): 1\n@patch\ndef f(self:D): 1')
+
+def test_a_method_that_is_patched_in_leaves_the_function_of_its_name():
+    "`patch` gives back what the module had under the name"
+    assert all(isinstance(o, type(_slug)) and '.' not in o.__qualname__ for o in (kdnb.all.shrink, kdnb.all.to_onnx))
 
 def _imports(file, path):
     "The modules of kdnb that the module `file` imports anywhere in its code, as files"

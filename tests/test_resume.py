@@ -1,13 +1,13 @@
 "What survives a kill, a damaged file, a full disk, a changed setting; what several processes write."
-import json, os, random, re, resource, shutil, subprocess, sys, warnings
+import json, random, re, resource, shutil, subprocess, sys, time, warnings
 from collections import Counter, defaultdict, deque
 
-import pytest
+import killed, pytest
+import two_processes as ddp
 from common import X, Y, data, quiet, same
+from elsewhere import context, elsewhere, start
 from kdnb.all import *
 from kdnb.files import load_state,save_state
-
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 def content(path):
     "All that a run has written, without the times"
@@ -18,13 +18,11 @@ def content(path):
     return res
 
 def test_killed_in_every_stage_again_and_again(tmp_path):
-    out = subprocess.run([sys.executable, Path(__file__).parent/'killed.py', tmp_path, '0'], env=ENV, capture_output=True, text=True, timeout=500)
-    assert out.returncode==0, out.stderr[-3000:]
-    kills = json.loads(out.stdout.splitlines()[-1])
-    assert sum(kills.values())>=21 and kills.keys()=={'teacher','student','sparse','small','thin','finish'}, kills
-    whole,killed = content(tmp_path/'whole'),content(tmp_path/'killed')
-    assert whole.keys()==killed.keys()
-    for k in whole: assert whole[k]==killed[k], k
+    kills = elsewhere(killed.kills, tmp_path, 0)
+    assert sum(kills.values())>=12 and kills.keys()=={*killed.STAGES}, kills
+    a,b = content(tmp_path/'whole'),content(tmp_path/'killed')
+    assert a.keys()==b.keys()
+    for k in a: assert a[k]==b[k], k
 
 class Stop(Exception): pass
 class StopAt(Callback):
@@ -60,7 +58,7 @@ RICH = {
 
 def training(path, kind, stop, fit='fit_one_cycle'):
     set_seed(3, reproducible=True)
-    dls = image_dls('digits', bs=128, pad=1)
+    dls = image_dls('digits', bs=128, pad=1, n_per_class=50)
     dls.train.rng = random.Random(0)
     model = nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(.3), nn.Linear(216,10))
     kwargs,cbs = RICH[kind]()
@@ -116,7 +114,7 @@ class Private(Callback):
         self._dice,self._coin,self._die,self._old = random.Random(1),np.random.default_rng(1),torch.Generator(),np.random.RandomState(1)
         self._last,self._odd,self._by,self._count = deque(maxlen=3),set(),defaultdict(list),Counter()
         self._array,self._temperature = np.zeros(2),nn.Parameter(torch.ones(1))
-        self._opt,self._cache = torch.optim.SGD([self._temperature], .1),torch.zeros(100_000_000, dtype=torch.uint8)
+        self._opt,self._cache = torch.optim.SGD([self._temperature], .1),torch.zeros(20_000_000, dtype=torch.uint8)
     def before_fit(self): self._params,self._hook = list(self.model.parameters()),self.model.register_forward_hook(lambda *a: None)
     def after_fit(self): self._hook.remove()
     def before_batch(self):
@@ -192,7 +190,7 @@ def test_a_checkpoint_of_before_private_data_was_kept_is_taken_up(tmp_path, monk
     assert learn.epoch==3
 
 def small_run(path, lr=3e-3, seeds=1, stop=-1, width=30):
-    dls = image_dls('digits', bs=256)
+    dls = image_dls('digits', bs=128, n_per_class=50)
     run = Run(path, 'small', dls, seeds=seeds, show=False)
     for _ in run.each_seed():
         teacher = run.teacher('lenet300', 2, lr)
@@ -449,23 +447,20 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(tmp_path, monkeypa
     with pytest.warns(UserWarning, match='This stage is trained again'): small_run(tmp_path/'whole')
     assert state.read_bytes()==before
 
-FULL = '''
-import sys, warnings; warnings.filterwarnings('ignore')
-from kdnb.all import *
-dls = image_dls('digits', bs=256)
-run = Run(sys.argv[1], 'small', dls, show=False)
-run.fit('first', run.learner(run.network('lenet300')), 2, 1e-3)
-run.fit('big', run.learner(run.network(mlp(in_shape=dls.in_shape, hidden=1024))), 1, 1e-3)
-'''
+def fill(path, limit):
+    if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    dls = image_dls('digits', bs=256)
+    run = Run(path, 'small', dls, show=False)
+    run.fit('first', run.learner(run.network('lenet300')), 2, 1e-3)
+    run.fit('big', run.learner(run.network(mlp(in_shape=dls.in_shape, hidden=1024))), 1, 1e-3)
 
 def test_a_full_disk_names_the_file_and_harms_nothing(tmp_path):
     disk = tmp_path/'disk'
     disk.mkdir()
     mounted = subprocess.run(['mount','-t','tmpfs','-o','size=3m','none',str(disk)], capture_output=True).returncode==0 if shutil.which('mount') else False
-    limit = None if mounted else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))   # where mounting is not allowed
     try:
-        out = subprocess.run([sys.executable,'-c',FULL,disk/'run'], env=ENV, capture_output=True, text=True, preexec_fn=limit, timeout=200)
-        assert out.returncode!=0 and re.search(r'OSError: .*big-seed0-\w+/fit0/epoch-00000.safetensors could not be written', out.stderr, re.S), out.stderr[-1500:]
+        with pytest.raises(OSError, match=r'big-seed0-\w+/fit0/epoch-00000.safetensors could not be written'):
+            elsewhere(fill, disk/'run', None if mounted else 2_000_000)   # where mounting is not allowed, no file may be larger
         assert json.loads((disk/'run'/'run.json').read_text())['stages']==['first-seed0']
         assert load_state(disk/'run'/'stages'/'first-seed0.safetensors')['model'] and not list((disk/'run').rglob('.*.safetensors.*'))
     finally:
@@ -485,12 +480,16 @@ def test_other_folders_are_refused(tmp_path):
     for seeds in (0, -1, (), (1,1), (0,'1'), 1.5):
         with pytest.raises((ValueError,TypeError)): Run(tmp_path/'c', 'one', dls, seeds=seeds)
 
+def hold(path, here):
+    run = Run(path, 'small', image_dls('digits'), show=False)
+    here.set()
+    time.sleep(600)
+
 def test_one_process_writes_a_run(tmp_path):
-    hold = 'import sys\nfrom kdnb.all import *\nRun(sys.argv[1], "small", image_dls("digits", device="cpu"), show=False)\nprint("here", flush=True)\nsys.stdin.read()'
-    p = subprocess.Popen([sys.executable,'-W','ignore','-c',hold,tmp_path/'run'], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert 'here' in p.stdout.readline()
+    p = start(hold, tmp_path/'run', here := context.Event())
+    assert here.wait(60)
     with pytest.raises(ValueError, match='another process is writing the run'): Run(tmp_path/'run', 'small', image_dls('digits'))
-    p.kill(); p.wait()
+    p.kill(); p.join()
     Run(tmp_path/'run', 'small', image_dls('digits'), show=False)     # a dead one holds nothing
 
 def test_state_is_plain_and_exact(tmp_path):
@@ -510,24 +509,12 @@ def test_state_is_plain_and_exact(tmp_path):
         try: load_state(tmp_path/'x')
         except ValueError: pass           # and nothing else
 
-TWO = '''
-import sys, warnings; warnings.filterwarnings('ignore')
-from kdnb.all import *
-torch.set_num_threads(1)
-dls = image_dls('digits', bs=128, drop_last=True)
-run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', sys.argv[1], (6,6,40), data='digits', gamma_weight=20., show=False)
-if run.rank==0: run.report()
-'''
-
-def test_two_processes_give_the_table_of_one(tmp_path):
-    (tmp_path/'s.py').write_text(TWO)
-    ps = [subprocess.Popen([sys.executable,*how,tmp_path/'s.py',tmp_path/name], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-          for name,how in (('one',[]), ('two',['-m','torch.distributed.run','--standalone','--nproc_per_node','2']))]
-    for p in ps: assert p.wait(300)==0, p.stdout.read()[-3000:]
-    one,two = Record(tmp_path/'one'),Record(tmp_path/'two')
+def test_two_processes_give_the_table_of_one(two_processes, tmp_path):
+    ddp.sparse_run(tmp_path/'one')
+    one,two = Record(tmp_path/'one'),Record(two_processes/'vbgs_kd')
     a,b = one.stages,two.stages
-    assert [o['name'] for o in a]==[o['name'] for o in b]
+    assert [o['name'] for o in a]==[o['name'] for o in b] and a[-1]['weights_kept']<.9
     for x,y in zip(a, b): assert abs(x['test_accuracy']-y['test_accuracy'])<.03 and abs(x['weights_kept']-y['weights_kept'])<.05, (x,y)
     loss = [[o['curves'][-1]['valid_loss'] for o in s[:2]] for s in (a,b)]
     np.testing.assert_allclose(*loss, rtol=1e-2)
-    assert {f.name for f in (tmp_path/'one').rglob('*')}=={f.name for f in (tmp_path/'two').rglob('*')}
+    assert {str(f.relative_to(one.path)) for f in one.path.rglob('*')}=={str(f.relative_to(two.path)) for f in two.path.rglob('*')}

@@ -6,10 +6,12 @@ from common import data, quiet
 from kdnb.all import *
 from kdnb.cli import main
 
+DEMO = ['compress','--data','digits','--bs','128','--epochs','6,6,30','--set','gamma_weight=40','--quiet','--out']
+
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp('demo')/'run'
-    assert main(['compress','--data','digits','--epochs','8,8,120','--out',str(out),'--quiet'])==0
+    assert main([*DEMO, str(out)])==0
     return out
 
 def test_what_is_written(demo):
@@ -33,32 +35,32 @@ def test_the_log_alphas_shown_are_those_that_were_cut(demo):
 
 def test_a_folder_is_taken_up_or_left_alone(demo, capsys, tmp_path):
     before = {f: f.read_bytes() for f in (demo/'stages').iterdir()}
-    assert main(['compress','--data','digits','--epochs','8,8,120','--out',str(demo),'--quiet'])==0       # nothing is trained again
+    assert main([*DEMO, str(demo)])==0       # nothing is trained again
     assert {f: f.read_bytes() for f in (demo/'stages').iterdir()}==before
     (tmp_path/'thesis.txt').touch()
     assert main(['compress','--out',str(tmp_path),'--force','--quiet'])==1
     assert 'not the folder of a run' in capsys.readouterr().err and (tmp_path/'thesis.txt').exists()
 
 def test_data_that_says_which_sample_is_which(tmp_path):
-    a,b = (vbgs_kd(image_dls('digits', index=i), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
+    a,b = (vbgs_kd(image_dls('digits', index=i, n_per_class=20), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
 
 def test_the_same_seed_gives_the_same_network(tmp_path):
-    dls = image_dls('digits')
+    dls = image_dls('digits', n_per_class=20)
     a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seeds=(s,), show=False).models['sparse'] for i,s in enumerate((0,0,1)))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.fc1.weight, c.fc1.weight)
 
 def test_a_trained_learner_as_teacher_and_modules_of_one_s_own(tmp_path):
-    dls = image_dls('digits')
+    dls = image_dls('digits', n_per_class=50)
     teacher = Learner(dls, create('lenet300', dls), metrics=accuracy)
     quiet(teacher, 5, 3e-3, fit='fit_one_cycle')
     before = deepcopy(teacher.model.state_dict())
     student = nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
     student.arch = dict(name='mine', kwargs={})
-    run = vbgs_kd(dls, teacher, student, tmp_path/'run', epochs=(1,3,60), show=False)
+    run = vbgs_kd(dls, teacher, student, tmp_path/'run', epochs=(1,3,20), gamma_weight=20., show=False)
     assert all(torch.equal(v, before[k]) for k,v in teacher.model.state_dict().items())
-    assert max_difference(run.models['small'], run.models['sparse'], dls)<=1e-5
+    assert n_weights(run.models['small'])<n_weights(student) and max_difference(run.models['small'], run.models['sparse'], dls)<=1e-5
     build = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30,10))
     assert accuracy_on(load_model(run.path/'model.safetensors', build), dls.test)==run.stages[-1]['test_accuracy']
 
@@ -83,23 +85,23 @@ def test_help_is_quick_and_mistakes_are_sentences(capsys):
 
 @pytest.mark.mnist
 def test_mnist_is_within_reach(data_dir, tmp_path):
-    "A minute of the real thing: a few epochs on 6,000 MNIST images already remove most of the student"
-    dls = image_dls('mnist', bs=128, n_per_class=600)
-    run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,4,20), lr=2e-3, show=False)
+    "The real thing: a few epochs on 3,000 MNIST images already remove most of the student, which is no worse for it"
+    dls = image_dls('mnist', bs=128, n_per_class=300)
+    run = vbgs_kd(dls, path=tmp_path/'run', epochs=(3,3,15), lr=3e-3, show=False)
     stages = {o['name']: o for o in run.stages}
-    assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>.93
+    assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>max(.88, stages['student']['test_accuracy'])
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
 
 def test_single_weights_last(tmp_path):
-    dls = image_dls('digits')
+    dls = image_dls('digits', n_per_class=40)
     with pytest.raises(ValueError, match='single_weights is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)
     assert not (tmp_path/'run').exists()
-    run = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
+    run = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,20), gamma_weight=10., single_weights=20., show=False)
     small,thin = run.models['small'],run.models['thin']
     assert n_weights(thin, nonzero=True)<.7*n_weights(small) and n_weights(thin)<=n_weights(small)
     assert not any('kdnb' in type(m).__module__ for m in thin.modules())
     assert accuracy_on(load_model(run.path/'model.safetensors'), dls.test)==run.stages[-1]['test_accuracy']
-    again = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,40), gamma_weight=5., single_weights=10., show=False)
+    again = vbgs_kd(dls, 'lenet300', path=tmp_path/'run', epochs=(2,2,20), gamma_weight=10., single_weights=20., show=False)
     assert all(torch.equal(a, b) for a,b in zip(thin.parameters(), again.models['thin'].parameters(), strict=True))
     assert run.stages==again.stages
 

@@ -1,5 +1,4 @@
 "Malihi and Heidemann 2023 end to end: what is fine-tuned, what is counted, what is run again; Malihi and Heidemann 2023 and Ahn et al. 2019 in two processes."
-import subprocess, sys
 from types import SimpleNamespace
 
 import pytest
@@ -81,22 +80,9 @@ def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
 
-TWO = '''
-import sys, warnings; warnings.filterwarnings('ignore')
-sys.path.insert(0, sys.argv[2])
-from common import data
-from kdnb.all import *
-distill_then_prune(data(), 'lenet5_caffe', 'lenet5', sys.argv[1]+'/a', (1,1,1), levels=(0,.5), sweep_epochs=1, show=False)
-vid(data(), 'resnet8', 'resnet8', sys.argv[1]+'/b', (1,1,1,1), experiments='maps', quick=True, show=False)
-'''
-
-def test_two_processes_come_to_an_end(tmp_path):
+def test_two_processes_come_to_an_end(two_processes):
     "Sweeps, fine-tuning and heat maps are not done by each process for itself while the other waits"
-    (tmp_path/'s.py').write_text(TWO)
-    argv = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2',tmp_path/'s.py',tmp_path,Path(__file__).parent]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=150)
-    assert done.returncode==0, done.stderr[-3000:]
-    a,b = Record(tmp_path/'a'),Record(tmp_path/'b')
+    a,b = Record(two_processes/'sequential'),Record(two_processes/'vid')
     assert [o['name'] for o in a.stages][-1]=='small' and len(a.exhibits['curves'].data['student'])==2
     assert [o['name'] for o in b.stages]==['Teacher','Student, resnet8','VID-I, resnet8','Student, read by VID-I'] and 'likelihood' in b.exhibits
 

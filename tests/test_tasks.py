@@ -6,7 +6,7 @@ from common import data, flat, here, quiet, state
 from fastai.tabular.all import *
 from fastai.text.all import *
 from kdnb.all import *
-from kdnb.distill.adapter import check_codes, input_codes
+from kdnb.distill.inputs import check_codes, input_codes
 
 def answers_of(model, *xb):
     with torch.no_grad(): return model.eval()(*xb)

@@ -9,6 +9,7 @@ from scipy.stats import poisson
 from torch.distributions import Normal, kl_divergence
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import MobileNetV2
 import two_processes as ddp
 from common import CPUAutocast, data, flat, quiet, same, seeded, state, still
 from kdnb.all import *
@@ -328,16 +329,18 @@ def test_gates_place_by_place():
 
 # conversion
 
-NETS = dict(lenet300=dict(in_shape=(1,8,8)), lenet5=dict(in_shape=(1,16,16)), lenet5_caffe=dict(in_shape=(1,16,16)), vgg11=dict(width=.25), resnet20={}, wrn_16_1={},
-            resnet18=dict(width=.25), mobilenet_v2=dict(width=.25), partly=dict(option='A'))
+NETS = dict(lenet300=dict(in_shape=(1,8,8)), lenet5=dict(in_shape=(1,16,16)), lenet5_caffe=dict(in_shape=(1,16,16)), vgg11=dict(width=.25), resnet14={}, wrn_10_1={},
+            resnet18=dict(width=.25), mobilenet_v2={}, partly=dict(option='A'))
 def net(name):
     set_seed(0)
-    m = randomise(create(dict(partly='resnet8').get(name, name), **NETS[name]))
+    if name=='mobilenet_v2': m = MobileNetV2(10, .5, [[1,16,1,1],[6,24,2,2],[6,32,1,2]])
+    else: m = create(dict(partly='resnet8').get(name, name), **NETS[name])
+    m = randomise(m)
     return m,torch.randn(3, *NETS[name].get('in_shape', (3,32,32)))
 
 def readers(v, gate): return [p for p,m in variational_layers(v).items() if getattr(m, 'inputs', None) is gate]
 
-deep = 'resnet20','wrn_16_1','resnet18'      # what shares channels matters where channels are grouped; else a small residual network will do
+deep = 'resnet14','wrn_10_1','resnet18'      # what shares channels matters where channels are grouped; else a small residual network will do
 @pytest.mark.parametrize('name,groups', [(n,g) for n in NETS for g in ('neurons','channels','inputs','weights') if g=='channels' or n not in deep])
 def test_masked_is_shrunken(name, groups):
     m,x = net(name)

@@ -1,10 +1,11 @@
-"Distillation, variational training and pruning where each of `n` processes sees its part of every batch (gloo, no GPU): two_processes.py rank n folder name…"
+"""Distillation, variational training, pruning and recipes where each of two processes sees its part of every batch
+(gloo, no GPU). torchrun starts this file once for all tests: two_processes.py folder"""
 import os, subprocess, sys, warnings
 
 warnings.filterwarnings('ignore')
-from common import quiet, still
+from common import data, quiet, still
 from kdnb.all import *
-import torch.distributed as tdist
+from kdnb.training.processes import alone, join_processes
 from torch.nn.parallel import DistributedDataParallel
 
 TERMS = dict(fitnet=FitNet(['conv1','conv2'], norm=False)*10, vid=VID(['conv1','conv2'], norm=False), crd=CRD({'fc2': 'fc1'}, K=None, T=.5),
@@ -40,14 +41,29 @@ def train(name, rank=0, n=1):
     quiet(learn, 2, cbs=[cb, keep := Keep()])
     return keep.state
 
-def both(folder, *names):
-    "What two processes end with, each as `{name: state}`"
-    runs = [subprocess.Popen([sys.executable, __file__, str(r), '2', folder, *names], env={**os.environ, 'OMP_NUM_THREADS': '1'}) for r in (0,1)]
-    assert [p.wait(300) for p in runs]==[0,0]
-    return [torch.load(f'{folder}/{r}.pth', weights_only=True) for r in (0,1)]
+def sparse_run(path):
+    "Li et al. 2022 in small, with a report"
+    dls = image_dls('digits', bs=128, drop_last=True, device='cpu')
+    run = vbgs_kd(dls, 'lenet5_caffe', 'lenet300', path, (4,4,24), data='digits', gamma_weight=40., show=False)
+    if run.rank==0: run.report()
+
+def other_runs(path):
+    "Malihi and Heidemann 2023, and Ahn et al. 2019: what could be waited for in vain"
+    kwargs = dict(dls=data(device='cpu'), show=False)
+    distill_then_prune(teacher='lenet5_caffe', student='lenet5', path=path/'sequential', epochs=(1,1,1), levels=(0,.5), sweep_epochs=1, **kwargs)
+    vid(teacher='resnet8', student='resnet8', path=path/'vid', epochs=(1,1,1,1), experiments='maps', quick=True, **kwargs)
+
+def both(folder):
+    "Start two processes: the folder then holds their runs, and of each what every training ended with"
+    argv = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2',__file__,folder]
+    done = subprocess.run(argv, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=400)
+    assert done.returncode==0, done.stderr[-3000:]
 
 if __name__=='__main__':
-    rank,n,folder,names = int(sys.argv[1]),int(sys.argv[2]),sys.argv[3],sys.argv[4:]
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    tdist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=n)
-    torch.save({name: train(name, rank, n) for name in names}, f'{folder}/{rank}.pth')
+    sparse_run(folder/'vbgs_kd')
+    other_runs(folder)
+    rank,n = join_processes()
+    with alone(): states = {name: train(name, rank, n) for name in (*TERMS, *NOISY, *PRUNERS)}
+    torch.save(states, folder/f'{rank}.pth')

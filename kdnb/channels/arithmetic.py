@@ -14,6 +14,17 @@ from .operations import follows,_inputs,_sliced
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #5c1d90e2
 @patch
+def in_rows(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    dims:list, # Axes over which something is computed
+) -> bool:
+    "Do labels `l` change along other axes than `dims`, too, so that a row of them may go as a whole?"
+    if self._running and self._running[-1][0] in self.inside: return False
+    # a class token's labels are others than those of the patches, until they are joined
+    of = self.classes[_small(l).long()]
+    return any(varies(of, d) for d in range(l.ndim) if d not in dims)
+
+@patch
 def mixed(self:Trace,
     l:torch.Tensor, # Labels of a tensor, of its shape
     dims:list, # Axes over which something is computed
@@ -21,15 +32,13 @@ def mixed(self:Trace,
 ) -> torch.Tensor:
     "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
     if not (dims := [d for d in dims if varies(l, d)]): return l
-    path = self._running[-1][0] if self._running else ''
-    # a class token's labels are others than those of the patches, until they are joined
-    of = self.classes[_small(l).long()]
-    if path in self.inside or not any(varies(of, d) for d in range(l.ndim) if d not in dims): return self.hold(l, why)
+    if not self.in_rows(l, dims): return self.hold(l, why)
     first = l
     for d in dims: first = first.narrow(d, 0, 1)
     self.join(first.expand(l.shape), l, why)
-    self.rowwise.append((path, _small(l).unique()))
+    self.rowwise.append((self._running[-1][0] if self._running else '', _small(l).unique()))
     return first.expand(l.shape)
+
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #f6268af5
 @patch
@@ -156,21 +165,56 @@ def paired(self:Trace,
         self.join(first, l, why)
     return first
 
+# %% ../../nbs/08d_channels.arithmetic.ipynb #5d1c0a02
+@patch
+def in_pairs(self:Trace,
+    a:torch.Tensor, # Labels of a tensor (…, L, n)
+    b:torch.Tensor, # Labels of a tensor (…, S, n)
+    why:str, # What is said of those that stay
+) -> tuple[torch.Tensor,torch.Tensor]:
+    "No labels are left of `a` and `b` when their products are summed over the last axis: they live and die in pairs"
+    rows = []
+    for l in (a,b):
+        first = l.narrow(-2, 0, 1)
+        self.join(first.expand_as(l), l, why)
+        rows.append(first)
+    self.join(*torch.broadcast_tensors(*rows), why)
+    ids = [tuple(_small(l).unique().tolist()) for l in rows]
+    key = (self._running[-1][0] if self._running else '',*ids)
+    self.products[key] = self.products.get(key) or self.from_shape
+    return torch.zeros_like(a),torch.zeros_like(b)
+
+
+# %% ../../nbs/08d_channels.arithmetic.ipynb #5d1c0a03
+@patch
+def summed(self:Trace,
+    a:torch.Tensor, # Labels of a tensor (…, L, n)
+    b:torch.Tensor, # Labels of a tensor (…, S, n)
+    why:str, # What is said of those that stay
+) -> tuple[torch.Tensor,torch.Tensor]:
+    "Labels `a` and `b` when their products are summed over the last axis: by rows, such as heads, or in pairs"
+    last = [l.ndim-1 for l in (a,b)]
+    if varies(a, last[0]) and varies(b, last[1]) and not (self.in_rows(a, last[:1]) and self.in_rows(b, last[1:])):
+        return self.in_pairs(a, b, why)
+    return self.mixed(a, last[:1], why),self.mixed(b, last[1:], why)
+
+
 # %% ../../nbs/08d_channels.arithmetic.ipynb #1acaf36c
 @follows('mm','bmm','addmm','baddbmm')
 def _matmul(trace, func, named, out):
     *rest,a,b = _inputs(named)
     for o in rest: trace.hold(labels_of(o), f'{func.overloadpacket.__name__} reads them')
-    a,b = (trace.mixed(labels_of(o), [d], 'a product of activations sums over them')
-           for o,d in ((a,a.ndim-1), (b,b.ndim-2)))
+    a,b = trace.summed(labels_of(a), labels_of(b).mT, 'a product of activations sums over them')
+    b = b.mT
     if _labelled(a) and _labelled(b): return trace.paired(a, b).expand(out.shape)
     return (b.narrow(-2, 0, 1) if _labelled(b) else a.narrow(-1, 0, 1)).expand(out.shape)
+
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #b0dcdf98
 @follows('*scaled_dot_product')
 def _attention(trace, func, named, out):
     (q,k,v),o = (labels_of(named[n]) for n in ('query','key','value')),tree_leaves(out)[0]
-    q,k = (trace.mixed(l, [l.ndim-1], 'attention compares them') for l in (q,k))
+    q,k = trace.summed(q, k, 'attention compares them')
     if varies(v, v.ndim-2): v = trace.hold(v, LOST)
     rows = [l for l in (q,k) if _labelled(l)]
     l = trace.paired(*rows, v) if rows else v.narrow(-2, 0, 1)

@@ -6,8 +6,10 @@
 __all__ = ['open_attention']
 
 # %% ../../nbs/08l_channels.attention.ipynb #5501e832
+import math
 import torch, torch.nn.functional as F
 from torch import fx,nn
+from fastcore.basics import patch
 from .layers import copy_network
 from ..core import set_layer
 
@@ -44,23 +46,101 @@ def _opened(m):
     g.output((swapped(g.call_module('out', (y,))),None))
     return fx.GraphModule(_projections(m), g, 'OpenAttention').train(m.training)
 
-# %% ../../nbs/08l_channels.attention.ipynb #ac370dd4
-def open_attention(
-    model:nn.Module, # Network with layers of `nn.MultiheadAttention`
-) -> nn.Module:
-    """A copy of `model` whose `nn.MultiheadAttention` are linear layers around a product, so that heads can go
+# %% ../../nbs/08l_channels.attention.ipynb #5d1c1102
+class _Windows(nn.Module):
+    "What torchvision's attention `m` in shifted windows computes, with linear layers for queries, keys and values"
+    def __init__(self, m):
+        super().__init__()
+        self.window,self.shift,self.cosine = m.window_size,m.shift_size,hasattr(m, 'logit_scale')
+        self.head_dim = m.proj.in_features//m.num_heads
+        bs = (None,)*3 if m.qkv.bias is None else m.qkv.bias.chunk(3)
+        for n,w,b in zip('qkv', m.qkv.weight.chunk(3), bs):
+            setattr(self, n, _linear(w, None if n=='k' and self.cosine else b))     # there it is always zero
+        self.proj = _linear(m.proj.weight, m.proj.bias)
+        self.attn_drop,self.proj_drop = nn.Dropout(m.attention_dropout),nn.Dropout(m.dropout)
+        self.register_buffer('index', m.relative_position_index)
+        if self.cosine:
+            self.cpb_mlp,self.logit_scale = m.cpb_mlp,m.logit_scale
+            self.register_buffer('coords', m.relative_coords_table)
+        else: self.table = m.relative_position_bias_table
 
-    It gives no weights of attention, and takes no masks.
+
+# %% ../../nbs/08l_channels.attention.ipynb #5d1c1104
+@patch
+def bias(self:_Windows, n):
+    "What is added for relative positions of the `n` tokens of a window (heads, n, n)"
+    table = self.cpb_mlp(self.coords).flatten(0, -2) if self.cosine else self.table
+    bias = table[self.index].unflatten(0, (n,n)).permute(2,0,1)
+    return 16*bias.sigmoid() if self.cosine else bias
+
+@patch
+def compared(self:_Windows, q, k):
+    if not self.cosine: return q*self.head_dim**-.5@k.mT
+    return F.normalize(q, dim=-1)@F.normalize(k, dim=-1).mT*self.logit_scale.clamp(max=math.log(100.)).exp()
+
+
+# %% ../../nbs/08l_channels.attention.ipynb #5d1c1106
+@patch
+def windows(self:_Windows, x):
+    "(B, H, W, …) as (B · windows, tokens of a window, …)"
+    x = x.unflatten(1, (-1,self.window[0])).unflatten(3, (-1,self.window[1]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+@patch
+def parts(self:_Windows, x, shift):
+    "Which part of the rolled image each of its tokens is from (H, W)"
+    (h,w),(sh,sw) = (x.size(1),x.size(2)),shift
+    return 2*(x.new_ones(h).cumsum(0)>h-sh)[:,None]+(x.new_ones(w).cumsum(0)>w-sw)
+
+
+# %% ../../nbs/08l_channels.attention.ipynb #5d1c1108
+@patch
+def forward(self:_Windows, x):
+    (high,wide),h,w = self.window,x.size(1),x.size(2)
+    x = F.pad(x, (0,0,0,-w%wide,0,-h%high))
+    down,across = x.size(1),x.size(2)
+    shift = self.shift[0]*(down>high),self.shift[1]*(across>wide)      # a single window is not shifted
+    tokens = self.windows(x.roll((-shift[0],-shift[1]), (1,2)))
+    q,k,v = (f(tokens).unflatten(-1, (-1,self.head_dim)).transpose(1, 2) for f in (self.q,self.k,self.v))
+    a = self.compared(q, k)+self.bias(high*wide)
+    if any(self.shift):
+        parts = self.windows(self.parts(x, shift)[None])
+        a = a.unflatten(0, (-1,parts.size(0)))
+        a = torch.where((parts[:,None]!=parts[:,:,None])[:,None], a-100., a).flatten(0, 1)
+    y = self.proj_drop(self.proj((self.attn_drop(a.softmax(-1))@v).transpose(1, 2).flatten(2)))
+    y = y.unflatten(1, (high,wide)).unflatten(0, (-1,down//high,across//wide)).transpose(2, 3)
+    return y.flatten(3, 4).flatten(1, 2).roll(shift, (1,2))[:,:h,:w].contiguous()
+
+
+# %% ../../nbs/08l_channels.attention.ipynb #5d1c110a
+def _opened_windows(m):
+    "`_Windows` as a plain graph"
+    root = _Windows(m)
+    return fx.GraphModule(root, fx.Tracer().trace(root), 'OpenAttention').train(m.training)
+
+
+# %% ../../nbs/08l_channels.attention.ipynb #ac370dd4
+_swin = 'torchvision.models.swin_transformer.ShiftedWindowAttention'
+
+def open_attention(
+    model:nn.Module, # Network with layers of `nn.MultiheadAttention`, or torchvision's `ShiftedWindowAttention`
+) -> nn.Module:
+    """A copy of `model` whose attention is linear layers around a product, so that heads can go
+
+    `nn.MultiheadAttention` gives no weights of attention then, and takes no masks.
     Raises `ValueError` for layers that need them, or drop some at random."""
     model = copy_network(model)
     for path,m in list(model.named_modules()):
         if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             raise ValueError(f'{path} is a {type(m).__name__}, which passes masks to its attention. '
                              'Prune its neurons, or write the block with plain layers.')
-        if not isinstance(m, nn.MultiheadAttention): continue
-        if m.bias_k is not None or m.add_zero_attn or m.dropout:
+        if any(f'{c.__module__}.{c.__qualname__}'==_swin for c in type(m).__mro__): new = _opened_windows(m)
+        elif not isinstance(m, nn.MultiheadAttention): continue
+        elif m.bias_k is not None or m.add_zero_attn or m.dropout:
             raise ValueError(f'{path} has extra keys (add_bias_kv, add_zero_attn) or dropout={m.dropout}, '
                              'which an open one has not. Build it without.')
-        if not path: return _opened(m)
-        set_layer(model, path, _opened(m))
+        else: new = _opened(m)
+        if not path: return new
+        set_layer(model, path, new)
     return model
+

@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/08i_channels.dead.ipynb #b4a0407d
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from .groups import _removable
-from .layers import copy_network
-from .trial import _silence,_summing
+from .sizes import output_tensors
+from .trial import constant_draws,_silence,_summing
 from ..core import evaluating
 from ..kinds import masks_over
 from ..layers import channel_axis,kind_of,makers,n_channels,norms,weighted
@@ -46,8 +47,9 @@ def _every(parts, n, test):
     return res
 
 def _unread(model, g):
-    if _summing(model, g): return torch.zeros(g.n, dtype=torch.bool, device='cpu')      # the mean of all reads it, too
-    return _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
+    # the mean of all reads it, too
+    if _summing(model, g): return torch.zeros(g.n, dtype=torch.bool, device='cpu')
+    return ~g.paired & _every(g.readers, g.n, lambda p: ~_speaks(model.get_submodule(p), reads=True))
 
 # %% ../../nbs/08i_channels.dead.ipynb #f58518f2
 def _constant(model, g):
@@ -57,6 +59,14 @@ def _constant(model, g):
     return torch.stack(mute).any(0)
 
 # %% ../../nbs/08i_channels.dead.ipynb #930a7985
+@contextmanager
+def _same_buffers(model):
+    "Statistics and other buffers of `model` are afterwards what they were: cheaper than a copy of a network of many modules"
+    old = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
+    try: yield
+    finally:
+        for m,n,b,was in old: m._buffers[n] = b.copy_(was)
+
 @torch.no_grad()
 def _hear_zeros(model, paths, xb, training=False):
     """`{path: mask}` of the inputs of layers that are zero everywhere in a batch
@@ -77,11 +87,16 @@ def _hear_zeros(model, paths, xb, training=False):
     finally:
         for h in hooks: h.remove()
     if training: return zero
-    try: trained = _hear_zeros(copy_network(model), paths, xb, True)
-    except Exception: trained = {}      # it may not train on these
+    with _same_buffers(model):
+        try: trained = _hear_zeros(model, paths, xb, True)
+        except Exception: trained = {}      # it may not train on these
     return {p: zero.get(p, True) & trained.get(p, True) for p in zero.keys() | trained.keys()}
 
 # %% ../../nbs/08i_channels.dead.ipynb #9aeeb879
+def _is_targets(o):
+    "Is this input a list of dicts, one a sample, as detectors take their boxes? Others would be no boxes"
+    return isinstance(o, (list,tuple)) and len(o)>0 and all(isinstance(t, dict) for t in o)
+
 def _other_inputs(xb):
     "The inputs `xb`, and what is unlike them: what is zero for these only is not dead"
     rng = torch.Generator().manual_seed(0)
@@ -89,14 +104,15 @@ def _other_inputs(xb):
     def coin(o): return (torch.rand(o.shape, generator=rng, device='cpu')<.5).to(o.device)
     yield xb
     for f in (lambda o: -10*o, partial(drawn, size=10.), partial(drawn, size=1e3)):
-        yield tree_map_only(torch.Tensor,
-            lambda o: f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o, xb)
+        def other(o): return f(o) if o.is_floating_point() else coin(o) if o.dtype==torch.bool else o
+        yield tuple(o if _is_targets(o) else tree_map_only(torch.Tensor, other, o) for o in xb)
+
 
 # %% ../../nbs/08i_channels.dead.ipynb #de15eb2c
 @torch.no_grad()
 def _silent(model, groups, xb):
-    "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in"
-    asked = [(g,c) for g in groups if (c := _constant(model, g)).any()]
+    "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in; `groups` has what is known"
+    asked = [(g,c) for g,found in groups.items() if ((c := _constant(model, g) & ~g.paired) & ~found).any()]
     if not asked: return []
     loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
     paths,drawn,silent = {p.path for g,_ in asked for p in g.readers+_summing(model, g)},[],{}
@@ -118,6 +134,54 @@ def _silent(model, groups, xb):
                 p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu'))))
             for g,c in asked]
 
+# %% ../../nbs/08i_channels.dead.ipynb #5d1c0902
+def _mute(model, parts, n):
+    "Channels that makers, the `parts`, make as zero by weight and bias"
+    def test(path):
+        m = model.get_submodule(path)
+        bias = getattr(m, 'bias', None) if isinstance(m, weighted) else None
+        return ~_speaks(m) if bias is None else ~_speaks(m) & bias.detach().eq(0)
+    return _every(parts, n, test)
+
+def _one_sided(model, g):
+    "Channels of `g` of which one side is zero in every product"
+    res = g.paired
+    for o in g.products: res &= _mute(model, o.left, g.n) | _mute(model, o.right, g.n)
+    return res
+
+
+# %% ../../nbs/08i_channels.dead.ipynb #5d1c0903
+@torch.no_grad()
+def _cancelled(model, groups, xb):
+    "Pairs of group and mask: channels that are multiplied with zeros only, whatever comes in"
+    asked = [(g,c) for g,found in groups.items() if g.products and ((c := _one_sided(model, g)) & ~found).any()]
+    if not asked or _same_without(model, asked, xb): return asked
+    return [o for o in asked if _same_without(model, [o], xb)] if len(asked)>1 else []
+
+def _same_without(model, asked, xb):
+    "Does the network compute the same, to the last bit, when what else makes the channels `asked` is random?"
+    loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
+    for g,c in asked:
+        for p in g.makers:
+            m = loud.get_submodule(p.path)
+            mask = torch.zeros(n_channels(m)[0], dtype=torch.bool, device='cpu')
+            mask[p.at[c[p.unit] & ~_mute(model, [p], g.n)[p.unit]]] = True
+            for name,at in masks_over(m, mask):
+                t = m._parameters[name]
+                t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
+    def run(m, x, training):
+        with constant_draws(m), evaluating(m), _same_buffers(m): return output_tensors(m.train(training)(*x))
+    for x in _other_inputs(xb):
+        for training in (False,True):
+            try: before = run(model, x, training)
+            except Exception:
+                if not training: raise
+                continue      # it may not train on these
+            if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a,b in zip(before, run(loud, x, training))):
+                return False
+    return True
+
+
 # %% ../../nbs/08i_channels.dead.ipynb #a7317b29
 def _why_left(model, g, gone, zero):
     "Why channels of zeros stay in group `g`, if there are any; the last one of a layer needs no reason"
@@ -130,7 +194,8 @@ def _why_left(model, g, gone, zero):
 # %% ../../nbs/08i_channels.dead.ipynb #766bcc71
 def _dead(model, groups, xb):
     "`{group: mask}` of channels that can go, set to zero in `model`, and `{name: why}` of groups with zeros that stay"
-    gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool, device='cpu') for g in groups if not g.stays} for _ in range(2))
+    gone,zero = ({g: torch.zeros(g.n, dtype=torch.bool, device='cpu') for g in groups if not g.stays}
+                 for _ in range(2))
     def settle(g, found):
         zero[g] |= found
         new = _removable(g, zero[g], gone[g])
@@ -139,6 +204,6 @@ def _dead(model, groups, xb):
         gone[g] = new
         return True
     while (any([settle(g, _unread(model, g)) for g in reversed(gone)])
-           or any([settle(g, found) for g,found in _silent(model, gone, xb)])): pass
+           or any([settle(g, found) for f in (_silent,_cancelled) for g,found in f(model, zero, xb)])): pass
     left = {g.name: why for g in groups if (why := _why_left(model, g, gone.get(g), zero.get(g)))}
     return {g: mask for g,mask in gone.items() if mask.any()},left

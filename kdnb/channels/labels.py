@@ -74,10 +74,12 @@ class Trace(TorchDispatchMode):
         self.model,self.inside = model,inside
         self.parts,self.ran = {},[]     # `{(kind, path): labels}`; paths of layers in the order of running
         self.joined,self.held,self.balanced,self.rowwise = [],[],[],[]
+        self.products,self.from_shape = {},None      # what is multiplied in pairs and summed; see `in_pairs`
         self._names = {id(p): n for n,p in model.named_parameters()}
         self._running,self._uses,self._needs,self._calls = [],[],[],{}      # for numbers that code keeps
         self._first,self._n = {},1      # the first label of each layer, and the next that is free
-        self._row = torch.zeros(1, dtype=torch.int32, device='cpu')     # the row of each label, where a view made some
+        # the row of each label, where a view made some
+        self._row = torch.zeros(1, dtype=torch.int32, device='cpu')
         self._found,self._marked = (None,None),[]
         self._quiet,self._where = False,''
 
@@ -145,7 +147,8 @@ def components(
 ) -> torch.Tensor:
     "The component (n,) of each of `n` nodes of a graph with the edges `pairs` (2, k)"
     a,b = pairs.cpu().numpy()
-    return torch.from_numpy(connected_components(coo_matrix((np.ones(len(a)), (a,b)), (n,n)), directed=False)[1]).long()
+    return torch.from_numpy(connected_components(coo_matrix((np.ones(len(a)), (a,b)), (n,n)),
+                                                 directed=False)[1]).long()
 
 # %% ../../nbs/08a_channels.labels.ipynb #657d21c9
 @patch(as_prop=True)

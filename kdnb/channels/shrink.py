@@ -15,7 +15,7 @@ from torch.optim.swa_utils import update_bn as estimate_bn
 from fastai.data.core import DataLoaders
 from .dead import _dead,_speaks
 from .groups import _remove,_sharing
-from .layers import copy_network,index_layer,keep_inputs,plain_copy
+from .layers import index_layer,keep_inputs,plain_copy
 from .sizes import output_tensors
 from .trial import _cast,constant_draws,_first_difference,_groups,layer_outputs
 from .trial import relative_difference,_said
@@ -73,16 +73,17 @@ def _estimate_bn(model, data, update_bn):
         for m,mode in modes: m.training = mode
 
 # %% ../../nbs/08j_channels.shrink.ipynb #fac642a5
-def _exact(model, xb):
-    "A plain copy of `model` and its inputs in float64; in float32, if it cannot run so"
-    model = plain_copy(model)
+def _exact(model, xb, f):
+    "`f` of a plain copy of `model` and its inputs in float64, or in float32, if it cannot run so: the copy, the inputs, and what `f` gave"
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     home = 'cpu' if p.device.type=='mps' else p.device
-    exact,x = copy_network(model).to(home, torch.float64),_cast(xb, home, torch.float64)
     try:
-        with torch.no_grad(), constant_draws(exact), evaluating(exact): exact(*x)
-        return exact,x
-    except RuntimeError: return model.float(),_cast(xb, p.device, torch.float32)
+        exact,x = plain_copy(model).to(home, torch.float64),_cast(xb, home, torch.float64)
+        return exact,x,f(exact, x)
+    except RuntimeError:
+        exact,x = plain_copy(model).float(),_cast(xb, p.device, torch.float32)
+        return exact,x,f(exact, x)
+
 
 # %% ../../nbs/08j_channels.shrink.ipynb #102a9952
 @contextmanager
@@ -98,23 +99,23 @@ def _no_tf32():
 @torch.no_grad()
 def max_difference(a, b, data):
     "Largest difference between outputs of `a` and `b` on a batch, relative to the largest output; in float64"
-    xb,said = inputs(data, a),[]
-    with _no_tf32():
-        for m,x in (_exact(m, xb) for m in (a, b)):
-            with constant_draws(m), evaluating(m): said.append(output_tensors(m(*x)))
-    ya,yb = said
+    xb = inputs(data, a)
+    def run(m, x):
+        with constant_draws(m), evaluating(m): return output_tensors(m(*x))
+    with _no_tf32(): ya,yb = (_exact(m, xb, run)[2] for m in (a, b))
     if [o.shape for o in ya]!=[o.shape for o in yb]:
         raise ValueError(f'outputs of shape {[tuple(o.shape) for o in ya]} and {[tuple(o.shape) for o in yb]}.')
-    if not ya: raise ValueError(f'{type(a).__name__} gives no tensors to compare, nor tuples, lists or dicts of them.')
+    if not ya:
+        raise ValueError(f'{type(a).__name__} gives no tensors to compare, nor tuples, lists or dicts of them.')
     return max(map(relative_difference, ya, yb), key=lambda d: math.inf if math.isnan(d) else d)
 
 # %% ../../nbs/08j_channels.shrink.ipynb #30de6df5
 def _check_training(model, small, xb):
-    "Raise if `small` does not run in training mode, where `model` does"
+    "Raise if `small` does not run in training mode, where `model` does; both are copies that nobody uses any more"
     with torch.no_grad(), constant_draws(model):
-        try: copy_network(model).train()(*xb)
+        try: model.train()(*xb)
         except Exception: return
-        try: copy_network(small).train()(*xb)
+        try: small.train()(*xb)
         except Exception as e:
             raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). Please report the '
                              'architecture; the masked network itself is unchanged and can be used.') from e
@@ -122,9 +123,8 @@ def _check_training(model, small, xb):
 # %% ../../nbs/08j_channels.shrink.ipynb #472c5d51
 def _prove(model, small, kept, paths, xb, tol):
     "Raise if `small` does not do what `model` does, layer by layer"
-    with _no_tf32():
-        (a,x),(b,y) = _exact(model, xb),_exact(small, xb)
-        said = layer_outputs(a, x),layer_outputs(b, y)
+    with _no_tf32(): (a,x,first),(b,_,second) = _exact(model, xb, layer_outputs),_exact(small, xb, layer_outputs)
+    said = first,second
     if (where := _first_difference(*said, a, kept, tol, paths)) is None: return _check_training(a, b, x)
     ends = [[o for k,o in s if not k] for s in said]
     diff = max([relative_difference(p, q) for p,q in zip(*ends) if p.shape==q.shape], default=math.nan)

@@ -12,6 +12,8 @@ from copy import deepcopy
 from itertools import chain
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .labels import Trace,varies
 from ..core import evaluating
@@ -119,13 +121,72 @@ def counts_with(self:Trace,
         except Exception: return True
         finally: m.__dict__[name] = old
 
+# %% ../../nbs/08b_channels.sizes.ipynb #5d1c0b02
+class _Named(int): "A number that knows its name; what is computed from it does not"
+
+class _Shapes(TorchFunctionMode):
+    "Keeps where shapes were asked for with a `_Named` number: `{name: {(length of the shape, axis)}}`, None for other uses"
+    def __init__(self): self.seen = {}; super().__init__()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs,name = kwargs or {},getattr(func, '__name__', '')
+        out = func(*args, **kwargs)
+        axis = out.ndim-len(args[1:]) if name in ('view','reshape') else None
+        if name in ('view','reshape','unflatten') and isinstance(args[-1], (tuple,list)):
+            axis = args[1]%args[0].ndim if name=='unflatten' else 0
+        sizes = args[-1] if axis is not None and isinstance(args[-1], (tuple,list)) else args[1:]
+        for i,o in enumerate(sizes if axis is not None else tree_leaves((args, kwargs))):
+            if type(o) is _Named:
+                self.seen.setdefault(o.name, set()).add(None if axis is None else (out.ndim, axis+i))
+        return out
+
+
+# %% ../../nbs/08b_channels.sizes.ipynb #5d1c0b03
+@patch
+def asked_for(self:Trace,
+    path:str, # Path of a module
+    names:set, # Its attributes, numbers
+) -> dict[str,set]:
+    "`{attribute: {(length of a shape, axis)}}` where the module asks for shapes with it; those that it uses otherwise are left out"
+    m,(args,kwargs) = self.model.get_submodule(path),self._calls[path]
+    old = {n: vars(m)[n] for n in names}
+    for n,v in old.items():
+        m.__dict__[n] = _Named(v)
+        m.__dict__[n].name = n
+    try:
+        with evaluating(m), torch.random.fork_rng(devices=[]), _Shapes() as shapes:
+            m(*deepcopy(args), **deepcopy(kwargs))
+    except Exception: return {}
+    finally: m.__dict__.update(old)
+    return {n: places for n,places in shapes.seen.items() if None not in places}
+
+
+# %% ../../nbs/08b_channels.sizes.ipynb #5d1c0b04
+@patch
+def told_apart(self:Trace,
+    sizes:set, # `Size`s
+) -> set:
+    "`sizes` without those of an attribute that is the length of several axes, but asks for others only"
+    places,names = {},{}
+    for o in sizes:
+        if o.index is None: places.setdefault((o.path, o.name), set()).add((len(o.shape), o.axis))
+    for (path,name),there in places.items():
+        if len(there)>1: names.setdefault(path, set()).add(name)
+    asked = {path: self.asked_for(path, ns) for path,ns in names.items()}
+    def is_other(o):
+        there = asked.get(o.path, {}).get(o.name)
+        return there is not None and o.index is None and (len(o.shape), o.axis) not in there
+    return {o for o in sizes if not is_other(o)}
+
+
 # %% ../../nbs/08b_channels.sizes.ipynb #7e20b9d3
 @patch
 def settle_sizes(self:Trace) -> None:
     "Note the attributes that count; what is cut at a number that none of them holds stays"
     seen = set.intersection(*({size for size,_ in uses} for uses in self._uses))      # with one sample as with two
     used = {key: self.counts_with(*key) for key in dict.fromkeys((size.path, size.name) for size in seen)}
+    seen = self.told_apart({size for size in seen if used[size.path, size.name]})
     for size,labels in chain(*self._uses):
-        if size in seen and used[size.path, size.name]: self.note('sizes', size, labels)
+        if size in seen: self.note('sizes', size, labels)
     for keys,labels in self._needs:
         if not any(used.get(k) for k in keys): self.hold(labels, 'the code picks them by number')
+

@@ -6,9 +6,10 @@
 __all__ = ['trace_channels']
 
 # %% ../../nbs/08e_channels.trace.ipynb #8199dc64
-import pandas as pd, torch
+import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .labels import _labelled,labels_of,LOST,OUTPUT,Trace,WIDTHS
@@ -30,10 +31,11 @@ def came(self:Trace, kind, x, axis, read):
     return zeros
 
 @patch
-def again(self:Trace, came, labels, states):
+def again(self:Trace, came, labels, states, runs):
     "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
     for o in tree_leaves(states):
-        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)): self.join(labels, self.along(labels_of(o), -1))
+        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)):
+            self.join(labels.view(runs, *[1]*(o.ndim-2), -1).expand(o.shape), labels_of(o))
     return torch.cat([came, labels])
 
 # %% ../../nbs/08e_channels.trace.ipynb #50e389c9
@@ -53,17 +55,19 @@ def layer(self:Trace,
     if makes and (came>0).any() and not kind.sums and computes_weight(m, x, *args, **kwargs):
         came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
-    if kind.recurs: came = self.again(came, labels, args)
+    if kind.recurs:
+        came = self.again(came, labels, args, runs := kind.runs(m))
+        at = torch.arange(runs, dtype=torch.int32, device='cpu').repeat_interleave(made//runs)
+        if runs>1: self.balance(labels, at, f'{path} has as many in each layer and direction')
     self.note('readers' if makes else 'makers' if isinstance(m, makers) else 'norms', path, came)
     if (n := kind.together(m))>1:
         rows = came.view(-1, n)
         self.join(rows[:,:1].expand_as(rows), rows, f'{type(m).__name__} {path} normalises over them')
     if makes: self.note('makers', path, labels)
-    outs = [o for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point()]
-    if any(o.ndim<-axis or o.shape[axis]!=made or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o in outs):
-        self.hold(labels, LOST)
+    outs = kind.outputs(m, out)
+    if any(at is None or isinstance(m, weighted+norms) and o.ndim!=x.ndim for o,at in outs): self.hold(labels, LOST)
     else:
-        for o in outs: self.mark(o, labels, axis)
+        for o,at in outs: self.mark(o, labels[at].expand(o.shape))
 
 
 # %% ../../nbs/08e_channels.trace.ipynb #907a0b31
@@ -112,6 +116,18 @@ def label_tensors(self:Trace) -> None:
         self.mark(t, self.parts['tensors',name], axis)
 
 
+# %% ../../nbs/08e_channels.trace.ipynb #5d1c0e02
+class _Scaling(TorchFunctionMode):
+    "Notes in a trace, while attention runs, the length by whose root it divides"
+    def __init__(self, trace): self.trace = trace; super().__init__()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and kwargs.get('scale') is None:
+            self.trace.from_shape = (args[0] if args else kwargs['query']).shape[-1]
+        try: return func(*args, **kwargs)
+        finally: self.trace.from_shape = None
+
+
 # %% ../../nbs/08e_channels.trace.ipynb #f0b58792
 @patch
 def run(self:Trace,
@@ -131,7 +147,7 @@ def run(self:Trace,
     try:
         for path,m in self.model.named_modules(): hooks += self._note_running(path, m)
         for m,f in wrapped.items(): m.forward = f
-        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self:
+        with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(devices=[]), self, _Scaling(self):
             out = self.model.train(training)(*xb)
     finally:
         self._running = []

@@ -39,14 +39,25 @@ def _randomise(model, seed=0):
     return model
 
 # %% ../../nbs/08g_channels.trial.ipynb #1b9eeb51
+def _undropped(func, args, kwargs):
+    "`func`, attention or a recurrent layer, without its dropout"
+    for i,o in enumerate(func._schema.arguments):
+        if o.name not in ('dropout_p','dropout'): continue
+        if i<len(args): args = *args[:i],0.,*args[i+1:]
+        else: kwargs = {**kwargs, o.name: 0.}
+    return func(*args, **kwargs)
+
 class _Constant(TorchDispatchMode):
     "Random numbers are all one half, and dropout drops nothing"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out,name = func(*args, **(kwargs or {})),func.overloadpacket.__name__
-        if torch.Tag.nondeterministic_seeded not in func.tags: return out
+        kwargs,name = kwargs or {},func.overloadpacket.__name__
+        if torch.Tag.nondeterministic_seeded not in func.tags: return func(*args, **kwargs)
+        if 'attention' in name or 'rnn' in name or '_sdp_' in name: return _undropped(func, args, kwargs)
+        out = func(*args, **kwargs)
         if name=='native_dropout': return args[0].clone(),torch.ones_like(args[0], dtype=torch.bool)
         if name=='randperm': return out.sort().values
         return tree_map_only(torch.Tensor, lambda o: o.fill_(.5 if o.is_floating_point() else 0), out)
+
 
 # %% ../../nbs/08g_channels.trial.ipynb #f722e68b
 @contextmanager
@@ -85,9 +96,17 @@ def _first_difference(a, b, model, kept, tol, paths={}):
     "First layer where the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
     old = {new: path for path,new in paths.items()}
     for (p,x),(q,y) in zip(a, [(old.get(q, q), y) for q,y in b]):
-        if p and p in kept: x = x.index_select(channel_axis(model.get_submodule(p)), kept[p][0].to(x.device))
+        if p and p in kept: x = _as_kept(x, model.get_submodule(p), p, kept)
         if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
     return None if len(a)==len(b) else ''
+def _as_kept(x, m, path, kept):
+    "The channels of the output `x` of layer `m` that are kept, on the scale that they have then"
+    axis,inner = channel_axis(m),kind_of(m).inner(m)
+    rows = kept[path][0][kept[path][0]>=inner]
+    x = x.index_select(axis, (rows-inner).to(x.device))
+    if path not in getattr(kept, 'factors', {}): return x
+    return x*kept.factors[path][rows].to(x).view(-1, *[1]*(-1-axis if axis<0 else x.ndim-1-axis))
+
 
 # %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
 @patch
@@ -132,14 +151,21 @@ def _summing(model, g):
 
 
 # %% ../../nbs/08g_channels.trial.ipynb #264e6a65
+@torch.no_grad()
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` that nobody reads, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
-    masked = deepcopy(model)
-    for g,dead in gone:
-        _silence(masked, g, dead, ('makers','norms','readers') if _summing(model, g) else ['readers'])
-    small = deepcopy(masked)
+    def kinds(g): return ('makers','norms','readers') if _summing(model, g) or g.products else ['readers']
+    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, kinds(g))}
+    for g,dead in gone: _silence(model, g, dead, kinds(g))
+    try: return _differs_without(model, xb, gone)
+    finally:
+        for n,t in old.items(): model.get_parameter(n).copy_(t)
+
+def _differs_without(model, xb, gone):
+    "Where `model` differs from a copy without the channels `gone`, which are silenced, and why; or None"
+    small = deepcopy(model)
     try:
         kept = _remove(small, gone)
         # torch.fx prints the errors of its modules
@@ -147,7 +173,7 @@ def _difference(model, xb, groups):
     except Exception as e:
         return f"the network's code counts on their number ({_said(e)})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
-    where = _first_difference(layer_outputs(masked, xb), small, model, kept, tol)
+    where = _first_difference(layer_outputs(model, xb), small, model, kept, tol)
     return None if where is None else (LOST,where)
 
 # %% ../../nbs/08g_channels.trial.ipynb #51844b37

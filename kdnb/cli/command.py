@@ -92,7 +92,8 @@ def _add_data_options(c):
     c.add_argument('--size', type=_size, metavar='N', help='edge that the images are to have, or height,width')
     c.add_argument('--bs', type=_whole_from(1), metavar='N',
                    help='images in a batch [64 for digits and folders, else 256]')
-    c.add_argument('--pad', type=_whole_from(0), default=0, metavar='N', help='shift training images by up to N pixels')
+    c.add_argument('--pad', type=_whole_from(0), default=0, metavar='N',
+                   help='shift training images by up to N pixels')
     c.add_argument('--flip', action='store_true', help='mirror training images at random')
 
 # %% ../../nbs/70b_cli.command.ipynb #695b654e
@@ -131,7 +132,8 @@ def _report_parser(commands, text):
 
 # %% ../../nbs/70b_cli.command.ipynb #4d2bcfc0
 def _data_parser(commands, text):
-    c = commands.add_parser('data', help='list the image sets and whether their files are whole', formatter_class=text,
+    c = commands.add_parser('data', help='list the image sets and whether their files are whole',
+                            formatter_class=text,
                             description='List the image sets and check their files; or look into a folder of your own.',
                             epilog='Image sets are looked for in the folder KDNB_DATA, else in ~/.kdnb/data.')
     c.add_argument('folder', nargs='?', type=Path, metavar='FOLDER', help='images of your own')
@@ -145,7 +147,8 @@ def _sweep_parser(commands, text):
                                         'machines.\nWhat is finished is not run again.',
                             epilog='example:\n  kdnb sweep grid.toml --storage journal.log --workers 2')
     c.add_argument('grid', type=Path, metavar='grid.toml', help='recipe, data, settings and the values to combine')
-    c.add_argument('--storage', required=True, metavar='FILE|URL', help='what all workers share: a file or a database')
+    c.add_argument('--storage', required=True, metavar='FILE|URL',
+                   help='what all workers share: a file or a database')
     c.add_argument('--out', type=Path, default=Path('runs/sweep'), metavar='FOLDER', help='for the runs (runs/sweep)')
     c.add_argument('--workers', type=int, default=1, metavar='N', help='processes here; 0 shows what there is (1)')
     c.add_argument('--minutes', type=float, metavar='M', help='stop after so long; the next sweep goes on')

@@ -27,7 +27,8 @@ def _load_data(args):
     kwargs = dict(size=args.size, bs=bs, pad=args.pad, flip=args.flip)
     if args.model:     # images as its network takes them
         header,_ = _model_header(args)
-        kwargs |= dict(size=args.size or tuple(header.get('input', ())[1:]) or None, stats=header.get('stats') or None)
+        kwargs |= dict(size=args.size or tuple(header.get('input', ())[1:]) or None,
+                       stats=header.get('stats') or None)
     if args.data in image_sets or not Path(args.data).exists(): return image_dls(args.data, **kwargs),args.data
     p = Path(args.data).resolve()
     name = p.parent.name if p.name=='labels.csv' else p.stem if p.suffix=='.csv' else p.name
@@ -159,17 +160,21 @@ def run_sweep(
 def export_run(
     args:argparse.Namespace, # Words of the command, parsed
 ) -> int:
-    """Write the small network of a run as an ONNX file; returns the exit status
+    """Write the small network of a run as an ONNX file, and its report anew; returns the exit status
 
     Raises `ValueError` if nothing says where the images of the run are."""
     from kdnb.data.sets import image_dls,image_sets
     from kdnb.export.files import load_model,read_header
     from kdnb.export.forms import export_form
     from kdnb.recipes.record import Record
+    from kdnb.report.page import report
     record,file = Record(args.folder),args.folder/'model.safetensors'
     if not (args.data or record.data in image_sets):
         raise ValueError(f'the run saw {record.data}, and nothing says where that is. Pass the folder as data=FOLDER.')
     stats = read_header(file)[0].get('stats') or None
     dls = image_dls(args.data or record.data, size=tuple(record.in_shape[1:]), stats=stats)
     print(export_form(args.folder, load_model(file), dls, args.out, args.int8, args.max_drop))
+    page = args.folder/'report.html'
+    report(record).save(page)
+    print(f'\nReport, with size and speed of the file: {page}')
     return 0

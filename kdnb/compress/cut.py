@@ -20,7 +20,8 @@ from ..core import check_choice,first_samples
 from ..masks.model import mask_model
 from ..prune.select import channel_masks
 from ..prune.scoring import Scoring
-from ..prune.sensitivity import _Batches,least,sensitivity,without
+from ..prune.sensitivity import _Batches,sensitivity,without
+from ..prune.lowest import least
 
 # %% ../../nbs/45b_compress.cut.ipynb #a78c9837
 def first_within(

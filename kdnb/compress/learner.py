@@ -6,9 +6,10 @@
 __all__ = ['mix_fresh']
 
 # %% ../../nbs/45e_compress.learner.ipynb #c403d56a
-import math,re,warnings
+import inspect,math,re,warnings
 from collections.abc import Callable
 from copy import deepcopy
+from difflib import get_close_matches
 from numbers import Integral,Real
 import pandas as pd, torch
 from torch import nn
@@ -20,24 +21,33 @@ from .noise import settled,successor,train_gates
 from .order import hows
 from .result import Compressed,_lost,_metric,_percent
 from ..core import check_choice,inputs,unwrap
+from ..distill.learner import _fit_method
 from ..export.quantize import check_drop
 from ..measure.counts import latency
 from ..prune.criteria import check_criterion
 from ..prune.sensitivity import check_data,validate_as
 
 # %% ../../nbs/45e_compress.learner.ipynb #84f0c059
-def _check(how, n_epoch, steps, round_to, criterion, tries, fresh=0.):
-    "Raise if an argument of `compress_to` is not what it should be"
-    check_choice('how', how, hows)
-    check_criterion(criterion, 'channel')
-    for k,v,least in (('n_epoch',n_epoch,0), ('steps',steps,1),
-                      ('round_to',1 if round_to is None else round_to,1), ('tries',tries,1)):
+def _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh):
+    "Raise if one of these numbers of `compress_to` is not what it should be"
+    whole = dict(n_epoch=(n_epoch,0), steps=(steps,1), round_to=(round_to,1), tries=(tries,1), n=(n,1),
+                 update_bn=(update_bn,0))
+    for k,(v,least) in whole.items():
+        if v is None and k in ('round_to','n'): continue
         if isinstance(v, bool) or not isinstance(v, Integral) or v<least:
             raise ValueError(f'{k} is {v!r}, expected a whole number, {least} or more.')
+    if lr is not None and not isinstance(lr, slice) and not (isinstance(lr, Real) and lr>0):
+        raise ValueError(f'lr is {lr!r}, expected a learning rate above 0, such as .003.')
     if isinstance(fresh, bool) or not isinstance(fresh, Real) or not 0<=fresh<=1:
         raise ValueError(f'fresh is {fresh!r}, expected the part of the weights that is drawn anew, from 0 to 1.')
     if fresh and not n_epoch:
         raise ValueError(f'fresh is {fresh:g} and n_epoch 0: fresh weights know nothing before they are trained.')
+
+# %% ../../nbs/45e_compress.learner.ipynb #45d00013
+def _check_way(how, criterion, n_epoch, steps):
+    "Raise if `compress_to` cannot go this way"
+    check_choice('how', how, hows)
+    check_criterion(criterion, 'channel')
     if how!='variational': return
     if n_epoch<2:
         raise ValueError(f"n_epoch is {n_epoch}, and how='variational' trains gates before the cut: 2 or more.")
@@ -45,6 +55,17 @@ def _check(how, n_epoch, steps, round_to, criterion, tries, fresh=0.):
         raise ValueError(f"steps is {steps}, and how='variational' cuts once: what is left has no gates any more.")
     if criterion!='magnitude':
         raise ValueError("criterion is not asked by how='variational', which goes by log α. Leave it out.")
+
+# %% ../../nbs/45e_compress.learner.ipynb #45d00015
+def _check_names(learn, fit, given):
+    "Raise if `fit` is no method, or takes one of the arguments `given` no more than `distill` does"
+    methods = _fit_method(learn, fit, {}).func,type(learn).distill,type(learn).compress_to
+    takes = {k for o in methods for k in inspect.signature(o).parameters}
+    for k in given:
+        if k in takes: continue
+        near = get_close_matches(k, takes, 1)
+        raise TypeError(f'compress_to takes no {k}, nor do distill and {fit}.'
+                        + (f' Did you mean {near[0]}?' if near else ''))
 
 # %% ../../nbs/45e_compress.learner.ipynb #6e514190
 @torch.no_grad()
@@ -127,8 +148,11 @@ def compress_to(self:Learner,
 ) -> Compressed:
     """Remove channels until the limits hold, and distil from the dense network; the learner stays as it is
 
-    Raises `ValueError` if a limit is none or cannot be reached, or if no channel may go."""
-    _check(how, n_epoch, steps, round_to, criterion, tries, fresh)
+    Raises `ValueError` if a limit is none or cannot be reached, or if no channel may go, and `TypeError` for a name
+    that is unknown."""
+    _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh)
+    _check_way(how, criterion, n_epoch, steps)
+    _check_names(self, fit, kwargs)
     check_data(self)
     limits = {k: v for k,v in dict(macs=macs, params=params, bytes=bytes, ms=ms).items() if v is not None}
     args = dict(how=how, n_epoch=n_epoch, steps=steps, round_to=round_to, lr=lr, terms=terms, task=task,

@@ -7,11 +7,12 @@ __all__ = ['hows', 'widths_of', 'in_order_of', 'rising_slopes', 'savings_of']
 
 # %% ../../nbs/45a_compress.order.ipynb #9d478b4d
 import math
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from torch import nn
 from ..channels.groups import ChannelGroup
 from .budget import Budget
-from ..prune.sensitivity import least,without
+from ..prune.lowest import least
+from ..prune.sensitivity import without
 
 # %% ../../nbs/45a_compress.order.ipynb #26f45256
 def widths_of(

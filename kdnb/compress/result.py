@@ -23,7 +23,7 @@ from ..export.onnx import Exported,to_onnx
 class Compressed:
     "What `compress_to` returns: the small network, what it has become, and what was lost"
     learn:Learner # Holds the small network; training may go on
-    table:pd.DataFrame # Cost, loss and metrics on the validation set: 'dense', 'cut', and 'distilled' if it was trained
+    table:pd.DataFrame # Cost, validation loss and metrics: 'dense', 'cut', and 'distilled'
     widths:pd.DataFrame # Channels of each group before and after
     limits:dict # `{'macs' or so: largest number allowed}`
     n_epoch:int # Epochs of training after the dense network

@@ -16,14 +16,16 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from ..core import described,inputs,undisturbed,unwrap
 from .adapter import TeacherAdapter
-from .checks import check_networks,check_shares,check_teachers,fit_size,fresh_index,ignored_label,named_terms
+from .checks import check_networks,check_outputs,check_places,check_shares,check_teachers
+from .checks import fit_size,fresh_index,label_mask,named_terms
+from .names import method_names,named_term
 from .parts import build_heads,Heads,HEADS
 from .seen import Seen
 from .task import targets,task_of,usual_terms
 from .teacher import as_teacher,CachedTeacher,check_finite,fixed_views,LiveTeacher,mixer,numbered
 from .teacher import StoredLogits,StoredTeacher
-from .terms import Term,Terms
-from ..features.capture import Capture,hear
+from .terms import registered,Term,Terms
+from ..features.capture import Capture,capture_outputs
 from ..features.logits import as_logits
 from ..training.terms import LossTerm
 from ..training.optimizer import TermSplitter
@@ -35,22 +37,38 @@ class _Fit:
     undo:ExitStack = field(default_factory=ExitStack)    # puts back what has been changed
     capture:Capture|None = None                          # of the student's layers
     views:list = field(default_factory=list)             # data sets, if answers are stored
+    noted:object = None                                  # `SamplePlaces` of one of fastai's loaders
     places:torch.Tensor|None = None                      # of the last batch's samples (B,)
     checked:set = field(default_factory=set)             # teachers whose answers have been looked at
     judged:set = field(default_factory=set)              # terms that have seen what they compare
     after:list = field(default_factory=list)             # functions called after the backward pass
 
 # %% ../../nbs/13_distill.callback.ipynb #e4c119a9
-def make_teacher(teacher, tfm=None, cache=False, logits=None, i=None):
+def make_teacher(
+    teacher:object, # A network, a `Learner` or stored logits
+    tfm:object=None, # What its inputs go through first, see `TeacherAdapter`
+    cache:bool|str|Path=False, # Ask once a sample? Or the folder of the answers
+    logits:object=None, # Where the logits are in what it returns, see `as_logits`
+    i:int|None=None, # Which of several teachers it is, for errors
+):
     "`teacher`, the `i`-th of several, as a live, a cached (in memory or the folder `cache`), or a stored one"
-    net,adapter = as_teacher(teacher),TeacherAdapter(teacher, tfm)
+    net = as_teacher(teacher)
+    adapter = TeacherAdapter(teacher, tfm)
     if isinstance(net, StoredLogits): return StoredTeacher(net, adapter, logits)
     if not cache: return LiveTeacher(net, adapter, logits)
     folder = None if cache is True else Path(cache) if i is None else Path(cache)/f'teacher{i}'
     return CachedTeacher(net, adapter, logits, folder)
 
 # %% ../../nbs/13_distill.callback.ipynb #8ef85bc3
-def check_arguments(named, by_task, task, cache, n_views, logits, mask):
+def check_arguments(
+    named:dict, # Terms by name
+    by_task:bool, # Were they chosen for the task?
+    task:object, # Weight of the task loss
+    cache:object, # As in `KnowledgeDistillation`
+    n_views:int|None, # As in `KnowledgeDistillation`
+    logits:object, # As in `KnowledgeDistillation`
+    mask:object, # As in `KnowledgeDistillation`
+) -> None:
     "Raise `ValueError` for what cannot be meant"
     if isinstance(task, (Term,Terms)):
         raise ValueError('task is a term, expected the weight of the task loss. Add terms up: '
@@ -60,11 +78,19 @@ def check_arguments(named, by_task, task, cache, n_views, logits, mask):
     if not named and not by_task:
         raise ValueError('terms is an empty sum. Give at least one term, such as KD(T=4)*.9.')
     if not (logits is None or callable(logits) or isinstance(logits, (str,int))):
-        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function of what '
-                         'the networks return.')
+        raise ValueError(f'logits is {described(logits)}, expected a key, an index, or a function '
+                         'of what the networks return.')
     if not (mask is None or callable(mask)):
-        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, such as '
-                         'lambda xb,yb: yb[0]!=255.')
+        raise ValueError(f'mask is {described(mask)}, expected a function of inputs and targets, '
+                         'such as lambda xb,yb: yb[0]!=255.')
+
+# %% ../../nbs/13_distill.callback.ipynb #369f74a6
+def usual_task(
+    terms:object, # A term or a sum
+    names:object, # Names of terms, or None
+):
+    "The usual weight of the task loss beside `terms`, or beside those called `names`"
+    return min(t.task for t in [*terms, *map(registered, names)])
 
 # %% ../../nbs/13_distill.callback.ipynb #d7279ca0
 class KnowledgeDistillation(LossTerm):
@@ -74,8 +100,8 @@ class KnowledgeDistillation(LossTerm):
     learner is raised when training begins: an error while callbacks are added would leave fastai half way."""
     order = -1   # before other loss terms (0): `task` weighs the task loss alone, not their penalties
     def __init__(self,
-        teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
-        terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
+        teacher:Learner|nn.Module|torch.Tensor|str|Path|list, # Trained `Learner` or module, logits by sample, or a list
+        terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
         task:float|Callable|None=None, # Weight of the task loss; if None .1 with the default terms, else 1 (SimKD: 0)
         cache:bool|str|Path=False, # Ask the teacher once per sample: True (in memory), or a folder (files)
         n_views:int|None=None, # With `cache` and random augmentation: train on so many fixed views of each image
@@ -85,9 +111,10 @@ class KnowledgeDistillation(LossTerm):
         mask:Callable|None=None, # Function of inputs and targets: True where a place counts, (B, H, W) or (B, N)
     ):
         self.by_task = terms is None
-        named = {} if self.by_task else named_terms(terms)
-        check_arguments(named, self.by_task, task, cache, n_views, logits, mask)
-        if task is None: task = .1 if self.by_task else min(t.task for t in named.values())
+        self.by_name = method_names(terms) if isinstance(terms, str) else []
+        named = {} if self.by_task or self.by_name else named_terms(terms)
+        check_arguments(named or self.by_name, self.by_task, task, cache, n_views, logits, mask)
+        if task is None: task = .1 if self.by_task else usual_task(named.values(), self.by_name)
         super().__init__(named, {k: t.weight for k,t in named.items()}, task=task)
         self.cache = cache
         self.n_views = n_views
@@ -174,19 +201,39 @@ def __getstate__(self:KnowledgeDistillation):
 @patch
 def _outputs(self:KnowledgeDistillation, *models):
     "What `models` return for one validation batch"
-    with undisturbed(self.model): return tuple(hear(m, [], self.dls, self.logits)[0] for m in models)
+    with undisturbed(self.model): return tuple(capture_outputs(m, [], self.dls, self.logits)[0] for m in models)
+
+# %% ../../nbs/13_distill.callback.ipynb #b30c1997
+@patch
+def _term_of_task(self:KnowledgeDistillation):
+    "What the task loss asks for. Raises `ValueError` if that is not certain."
+    def ask(): return as_logits(*self._outputs(self.model), who='the student'),targets(self.dls)
+    return usual_terms[task_of(self.loss_func, ask)]
+
+# %% ../../nbs/13_distill.callback.ipynb #555d7700
+@patch
+def _terms_of_names(self:KnowledgeDistillation):
+    "Terms called `by_name`, with their usual layers and weights; `ValueError` if there are no such layers"
+    t = self.teachers[0]
+    with undisturbed(self.model):
+        if not isinstance(t, StoredTeacher): t.adapter.meet(self.dls, t.net)
+        with t.adapter.fed(t.net):
+            terms = named_term(' + '.join(self.by_name), self.model, t.net, self.dls)
+    check_teachers(terms.named(), len(self.teachers))
+    return terms
 
 # %% ../../nbs/13_distill.callback.ipynb #f69df00f
 @patch
 def _choose_terms(self:KnowledgeDistillation):
-    "Terms that nobody has named: those of the task; if that is not certain, training will say so"
+    "Terms of the task, or of names; if they are not certain, the error is kept for the training"
     now = self.loss_func,self.dls,self.model
-    if not self.by_task or 'gather_preds' in vars(self.learn): return
+    late = self.by_task or self.by_name
+    if not late or not self.teachers or 'gather_preds' in vars(self.learn): return
     if self._decided and all(a is b for a,b in zip(now, self._decided)): return
+    if self.by_name and self.terms and self._built is unwrap(self.model): return
     self._unsure = self._decided = None
     named = {}
-    ask = lambda: (as_logits(*self._outputs(self.model), who='the student'),targets(self.dls))
-    try: named = (Terms()+usual_terms[task_of(self.loss_func, ask)]).named()
+    try: named = (Terms()+(self._terms_of_names() if self.by_name else self._term_of_task())).named()
     except ValueError as e: self._unsure = e
     else: self._decided = now
     self.__dict__.update(terms=named, weights={k: t.weight for k,t in named.items()})
@@ -212,7 +259,9 @@ def _see(self:KnowledgeDistillation, name, z_s, answers, raw, f_s, pct=0., **mor
         return fit_size(z, z_s()) if z.ndim==4 and term.by_class else z
     def z_t():
         if len(ids)==1: return logits(ids[0])
-        return term.mix([logits(i) for i in ids], self.shares, pct)
+        zs = [logits(i) for i in ids]
+        check_outputs(zs)
+        return term.mix(zs, self.shares, pct)
     head = self.heads[name] if name in self.heads else None
     return Seen(f_s, answers[ids[0]][1], z_s, z_t, head=head, pct=pct, mixed=len(ids)>1, **more)
 
@@ -222,8 +271,8 @@ def _labels(self:KnowledgeDistillation):
     "The labels of the whole training set (N,)"
     if (y := getattr(self.dls.train.dataset, 'y', None)) is None:
         raise ValueError(f'{self._who_counts()} needs the labels of the whole training set at '
-                         '`dls.train.dataset.y`, and the place of each sample in its batch. Use image_dls or '
-                         'from_arrays.')
+                         '`dls.train.dataset.y`, and the place of each sample in its batch. Use '
+                         'image_dls or from_arrays.')
     return y.as_subclass(torch.Tensor)
 
 # %% ../../nbs/13_distill.callback.ipynb #b589e1ae
@@ -238,16 +287,18 @@ def _who_counts(self:KnowledgeDistillation):
 def _probe(self:KnowledgeDistillation):
     "What each term sees of one validation batch, by its name"
     xb = inputs(self.dls)
-    out,f_s = hear(self.model, self.paths('probe_layers'), xb, self.logits)
+    out,f_s = capture_outputs(self.model, self.paths('probe_layers'), xb, self.logits)
     answers = [t.probe(xb, self.paths('teacher_layers', i)) for i,t in enumerate(self.teachers)]
     z_s = lambda: as_logits(out, who='the student')
     raw = lambda i: as_logits(answers[i][0], who='the teacher')
     labels = self._labels() if any(t.needs_index for t in self.terms.values()) else None
-    more = dict(student=unwrap(self.model), logits=self.logits, bs=self.dls.train.bs or len(xb[0]), labels=labels)
+    bs = getattr(self.dls.train, 'bs', None) or getattr(self.dls.train, 'batch_size', None) or len(xb[0])
+    more = dict(student=unwrap(self.model), logits=self.logits, bs=bs, labels=labels)
     res = {}
     for k,term in self.terms.items():
         t = self.teachers[self.whom(term)[0]]
-        res[k] = self._see(k, z_s, answers, raw, f_s, teacher=unwrap(t.net), order=t.adapter.order, **more)
+        res[k] = self._see(k, z_s, answers, raw, f_s, teacher=unwrap(t.net), order=t.adapter.order,
+                           **more)
     return res
 
 # %% ../../nbs/13_distill.callback.ipynb #92246cc4
@@ -269,8 +320,9 @@ def _prepare(self:KnowledgeDistillation):
         self._built = unwrap(self.model)
     if not len(self.heads): return
     if isinstance(self.model, nn.parallel.DistributedDataParallel):
-        raise ValueError('the model is wrapped for several processes already, and would not synchronise the '
-                         'trainable parts of the terms. Give the callback to the Learner before the model is wrapped.')
+        raise ValueError('the model is wrapped for several processes already, and would not '
+                         'synchronise the trainable parts of the terms. Give the callback to the '
+                         'Learner before the model is wrapped.')
     self.model.add_module(HEADS, self.heads)
 
 # %% ../../nbs/13_distill.callback.ipynb #40655691
@@ -278,8 +330,8 @@ def _prepare(self:KnowledgeDistillation):
 def _replace(self:KnowledgeDistillation, new):
     "Let the network `new` take the student's place"
     if len(self.terms)>1:
-        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network whose layers the '
-                         'others name. Use it alone.')
+        raise ValueError(f'SimKD is one of {len(self.terms)} terms, but it replaces the network '
+                         'whose layers the others name. Use it alone.')
     p = next(self.model.parameters())
     new = new.to(p.device, p.dtype).train(self.model.training)
     wrap = self.splitter if isinstance(self.splitter, TermSplitter) else self.learn
@@ -311,8 +363,9 @@ def attach(self:KnowledgeDistillation) -> None:
     self._fault = None
     try:
         if any(isinstance(c, KnowledgeDistillation) for c in self.learn.cbs):
-            raise ValueError('this learner has a KnowledgeDistillation already, and two would weigh each other\'s '
-                             'terms. Add the terms up in one, KD()*.9 + VID(...), or take the first away: '
+            raise ValueError('this learner has a KnowledgeDistillation already, and two would '
+                             'weigh each other\'s terms. Add the terms up in one, KD()*.9 + '
+                             'VID(...), or take the first away: '
                              'learn.remove_cb(KnowledgeDistillation).')
         self._choose_terms()
         self._prepare()
@@ -345,7 +398,8 @@ def _begin(self:KnowledgeDistillation):
     fit = self._fit = _Fit()
     for t in self.teachers or [None]: check_networks(t and t.net, self.model, placed=True)
     if isinstance(self.model, nn.DataParallel):
-        raise ValueError('the model is in DataParallel, which keeps only its last replica\'s features. '
+        raise ValueError('the model is in DataParallel, which keeps only its last replica\'s '
+                         'features. '
                          'Use DistributedDataParallel (learn.distrib_ctx), or one device.')
     self._meet()
     layers = self.paths('student_layers')
@@ -365,9 +419,10 @@ def _begin(self:KnowledgeDistillation):
 def _number(self:KnowledgeDistillation):
     "Let batches carry the places of their samples, if somebody needs them"
     if self.needs_index:
-        who,instead = (self._who_counts(),'a term without a memory') if not self.stores else ('cache','cache=False')
-        if self.stores and not self.cache: who,instead = 'a teacher of stored logits','a network as the teacher'
-        self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
+        if not self.stores: who,instead = self._who_counts(),'a term without a memory'
+        elif self.cache: who,instead = 'cache','cache=False'
+        else: who,instead = 'a teacher of stored logits','a network as the teacher'
+        self._fit.noted = self._fit.undo.enter_context(numbered(self.dls.train, who, instead))
         self._fit.places = vars(self.learn).get('sample_index')
     known = [m.labels.cpu() for m in self.heads.modules() if hasattr(m, 'labels')]
     if not all(torch.equal(y, self._labels().cpu()) for y in known):
@@ -381,7 +436,8 @@ def _store(self:KnowledgeDistillation):
     dl = self.dls.train
     if self.cache: self._fit.views = fixed_views(self.learn, self.n_views)
     elif mix := mixer(self.learn):
-        raise ValueError(f'the teacher is stored logits, but {mix} mixes other images in every batch. Take {mix} away.')
+        raise ValueError(f'the teacher is stored logits, but {mix} mixes other images in every '
+                         f'batch. Take {mix} away.')
     else: self._fit.views = [dl.dataset]
     for t in self.teachers:
         if isinstance(t, CachedTeacher): t.store(dl, self._fit.views)
@@ -406,27 +462,36 @@ def before_train(self:KnowledgeDistillation) -> None:
 @patch
 def before_batch(self:KnowledgeDistillation) -> None:
     "Take the samples' places. Raises `ValueError` if there are none, or if images without targets are mixed."
-    if self.needs_index: self._fit.places = fresh_index(self.learn, self._fit.places)
+    if self.needs_index: self._fit.places = fresh_index(self.learn, self._fit.places, self._fit.noted)
     if not len(self.yb) and (mix := mixer(self.learn)):
-        raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} away.')
+        raise ValueError(f'{mix} mixes targets, and a batch of this training has none. Take {mix} '
+                         'away.')
 
 # %% ../../nbs/13_distill.callback.ipynb #7b842e90
 @patch
 def _targets(self:KnowledgeDistillation, term):
     "The targets of this batch, for `term`"
     if len(self.yb): return self.yb[0].as_subclass(torch.Tensor)
-    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. Use terms that '
-                     'compare with the teacher alone, such as KD, or a loader whose batches have targets.')
+    raise ValueError(f'{type(term).__name__} needs targets, and a batch of this training has none. '
+                     'Use terms that compare with the teacher alone, such as KD, or a loader whose '
+                     'batches have targets.')
+
+# %% ../../nbs/13_distill.callback.ipynb #351046de
+def as_mask(
+    o:object, # What it has given
+):
+    "What a user's `mask` has given, if it is a mask; raises `ValueError` if not"
+    if isinstance(o, torch.Tensor) and o.ndim and not o.is_floating_point():
+        return o.as_subclass(torch.Tensor).bool()
+    what = f'{o.dtype} of shape {tuple(o.shape)}' if isinstance(o, torch.Tensor) else described(o)
+    raise ValueError(f'mask gives {what}, expected a tensor of True and False, (B, H, W) or (B, '
+                     'N): True where a place counts.')
 
 # %% ../../nbs/13_distill.callback.ipynb #f13ca5a2
 @patch
 def _mask(self:KnowledgeDistillation):
     "True where a place of this batch counts, (B, H, W) or (B, N); None if all do"
-    if self.mask is not None: return self.mask(self.xb, self.yb).as_subclass(torch.Tensor)
-    ignored = ignored_label(self.loss_func)
-    if ignored is None or not len(self.yb) or not isinstance(self.yb[0], torch.Tensor): return
-    y = self.yb[0].as_subclass(torch.Tensor)
-    if y.ndim>1 and not y.is_floating_point() and (y==ignored).any(): return y!=ignored
+    return label_mask(self.loss_func, self.yb) if self.mask is None else as_mask(self.mask(self.xb, self.yb))
 
 # %% ../../nbs/13_distill.callback.ipynb #250576f1
 @patch
@@ -450,6 +515,7 @@ def _judge(self:KnowledgeDistillation, name, o, raw):
     if name in self._fit.judged: return
     self._fit.judged.add(name)
     term = self.terms[name]
+    if self.logits is None and term.softmax and term.by_class and len(self.yb): check_places(o.z_s, o.y)
     for i in self.whom(term):
         adapter = self.teachers[i].adapter
         if adapter.compares(term): adapter.check(term, o.z_s, raw(i), o.y if len(self.yb) else None)
@@ -475,7 +541,8 @@ def values(self:KnowledgeDistillation,
     res = {}
     for k in names:
         y = lambda t=self.terms[k]: self._targets(t)
-        o = self._see(k, z_s, answers, raw, f_s, self.progress, y=y, mask=self._mask, index=fit.places)
+        more = dict(y=y, mask=self._mask, by_label=self.mask is None, index=fit.places)
+        o = self._see(k, z_s, answers, raw, f_s, self.progress, **more)
         self._judge(k, o, raw)
         res[k] = self.terms[k](o)
     return res

@@ -9,21 +9,25 @@ __all__ = ['check_networks']
 from numbers import Number
 import torch
 from torch import nn
+from fastai.torch_core import find_bs
 from ..core import described
 from ..data.arrays import take_index
 from .terms import Term,Terms
 
 # %% ../../nbs/12b_distill.checks.ipynb #72e0eae7
-def named_terms(terms):
+def named_terms(
+    terms:object, # A term or a sum of terms
+) -> dict:
     "`{name: term}` of a term or a sum of them; raises `ValueError` if `terms` is neither"
     if isinstance(terms, (Term,Terms)): return (Terms()+terms).named()
     do = ''
     if isinstance(terms, (Number,slice)):
         do = f'A learning rate is given by name: distill(teacher, 5, lr={described(terms)}).'
     elif isinstance(terms, type): do = f'Make one: {terms.__name__}(...).'
-    elif isinstance(terms, (tuple,list,dict)): do = 'Add them up: KD() + AT(...).'
-    raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum of terms. '
-                     f'{do}'.strip())
+    elif isinstance(terms, (tuple,list,dict)):
+        do = "Add them up: KD() + AT(...), or by their names, 'KD + AT'."
+    raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum '
+                     f'of terms. {do}'.strip())
 
 # %% ../../nbs/12b_distill.checks.ipynb #9bf0d28d
 def check_networks(
@@ -36,7 +40,8 @@ def check_networks(
         raise ValueError('the teacher was left behind when this learner was exported. '
                          'Attach a new KnowledgeDistillation(teacher, ...).')
     if teacher is student:
-        raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the teacher.')
+        raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the '
+                         'teacher.')
     t = next(teacher.parameters(), None)
     s = next(student.parameters())
     if t is None: return
@@ -48,45 +53,97 @@ def check_networks(
                          f'Move the teacher: teacher.to({str(s.device)!r}).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #df4de2c4
-def check_teachers(terms, n):
+def check_teachers(
+    terms:dict, # Terms by name
+    n:int, # How many teachers there are
+) -> None:
     "Raise `ValueError` if a term asks for a teacher that is not there, or for layers of nobody in particular"
     for t in terms.values():
         who = type(t).__name__
         if t.teacher is not None and not t.teacher<n:
-            raise ValueError(f'{who} asks teacher {t.teacher}, and there {"is" if n==1 else "are"} {n}, '
-                             'counted from 0.')
+            raise ValueError(f'{who} asks teacher {t.teacher}, and there {"is" if n==1 else "are"} '
+                             f'{n}, counted from 0.')
         if n>1 and t.teacher is None and len(t.teacher_layers):
-            raise ValueError(f'{who} compares layers, and there are {n} teachers. Say whose: {who}(..., teacher=0).')
+            raise ValueError(f'{who} compares layers, and there are {n} teachers. Say whose: '
+                             f'{who}(..., teacher=0).')
 
 # %% ../../nbs/12b_distill.checks.ipynb #b709d68e
-def check_shares(shares, n):
+def check_shares(
+    shares:list|None, # A weight for each teacher; equal ones if None
+    n:int, # How many teachers there are
+) -> list:
     "The weights of `n` teachers in the mean of their answers, of sum 1; raises `ValueError` if they are no such"
     if shares is None: return [1/n]*n
     numbers = isinstance(shares, (tuple,list)) and all(isinstance(o, Number) and o>=0 for o in shares)
     if not numbers or len(shares)!=n or not sum(shares)>0:
-        raise ValueError(f'shares is {shares!r}, expected {n} number{"s" if n>1 else ""} from 0 on: '
-                         'one for each teacher.')
+        raise ValueError(f'shares is {shares!r}, expected {n} number{"s" if n>1 else ""} from 0 '
+                         'on: one for each teacher.')
     return [o/sum(shares) for o in shares]
 
+# %% ../../nbs/12b_distill.checks.ipynb #dbdfb93d
+def check_outputs(
+    zs:list, # Logits of each teacher
+) -> None:
+    "Raise `ValueError` if the logits of several teachers, of which the mean is asked for, are not of one shape"
+    other = next((i for i,z in enumerate(zs) if z.shape!=zs[0].shape), None)
+    if other is None: return
+    raise ValueError(f'teachers 0 and {other} give outputs of shape {tuple(zs[0].shape)} and '
+                     f'{tuple(zs[other].shape)}, which have no mean. Use teachers of the same '
+                     'classes, or a term for each, KD(teacher=0).')
+
 # %% ../../nbs/12b_distill.checks.ipynb #ad31a53e
-def fit_size(z_t, z_s):
+def fit_size(
+    z_t:torch.Tensor, # Logits of the teacher
+    z_s:torch.Tensor, # Logits of the student
+):
     "Logits of pixels `z_t` (B, C, h, w), resized to the (H, W) of `z_s`; others as they are"
     if not z_t.ndim==z_s.ndim==4 or z_t.shape[2:]==z_s.shape[2:]: return z_t
     return nn.functional.interpolate(z_t, size=z_s.shape[2:], mode='bilinear', align_corners=False)
 
+# %% ../../nbs/12b_distill.checks.ipynb #4d40bf8c
+def check_places(
+    z:torch.Tensor, # Logits
+    y:torch.Tensor, # Targets
+) -> None:
+    "Raise `ValueError` if logits `z` are of pixels and targets `y` of whole images, and nobody has named the logits"
+    if not isinstance(y, torch.Tensor) or z.ndim!=4 or y.ndim!=1 or y.is_floating_point(): return
+    raise ValueError(f'what is taken for the student\'s logits has shape {tuple(z.shape)}, and '
+                     f'targets are one class for each of {len(y)} images. Name the logits: '
+                     'logits=, a key, an index, or a function of what the networks return.')
+
 # %% ../../nbs/12b_distill.checks.ipynb #ebdbe90c
-def fresh_index(learn, last):
-    "The places of this batch's samples; raises `ValueError` if they are those of the `last` batch, or missing"
+def fresh_index(
+    learn:object, # In a batch of its training
+    last:torch.Tensor|None, # Places of the batch before
+    noted:object=None, # A `SamplePlaces`, if the loader has one
+):
+    """The places of this batch's samples, of its `yb` or as `noted` by a `SamplePlaces`
+
+    Raises `ValueError` if they are those of the `last` batch, or missing."""
+    if noted is not None:
+        return noted.of(learn.iter, find_bs(learn.xb)).to(next(learn.model.parameters()).device)
     take_index(learn)
     now = vars(learn).get('sample_index')
     if now is None or now is last:
-        raise ValueError('a batch came without the places of its samples: '
-                         'another callback took them away with the targets. '
-                         'Add SampleIndex(), which takes them first.')
+        raise ValueError('a batch came without the places of its samples: another callback took '
+                         'them away with the targets. Add SampleIndex(), which takes them first.')
     return now
 
 # %% ../../nbs/12b_distill.checks.ipynb #c1eaa059
-def ignored_label(loss):
+def ignored_label(
+    loss:object, # A loss function
+) -> int|None:
     "The label that `loss` ignores, or None"
     for o in (loss, getattr(loss, 'func', None)):
         if isinstance(i := getattr(o, 'ignore_index', None), int): return i
+
+# %% ../../nbs/12b_distill.checks.ipynb #64ba8e50
+def label_mask(
+    loss:object, # A loss function
+    yb:tuple, # Targets of a batch
+):
+    "True where a pixel or token has a label that `loss` does not ignore; None if all have"
+    ignored = ignored_label(loss)
+    if ignored is None or not len(yb) or not isinstance(yb[0], torch.Tensor): return
+    y = yb[0].as_subclass(torch.Tensor)
+    if y.ndim>1 and not y.is_floating_point() and (y==ignored).any(): return y!=ignored

@@ -57,7 +57,8 @@ def channel_correlation(
     check_batch(f_s, f_t)
     f_s,f_t = as_maps(f_s, f_t)
     if f_s.shape[1]!=f_t.shape[1]:
-        raise ValueError(f'the maps have {f_s.shape[1]} and {f_t.shape[1]} channels, which are compared pair by pair. '
+        raise ValueError(f'the maps have {f_s.shape[1]} and {f_t.shape[1]} channels, which are '
+                         'compared pair by pair. '
                          'The term ICKD learns a 1×1 convolution that makes them as many.')
     def correlations(f):
         f = unit(f.flatten(2), dim=2)

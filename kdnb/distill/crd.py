@@ -19,7 +19,12 @@ from ..features.layers import penultimate
 # %% ../../nbs/11e_distill.crd.ipynb #2c8e922c
 @torch.no_grad()
 @in_float32
-def normaliser(v, memory, others, T):
+def normaliser(
+    v:torch.Tensor, # Samples (B, d)
+    memory:torch.Tensor, # Of the other network (N, d)
+    others:torch.Tensor, # Places of the negatives (B, K)
+    T:float, # Temperature
+):
     "The constant Z of `crd`: the mean of what negatives are given, times the samples of the memory"
     p = torch.exp(v@memory.T/T)
     return (p[others] if others.dtype==torch.bool else p.gather(1, others)).mean()*len(memory)
@@ -30,7 +35,9 @@ def ranks():
     return tdist.get_world_size() if tdist.is_available() and tdist.is_initialized() else 1
 
 # %% ../../nbs/11e_distill.crd.ipynb #ea4746b0
-def gather(x):
+def gather(
+    x:torch.Tensor, # Of this process
+):
     "The rows of `x` of all processes"
     if (n := ranks())==1: return x
     xs = [torch.empty_like(x) for _ in range(n)]
@@ -38,7 +45,9 @@ def gather(x):
     return torch.cat(xs)
 
 # %% ../../nbs/11e_distill.crd.ipynb #91d0e646
-def average(x):
+def average(
+    x:torch.Tensor, # Of this process
+):
     "The mean of `x` over all processes"
     if (n := ranks())>1: tdist.all_reduce(x)
     return x/n
@@ -146,7 +155,7 @@ def features(self:CRD,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "Vectors (B, D) of student and teacher, for each pair. Raises `ValueError` if they are not of the same samples."
-    mask = getattr(o, 'mask', None)
+    mask = getattr(o, 'feature_mask', None)
     for s,t in self.pairs: check_batch(o.f_s[s], o.f_t[t])
     return [(vectors(o.f_s[s], mask=mask),vectors(o.f_t[t], mask=mask)) for s,t in self.pairs]
 
@@ -157,4 +166,5 @@ def prepare(self:CRD,
 ) -> nn.Module:
     "Embeddings and memories for each pair"
     kwargs = dict(dim=self.dim, K=self.K, T=self.T, momentum=self.momentum)
-    return nn.ModuleList([ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs) for v_s,v_t in self.features(o)])
+    def head(v_s, v_t): return ContrastHead(v_s.shape[1], v_t.shape[1], o.labels, **kwargs)
+    return nn.ModuleList([head(*vs) for vs in self.features(o)])

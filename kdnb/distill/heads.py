@@ -12,26 +12,49 @@ from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .layers import LayerTerm
-from .losses.features import as_maps,fsp,same_size,shared_mask,token_grid
-from .losses.shared import in_float32
+from .losses.features import as_maps,check_whole,fsp,map_mask,same_size,shared_mask,token_grid
+from .losses.shared import at_least_float32,in_float32
 from .seen import Seen
 
 # %% ../../nbs/11c_distill.heads.ipynb #f4102db5
 class HeadTerm(LayerTerm, abstract=True):
-    "A term on pairs of layers, with a trainable part for each pair; only tokens that count are compared"
+    "A term on pairs of layers, with a trainable part for each pair; only places that count are compared"
+    errors = None      # if given: (head, f_s, f_t) → the error at each place (B, C, H, W), whose mean is `compare`
     def prepare(self,
         o:Seen, # What the term sees of a batch
     ) -> nn.Module:
         "A head for each pair"
         return nn.ModuleList([self.head(*f) for f in self.features(o)])
     def __call__(self, o):
-        res = 0
-        for h,(f_s,f_t) in zip(o.head, self.features(o)):
-            mask = shared_mask(f_s, f_t, getattr(o, 'mask', None))
-            if mask is None: res = res + self.compare(h, f_s, f_t)
-            elif mask.any(): res = res + self.compare(h, f_s[mask], f_t[mask])      # samples (n, C)
-            else: res = res + 0*self.compare(h, f_s, f_t)
-        return res
+        mask = getattr(o, 'feature_mask', None)
+        return sum(self.counted(h, *f, mask) for h,f in zip(o.head, self.features(o)))
+
+# %% ../../nbs/11c_distill.heads.ipynb #65fd4457
+def masked_mean(
+    errors:torch.Tensor, # Of each channel and place
+    mask:torch.Tensor, # True where a place counts
+):
+    "Mean of `errors` (B, C, h, w) over the places that count by `mask` (B, H, W)"
+    mask = map_mask(mask, errors.shape[2:])
+    return (errors*mask[:,None]).sum()/(mask.sum()*errors.shape[1]).clamp(min=1)
+
+# %% ../../nbs/11c_distill.heads.ipynb #a3f7844c
+@patch
+def counted(self:HeadTerm,
+    head:nn.Module, # The head of a pair
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+    mask:torch.Tensor|None=None, # True where a place counts (B, N) or (B, H, W)
+) -> torch.Tensor:
+    "`compare` over the places that count. Raises `ValueError` if the term knows no error of a single pixel."
+    if mask is not None and mask.ndim==3 and 4 in (f_s.ndim,f_t.ndim):
+        if self.errors is not None: return masked_mean(self.errors(head, f_s, f_t), mask)
+        check_whole(type(self).__name__, (f_s,f_t), mask)
+        return self.compare(head, f_s, f_t)
+    mask = shared_mask(f_s, f_t, mask)
+    if mask is None: return self.compare(head, f_s, f_t)
+    if mask.any(): return self.compare(head, f_s[mask], f_t[mask])      # samples (n, C)
+    return 0*self.compare(head, f_s, f_t)
 
 # %% ../../nbs/11c_distill.heads.ipynb #08d9b6d6
 mse = in_float32(F.mse_loss)
@@ -47,12 +70,18 @@ def as_map(
     except ValueError: return f.mT[:,:,None]
 
 # %% ../../nbs/11c_distill.heads.ipynb #ecdaaed8
-def map_pair(f_s, f_t):
+def map_pair(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+):
     "Both as maps: tokens place by place where there are as many, vectors as one pixel"
     return tuple(map(as_map, as_maps(f_s, f_t)))
 
 # %% ../../nbs/11c_distill.heads.ipynb #e3663282
-def batch_norm(c, size):
+def batch_norm(
+    c:int, # Channels
+    size:tuple, # (h, w) of the maps
+) -> list:
     "`[BatchNorm2d]` of `c` channels; nothing for maps of one pixel: a last batch of one value has no variance"
     return [nn.BatchNorm2d(c)] if math.prod(size)>1 else []
 
@@ -69,7 +98,8 @@ class FSP(HeadTerm):
     ):
         super().__init__(layers, teacher_layers, teacher)
         if len(self.pairs)<2:
-            raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks from layer to layer.')
+            raise ValueError(f'FSP has one pair, {self.pairs[0]}, expected two or more: it looks '
+                             'from layer to layer.')
     def head(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W)
         f_t:torch.Tensor, # The teacher's
@@ -87,18 +117,25 @@ def features(self:FSP,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "Maps of each pair; of tokens a row of them, scaled so that the mean over all is that over those that count"
-    mask = getattr(o, 'mask', None)
+    mask = getattr(o, 'feature_mask', None)
     res = []
     for f_s,f_t in LayerTerm.features(self, o):
         counts = shared_mask(f_s, f_t, mask)
         if counts is not None:
-            scale = (counts.shape[1]/counts.sum(1).clamp(min=1)).sqrt()[:,None,None]      # once of either layer
+            counts = counts.flatten(1)
+            scale = (counts.shape[1]/counts.sum(1).clamp(min=1)).sqrt()      # once of either layer
+            scale = scale.view(-1, *[1]*(f_s.ndim-1))
             f_s,f_t = f_s*scale,f_t*scale
         res.append(as_maps(f_s, f_t))
     return res
 
 # %% ../../nbs/11c_distill.heads.ipynb #67d5fc61
-def resizing(c_s, c_t, size_s, size_t):
+def resizing(
+    c_s:int, # Channels of the student
+    c_t:int, # Channels of the teacher
+    size_s:tuple, # (h, w) of the student
+    size_t:tuple, # (h, w) of the teacher
+):
     "A convolution from maps of `size_s` to maps of at least `size_t`"
     (h_s,w_s),(h_t,w_t) = size_s,size_t
     if (h_s,w_s)==(h_t,w_t): return nn.Conv2d(c_s, c_t, 1)
@@ -144,3 +181,15 @@ def head(self:FitNet,
     if self.norm: layers += batch_norm(c_t, size_t)
     if self.relu: layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+# %% ../../nbs/11c_distill.heads.ipynb #1a7a9618
+@patch
+def errors(self:FitNet,
+    head:nn.Module, # The regressor
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> torch.Tensor:
+    "Squared error of the regressor at each place (B, C, H, W)"
+    f_s,f_t = map_pair(f_s, f_t)
+    a,b = at_least_float32(same_size(head(f_s), f_t))
+    return (a-b).square()

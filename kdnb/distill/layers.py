@@ -13,18 +13,12 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from ..core import check_choice
-from .losses.features import attention,check_whole,nst,pkt,rkd,shared_mask,similarity,token_mask,vectors
+from .losses.features import attention,blank_out,check_whole,nst,pkt,rkd,shared_mask,similarity,vectors
 from .losses.shared import check_batch
 from .seen import Seen
 from .terms import on_both,Term
 from ..features.capture import layer_shapes
 from ..features.layers import as_pairs,last_map,match_stages,penultimate
-
-# %% ../../nbs/11b_distill.layers.ipynb #4e99609d
-def blank_out(f, mask):
-    "Tokens `f` (B, N, C) with zeros where `mask` (B, N) is False; other features as they are"
-    mask = token_mask(f, mask)
-    return f if mask is None else f*mask[...,None]
 
 # %% ../../nbs/11b_distill.layers.ipynb #a92bdd80
 class LayerTerm(Term, abstract=True):
@@ -55,17 +49,16 @@ def features(self:LayerTerm,
     """Features of student and teacher of each pair (B, …)
 
     Raises `ValueError` if they are not of the same samples, or if tokens that do not count stand beside maps."""
-    mask = getattr(o, 'mask', None)
+    mask = getattr(o, 'feature_mask', None)
     res = []
     for s,t in self.pairs:
         f_s,f_t = o.f_s[s],o.f_t[t]
         check_batch(f_s, f_t)
-        masked = any(token_mask(f, mask) is not None for f in (f_s, f_t))
-        if masked and f_s.ndim!=f_t.ndim and 4 in (f_s.ndim,f_t.ndim):
+        if {f_s.ndim,f_t.ndim}=={3,4} and mask is not None and mask.ndim<3 and not mask.all():
             raise ValueError(f'layers {s!r} and {t!r} give tokens and maps, and some tokens do not '
                              'count. Choose two layers of tokens, or train without a mask.')
         if self.whole: check_whole(type(self).__name__, (f_s,f_t), mask)
-        res.append((blank_out(f_s, mask),blank_out(f_t, mask)))
+        res.append(blank_out(f_s, f_t, mask))
     return res
 
 # %% ../../nbs/11b_distill.layers.ipynb #0f69adda
@@ -92,19 +85,30 @@ def token_blocks(
     return max(rows, key=lambda paths: (len(paths), -paths[0].count('.')), default=[])
 
 # %% ../../nbs/11b_distill.layers.ipynb #3af592fb
-def block_pairs(s, t, n=3):
+def block_pairs(
+    s:list, # Paths of blocks of the student
+    t:list, # Paths of blocks of the teacher
+    n:int=3, # How many pairs at most
+):
     "`{student's block: teacher's}` at `n` equal steps through the blocks `s` and `t`"
     n = min(n, len(s), len(t))
     return {s[-(-i*len(s)//n)-1]: t[-(-i*len(t)//n)-1] for i in range(1, n+1)}
 
 # %% ../../nbs/11b_distill.layers.ipynb #cdba7f2e
-def last_features(model, data):
+def last_features(
+    model:nn.Module, # A network
+    data:object, # `DataLoaders` or a batch
+) -> str:
     "The path of a network's last map, or of a transformer's last block"
     blocks = token_blocks(model, data)
     return blocks[-1] if blocks else last_map(model, data)
 
 # %% ../../nbs/11b_distill.layers.ipynb #0285dc23
-def stage_pairs(student, teacher, data):
+def stage_pairs(
+    student:nn.Module, # A network
+    teacher:nn.Module, # A network
+    data:object, # `DataLoaders` or a batch
+):
     "Ends of the stages of equally large maps, or the last maps; of transformers some blocks"
     s,t = (token_blocks(m, data) for m in (student, teacher))
     if s and t: return block_pairs(s, t)
@@ -138,7 +142,7 @@ def __call__(self:AT, o):
     res = 0
     for f_s,f_t in self.features(o):
         loss = self.compare(f_s, f_t)
-        mask = shared_mask(f_s, f_t, getattr(o, 'mask', None)) if self.squared else None
+        mask = shared_mask(f_s, f_t, getattr(o, 'feature_mask', None)) if self.squared else None
         res = res + (loss if mask is None else loss*(mask.numel()/mask.sum().clamp(min=1)))
     return res
 
@@ -186,7 +190,7 @@ class VectorTerm(LayerTerm, abstract=True):
         o:Seen, # What the term sees of a batch
     ) -> list:
         "Features of each pair; of tokens (B, N, C) a vector for each sample (B, C)"
-        mask = getattr(o, 'mask', None)
+        mask = getattr(o, 'feature_mask', None)
         def one(f): return vectors(f, self.token, mask) if f.ndim==3 else f
         return [(one(f_s),one(f_t)) for f_s,f_t in super().features(o)]
 

@@ -30,20 +30,22 @@ def _fit_method(learn, name, kwargs):
     if method is None:
         near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
         did_you_mean = f' Did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the learner.{did_you_mean}')
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the '
+                         f'learner.{did_you_mean}')
     takes = inspect.signature(method).parameters
     own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
     if 'lr' in kwargs and 'lr' not in takes and own:
-        if own in kwargs: raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
+        if own in kwargs:
+            raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
         kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
     return partial(method, learn, **kwargs)
 
 # %% ../../nbs/15_distill.learner.ipynb #a668c992
 @patch
 def distill(self:Learner,
-    teacher:Learner|nn.Module|torch.Tensor|list, # Trained `Learner` or module, logits by sample (N, C), or a list
+    teacher:Learner|nn.Module|torch.Tensor|str|Path|list, # Trained `Learner` or module, logits by sample, or a list
     n_epoch:int, # Epochs
-    terms:Term|Terms|None=None, # A term or a sum of terms; if None what the task asks for, see `usual_terms`
+    terms:Term|Terms|str|None=None, # A term, a sum, or names such as 'KD + AT'; None: what the task asks for
     task:float|Callable|None=None, # Weight of the task loss; None: .1 with the default terms, else 1 (SimKD: 0)
     fit:str='fit_one_cycle', # Which method of the learner trains
     cbs:list|None=None, # More callbacks
@@ -57,7 +59,8 @@ def distill(self:Learner,
 ) -> KnowledgeDistillation:
     "Train with what `teacher` knows; returns the callback. Raises `ValueError` if something does not fit."
     if not isinstance(n_epoch, Integral):
-        raise ValueError(f'n_epoch is {described(n_epoch)}, expected a number: distill(teacher, 5, KD(T=4)*.9).')
+        raise ValueError(f'n_epoch is {described(n_epoch)}, expected a number: distill(teacher, 5, '
+                         'KD(T=4)*.9).')
     train = _fit_method(self, fit, kwargs)
     kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, logits, teacher_tfm, shares, mask)
     with self.added_cbs(kd): train(n_epoch, cbs=cbs)
@@ -65,7 +68,7 @@ def distill(self:Learner,
 
 # %% ../../nbs/15_distill.learner.ipynb #879ed7b4
 def check_terms(
-    terms:Term|Terms|None, # A term or a sum of terms
+    terms:Term|Terms|str|None, # A term, a sum of terms, or names such as 'KD + AT'
     student:nn.Module, # Network, trained or not
     teacher:nn.Module, # Network, trained or not
     dls:DataLoaders, # Data that both can read
@@ -88,19 +91,19 @@ def check_terms(
 def teacher_assistant(
     learners:list[Learner], # `[teacher, assistant, …, student]`, of which the first is trained
     n_epoch:int|list, # Epochs of each training, or a list of them
-    terms:Term|Terms|None=None, # A term or a sum of terms for every step; if None what the task asks for
+    terms:Term|Terms|str|None=None, # A term, a sum, or names for every step; if None what the task asks for
     **kwargs, # Passed on to `distill`
 ) -> Learner:
     "Distil along a chain of learners; returns the last. Raises `ValueError` if it is no chain."
     if bad := [o for o in learners if not isinstance(o, Learner)]:
-        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught by the one '
-                         'before it.')
+        raise ValueError(f'the chain holds {described(bad[0])}, expected Learners: each is taught '
+                         'by the one before it.')
     if len(learners)<2:
-        raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and a student at '
-                         'least.')
+        raise ValueError(f'a chain of {len(learners)} learner(s) is given, expected a teacher and '
+                         'a student at least.')
     epochs = [n_epoch]*(len(learners)-1) if isinstance(n_epoch, int) else list(n_epoch)
     if len(epochs)!=len(learners)-1:
-        raise ValueError(f'{len(epochs)} numbers of epochs are given for {len(learners)-1} trainings: '
-                         'give one, or one for each.')
+        raise ValueError(f'{len(epochs)} numbers of epochs are given for {len(learners)-1} '
+                         'trainings: give one, or one for each.')
     for teacher,student,n in zip(learners, learners[1:], epochs): student.distill(teacher, n, terms, **kwargs)
     return learners[-1]

@@ -98,7 +98,10 @@ class LogitsMSE(LogitTerm):
     def __call__(self, o): return logits_mse(*self.logits(o))
 
 # %% ../../nbs/11a_distill.logits.ipynb #10bf413f
-def counted_labels(y, mask):
+def counted_labels(
+    y:torch.Tensor, # Targets
+    mask:torch.Tensor, # True where a place counts, or None
+):
     "The targets `y` of the places that count; all, if they are not of places"
     if mask is None or y.ndim!=mask.ndim: return y
     return y[mask.bool()] if mask.any() else 0*y
@@ -168,7 +171,7 @@ class LwF(LogitTerm):
         return not self.layer
     def __call__(self, o):
         z_s = None
-        if self.layer: z_s = vectors(o.f_s[self.layer], mask=getattr(o, 'mask', None))
+        if self.layer: z_s = vectors(o.f_s[self.layer], mask=getattr(o, 'feature_mask', None))
         if getattr(o, 'head', None): z_s = o.head(z_s)
         return lwf(*self.logits(o, z_s), self.at(self.T, o))
 

@@ -13,7 +13,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from ..core import described
-from .losses.logits import kd
+from .checks import label_mask
+from .losses.logits import counted,kd
 from .terms import check_temperature
 from ..features.logits import as_logits
 from ..training.callbacks import is_training
@@ -32,12 +33,14 @@ class MutualLearning(LossTerm):
         T:float|Callable=1., # Temperature of the answers, > 0, or a schedule
         task:float|Callable=1., # Weight of the task loss of this learner
     ):
-        if not isinstance(peer, Learner): raise ValueError(f'peer is {described(peer)}, expected another Learner.')
+        if not isinstance(peer, Learner):
+            raise ValueError(f'peer is {described(peer)}, expected another Learner.')
         super().__init__({'mutual': kd}, {'mutual': weight}, task=task)
         self.peer = peer
         self.T = check_temperature(T)
         self._modes = None      # of the peer's modules
         self._z = None          # the peer's logits for this batch
+        self._mask = None       # and the places of it that count
 
 # %% ../../nbs/14_distill.mutual.ipynb #e8962f03
 @patch
@@ -45,34 +48,50 @@ def before_train(self:MutualLearning) -> None:
     "In the first epoch: see whether two steps can be taken in one. Raises `ValueError` if not."
     LossTerm.before_train(self)
     peer = self.peer
-    if peer.model is self.model: raise ValueError('peer has the same network as this learner. Give it one of its own.')
+    if peer.model is self.model:
+        raise ValueError('peer has the same network as this learner. Give it one of its own.')
     for c in self.learn.cbs:
         if isinstance(c, (GradientAccumulation,MixedPrecision)):
-            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of its peer would '
-                             'be others. Train both without it.')
+            raise ValueError(f'{type(c).__name__} changes the steps of this learner, and those of '
+                             'its peer would be others. Train both without it.')
     if self._modes is None: self._modes = [(m, m.training) for m in peer.model.modules()]
     peer.model.to(next(self.model.parameters()).device).train()
     if peer.opt is None: peer.create_opt()
 
+# %% ../../nbs/14_distill.mutual.ipynb #18eb0ec1
+@patch
+def distance(self:MutualLearning,
+    z:torch.Tensor, # Logits of the one that learns
+    other:torch.Tensor, # Logits of the other
+) -> torch.Tensor:
+    "`kd` at this temperature, over the places whose label the loss does not ignore"
+    return kd(counted(z, self._mask), counted(other, self._mask), weight_at(self.T, self.progress))
+
 # %% ../../nbs/14_distill.mutual.ipynb #b3d5b3d6
 @patch
 def _teach(self:MutualLearning):
-    "One step of the peer, with the labels and the answers of this learner; in `lr_find` its answers alone"
+    """One step of the peer, with the labels and the answers of this learner; in `lr_find` its answers alone
+
+    Raises `ValueError` if their outputs are not of one shape."""
     learn,peer = self.learn,self.peer
     xb = [x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in learn.xb]
     step = is_training(learn)
     with torch.set_grad_enabled(step): out = peer.model(*xb)
     z = as_logits(out, who='the peer')
+    z_s = as_logits(learn.pred, who='the student')
+    if z.shape!=z_s.shape:
+        raise ValueError(f'the peer gives outputs of shape {tuple(z.shape)}, this learner '
+                         f'{tuple(z_s.shape)}. Give it a peer of the same classes.')
+    self._mask = label_mask(learn.loss_func, learn.yb)
     self._z = z.detach()
     if not step: return
-    pct = self.progress
     loss = peer.loss_func(out, *learn.yb) if len(learn.yb) else 0.
-    if w := weight_at(self.weights['mutual'], pct):
-        loss = loss + w*kd(z, as_logits(learn.pred, who='the student').detach(), weight_at(self.T, pct))
+    if w := weight_at(self.weights['mutual'], self.progress):
+        loss = loss + w*self.distance(z, z_s.detach())
     if not isinstance(loss, torch.Tensor): return
     for p in peer.model.parameters(): p.grad = None
     loss.as_subclass(torch.Tensor).backward()
-    peer.opt.set_hyper('lr', learn.opt.hypers[-1]['lr'])
+    peer.opt.set_hyper('lr', float(learn.opt.hypers[-1]['lr']))     # numpy's in a schedule
     peer.opt.step()
     peer.opt.zero_grad()
 
@@ -82,7 +101,7 @@ def values(self:MutualLearning,
     names:list, # 'mutual'
 ) -> dict[str,torch.Tensor]:
     "The distance from the peer's answers"
-    return {'mutual': kd(as_logits(self.pred, who='the student'), self._z, weight_at(self.T, self.progress))}
+    return {'mutual': self.distance(as_logits(self.pred, who='the student'), self._z)}
 
 # %% ../../nbs/14_distill.mutual.ipynb #759d63e5
 @patch
@@ -90,7 +109,7 @@ def after_loss(self:MutualLearning) -> None:
     "Ask the peer, train it, and add its answers to the loss of a training batch"
     if self.learn.training: self._teach()
     LossTerm.after_loss(self)
-    self._z = None
+    self._z = self._mask = None
 
 # %% ../../nbs/14_distill.mutual.ipynb #e32c4e66
 @patch
@@ -105,4 +124,4 @@ def put_back(self:MutualLearning) -> None:
 @patch
 def __getstate__(self:MutualLearning):
     "An exported learner leaves its peer behind"
-    return {**self.__dict__, 'peer': None, '_modes': None, '_z': None, '_files': {}}
+    return {**self.__dict__, 'peer': None, '_modes': None, '_z': None, '_mask': None, '_files': {}}

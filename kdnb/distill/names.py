@@ -49,6 +49,6 @@ def named_term(
         found = cls.usual_layers(student, teacher, data, layers)
         try: return cls(*found, **(options or {}).get(k, {}))*(weights or {}).get(k, cls.usual)
         except TypeError as e:
-            raise ValueError(f'{k} cannot be built by its name: {e}. Pass options={{{k!r}: dict(...)}}, or an object '
-                             f'{k}(...).') from e
+            raise ValueError(f'{k} cannot be built by its name: {e}. Pass options={{{k!r}: '
+                             f'dict(...)}}, or an object {k}(...).') from e
     return Terms(*map(build, method_names(name)))

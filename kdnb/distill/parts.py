@@ -13,7 +13,10 @@ from .terms import Term
 # %% ../../nbs/12a_distill.parts.ipynb #c82ab8f3
 class Heads(nn.ModuleDict):
     "Trainable parts of terms, inside the model that is trained; its state dict and its copies do not show them"
-    def forward(self, x): return x
+    def forward(self,
+        x:object, # Passed on
+    ):
+        return x
     def __reduce__(self): return nn.Identity,()
     def state_dict(self, *args, destination=None, prefix='', keep_vars=False):
         "Of the heads if they are asked themselves; nothing within the state of a model"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from ..core import inputs,unwrap
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.logits import as_logits
 
 # %% ../../nbs/10c_distill.seen.ipynb #3f235901
@@ -45,6 +45,12 @@ class Seen:
     order:list|None = None                      # places of the student's classes among the teacher's,
     bs:int|None = None                          # the batch size in training,
     labels:torch.Tensor|None = None             # and the labels of the training set (N,)
+    by_label:bool = False                       # Is `mask` that of the places which have a label?
+
+    @property
+    def feature_mask(self) -> torch.Tensor|None:
+        "`mask` for features: pixels without a label are an image like any other"
+        return None if self.by_label and self.mask is not None and self.mask.ndim==3 else self.mask
 
 # %% ../../nbs/10c_distill.seen.ipynb #12b0f692
 def probe(
@@ -58,7 +64,9 @@ def probe(
 ) -> Seen:
     "What terms see of one batch. Raises `ValueError` if a network has no such layer."
     xb = inputs(data, student)
-    z_s,f_s = hear(student, layers, xb, logits)
-    z_t,f_t = hear(teacher, teacher_layers, xb, logits)
-    return Seen(f_s, f_t, lambda: as_logits(z_s, who='the student'), lambda: as_logits(z_t, who='the teacher'),
-                student=unwrap(student), teacher=unwrap(teacher), logits=logits, bs=len(xb[0]), **kwargs)
+    z_s,f_s = capture_outputs(student, layers, xb, logits)
+    z_t,f_t = capture_outputs(teacher, teacher_layers, xb, logits)
+    def s(): return as_logits(z_s, who='the student')
+    def t(): return as_logits(z_t, who='the teacher')
+    return Seen(f_s, f_t, s, t, student=unwrap(student), teacher=unwrap(teacher), logits=logits,
+                bs=len(xb[0]), **kwargs)

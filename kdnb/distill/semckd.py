@@ -19,12 +19,16 @@ from .terms import Term
 from ..features.layers import as_pairs
 
 # %% ../../nbs/11g_distill.semckd.ipynb #2889620c
-def projector(f_s, f_t):
+def projector(
+    f_s:torch.Tensor, # The student's map
+    f_t:torch.Tensor, # The teacher's map
+):
     "1×1, 3×3, 1×1 convolutions"
     c_s,c_t = f_s.shape[1],f_t.shape[1]
     size = same_size(f_s, f_t)[0].shape[2:]
     return nn.Sequential(nn.Conv2d(c_s, c_t, 1), *batch_norm(c_t, size), nn.ReLU(),
-                         nn.Conv2d(c_t, c_t, 3, 1, 1), *batch_norm(c_t, size), nn.ReLU(), nn.Conv2d(c_t, c_t, 1))
+                         nn.Conv2d(c_t, c_t, 3, 1, 1), *batch_norm(c_t, size), nn.ReLU(),
+                         nn.Conv2d(c_t, c_t, 1))
 
 # %% ../../nbs/11g_distill.semckd.ipynb #9ff0cebe
 class CrossLayerHead(nn.Module):
@@ -117,7 +121,7 @@ def maps(self:SemCKD,
     Raises `ValueError` if they are not of the same samples, or if there are tokens that do not count."""
     fs_s,fs_t = [o.f_s[p] for p in self.student_layers],[o.f_t[p] for p in self.teacher_layers]
     for f in (*fs_s,*fs_t): check_batch(fs_s[0], f)
-    check_whole(type(self).__name__, (*fs_s,*fs_t), getattr(o, 'mask', None))
+    check_whole(type(self).__name__, (*fs_s,*fs_t), getattr(o, 'feature_mask', None))
     return [as_map(f) for f in fs_s],[as_map(f) for f in fs_t]
 
 # %% ../../nbs/11g_distill.semckd.ipynb #8aad0c81

@@ -18,19 +18,29 @@ from .adapter import TeacherAdapter
 from .callback import KnowledgeDistillation
 from .logits import KD
 from .vid import GaussianHead
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.logits import as_logits
 
 # %% ../../nbs/16_distill.show.ipynb #5ea94258
-def draw(x, ax, title=None):
+def draw(
+    x:torch.Tensor, # An image (C, H, W)
+    ax:object, # An axis of matplotlib
+    title:str|None=None, # Over the image
+) -> None:
     "An image on an axis; of one channel dark on white"
     show_image(x, ctx=ax, title=title, cmap='gray_r' if x.shape[0]==1 else None)
 
 # %% ../../nbs/16_distill.show.ipynb #9832c16a
-def differing(learn, teacher, dl, n, logits=None):
+def differing(
+    learn:Learner, # Of the student
+    teacher:object, # Its teacher
+    dl:object, # A loader
+    n:int, # How many samples
+    logits:object=None, # Where the logits are, see `as_logits`
+):
     "The `n` samples of a batch on which teacher and student differ most, and the probabilities (n, C) of both"
     net,adapter,b = as_network(teacher),TeacherAdapter(teacher),dl.one_batch()
-    def answer(m, data): return as_logits(hear(m, [], data, logits)[0])
+    def answer(m, data): return as_logits(capture_outputs(m, [], data, logits)[0])
     adapter.meet(learn.dls, net, lambda: tuple(answer(m, learn.dls) for m in (learn.model, net)))
     with adapter.fed(net): z_t = answer(net, b[:1])
     z_s = answer(learn.model, b[:1])
@@ -67,14 +77,18 @@ def show_distilled(self:Learner,
     return axs
 
 # %% ../../nbs/16_distill.show.ipynb #b56bedaf
-def gaussians(kd):
+def gaussians(
+    kd:object, # A `KnowledgeDistillation` that has trained
+):
     "`(student's layer, teacher's layer, head)` of every pair of layers that VID has compared"
     found = []
     for k,term in kd.terms.items():
         if k not in kd.heads or not hasattr(term, 'pairs'): continue
-        found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead) and t]
+        found += [(s,t,h) for (s,t),h in zip(term.pairs, kd.heads[k]) if isinstance(h, GaussianHead)
+                  and t]
     if not found:
-        raise ValueError('no term here has learnt a variance. Train with VID and keep what distill returns.')
+        raise ValueError('no term here has learnt a variance. Train with VID and keep what distill '
+                         'returns.')
     return found
 
 # %% ../../nbs/16_distill.show.ipynb #26dd4a4a
@@ -91,8 +105,8 @@ def likelihood_maps(
     found = gaussians(kd)
     b = dl.one_batch()
     xb = inputs(b[:1], model)
-    f_s = hear(model, [s for s,_,_ in found], xb)[1]
-    with kd.adapter.fed(kd.teacher): f_t = hear(kd.teacher, [t for _,t,_ in found], xb)[1]
+    f_s = capture_outputs(model, [s for s,_,_ in found], xb)[1]
+    with kd.adapter.fed(kd.teacher): f_t = capture_outputs(kd.teacher, [t for _,t,_ in found], xb)[1]
     images = [x for x,*_ in dl.decode_batch(tuple(b), max_n=n)]
     res = {'image': torch.stack([x.as_subclass(torch.Tensor).cpu() for x in images])}
     for s,t,head in found:

@@ -11,33 +11,41 @@ import torch
 from torch import fx,nn
 from fastcore.basics import patch
 from ..core import evaluating
-from .heads import mse
+from .heads import masked_mean,mse
 from .layers import LayerTerm
 from .losses.features import same_size
+from .losses.shared import at_least_float32
 from .seen import Seen
 from .srrl import rest_of
 from .terms import on_both
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.halves import cut
 from ..features.layers import as_pairs,last_map
 from ..models.named import create
 from ..models.registry import architecture
 
 # %% ../../nbs/11h_distill.simkd.ipynb #9664ce0d
-def reorder(rest, order):
+def reorder(
+    rest:nn.Module, # Ends in a linear layer
+    order:list, # Places of the outputs that stay
+) -> None:
     "Let the last layer of `rest` give the outputs `order` only, in that order"
     last = next(n for n in rest.graph.nodes if n.op=='output').args[0]
     layer = rest.get_submodule(last.target) if last.op=='call_module' else None
     if not isinstance(layer, (nn.Linear,nn.Conv2d)) or getattr(layer, 'groups', 1)>1:
-        raise ValueError("the student's classes are not the teacher's, in their order, and the teacher does not end "
-                         'in a linear layer whose outputs SimKD could choose. Train the student on classes in the '
-                         'teacher\'s order.')
+        raise ValueError("the student's classes are not the teacher's, in their order, and the "
+                         "teacher does not end in a linear layer whose outputs SimKD could choose. "
+                         "Train the student on classes in the teacher's order.")
     for k,p in layer.named_parameters(recurse=False):
         setattr(layer, k, nn.Parameter(p.detach()[order].clone(), p.requires_grad))
     setattr(layer, 'out_features' if isinstance(layer, nn.Linear) else 'out_channels', len(order))
 
 # %% ../../nbs/11h_distill.simkd.ipynb #f9ccec21
-def chain(body, projector, head):
+def chain(
+    body:nn.Module, # Up to the features
+    projector:nn.Module, # To features of the teacher
+    head:nn.Module, # Of the teacher
+):
     "One plain module of three, which takes what `body` takes"
     takes = [n.target for n in body.graph.nodes if n.op=='placeholder']
     root = nn.Sequential(OrderedDict(body=body, projector=projector, head=head))
@@ -67,7 +75,8 @@ class SimKD(LayerTerm):
         self.factor = factor
         self.norm = norm
         if len(self.pairs)>1:
-            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last maps.')
+            raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last '
+                             'maps.')
     @property
     def probe_layers(self) -> list[str]:
         "The student's last map"
@@ -77,7 +86,11 @@ class SimKD(LayerTerm):
     ) -> None:
         "The teacher's part stays in evaluation mode"
         model.head.eval()
-    def __call__(self, o): return mse(*same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]]))
+    def __call__(self, o):
+        f_s,f_t = same_size(o.f_s['projector'], o.f_t[self.pairs[0][1]])
+        mask = getattr(o, 'feature_mask', None)
+        if mask is None or mask.ndim!=3: return mse(f_s, f_t)
+        return masked_mean(at_least_float32(f_s-f_t).square(), mask)
 
 # %% ../../nbs/11h_distill.simkd.ipynb #cdede3ab
 @patch
@@ -111,13 +124,15 @@ def rebuild(self:SimKD,
     pool = [] if small.shape==f_s.shape else [nn.AdaptiveAvgPool2d(tuple(small.shape[2:]))]
     with evaluating(o.student): bodies = [cut(o.student.train(mode), s)[0] for mode in (False,True)]
     if bodies[0].code!=bodies[1].code:
-        raise ValueError(f'the student does other things in training than in evaluation before {s!r}, which a copy '
+        raise ValueError('the student does other things in training than in evaluation before '
+                         f'{s!r}, which a copy '
                          'cannot. Use layers that know, such as nn.Dropout, instead of functions.')
     new = chain(bodies[1], nn.Sequential(*pool, *self.projector(f_s.shape[1], f_t.shape[1])), rest)
     archs = [getattr(m, 'arch', None) for m in (o.student, o.teacher)]
     if all(archs):
         more = {} if order is None else dict(order=order)
-        kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor, norm=self.norm, **more)
+        kwargs = dict(zip(('student','teacher'), archs), layers={s: t}, factor=self.factor,
+                      norm=self.norm, **more)
         new.arch = dict(name='simkd_student', kwargs=kwargs)
     return new
 
@@ -135,5 +150,5 @@ def simkd_student(
     s,t = (create(o['name'], **o['kwargs']) for o in (student, teacher))
     xb = torch.zeros(2, *student['kwargs']['in_shape'])
     (layer_s,layer_t), = as_pairs(layers)
-    f_s,f_t = hear(s, [layer_s], xb)[1],hear(t, [layer_t], xb)[1]
+    f_s,f_t = capture_outputs(s, [layer_s], xb)[1],capture_outputs(t, [layer_t], xb)[1]
     return SimKD(layers, factor=factor, norm=norm).rebuild(Seen(f_s, f_t, student=s, teacher=t, order=order))

@@ -53,17 +53,17 @@ def rest_of(
     Raises `ValueError` if these are neither maps nor as many tokens, or of a size that cannot follow."""
     tokens = f_s.ndim==f_t.ndim==3 and f_s.shape[1]==f_t.shape[1]
     if not tokens and not f_s.ndim==f_t.ndim==4:
-        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps (B, C, H, W), '
-                         'or tokens (B, N, C), as many on both sides.')
+        raise ValueError(f'layers give {tuple(f_s.shape)} and {tuple(f_t.shape)}, expected maps '
+                         '(B, C, H, W), or tokens (B, N, C), as many on both sides.')
     with evaluating(teacher): rest = deepcopy(cut(teacher, path, logits)[1]).requires_grad_(False).eval()
     if tokens: return rest
     x = same_size(f_s, f_t)[1]
     try:
         with torch.no_grad(): rest(x)
     except RuntimeError:
-        raise ValueError(f'what follows {path!r} in the teacher takes maps of {f_t.shape[2]} × {f_t.shape[3]}, '
-                         f'the student\'s are {f_s.shape[2]} × {f_s.shape[3]}. Choose a layer of the student '
-                         'with larger maps.') from None
+        raise ValueError(f'what follows {path!r} in the teacher takes maps of {f_t.shape[2]} × '
+                         f'{f_t.shape[3]}, the student\'s are {f_s.shape[2]} × {f_s.shape[3]}. '
+                         'Choose a layer of the student with larger maps.') from None
     return rest
 
 # %% ../../nbs/11f_distill.srrl.ipynb #95f12ba5
@@ -93,7 +93,11 @@ class SRRL(HeadTerm):
         return nn.ModuleList(heads)
 
 # %% ../../nbs/11f_distill.srrl.ipynb #a8081049
-def same_places(z, z_t, mask):
+def same_places(
+    z:torch.Tensor, # The student's logits
+    z_t:torch.Tensor, # The teacher's logits
+    mask:torch.Tensor, # (B, H, W), or None
+):
     "The logits `z` and the teacher's, where they count; class maps at the size of `mask`, or of the teacher's"
     if z.ndim==z_t.ndim==4:
         size = mask.shape[1:] if mask is not None and mask.ndim==3 else z_t.shape[2:]
@@ -106,10 +110,10 @@ def same_places(z, z_t, mask):
 # %% ../../nbs/11f_distill.srrl.ipynb #d3d9dfaf
 @patch
 def __call__(self:SRRL, o):
-    mask = getattr(o, 'mask', None)
+    mask,places = getattr(o, 'mask', None),getattr(o, 'feature_mask', None)
     res = 0
     for h,(f_s,f_t) in zip(o.head, self.features(o)):
         if f_s.ndim==4: f_s,f_t = same_size(f_s, f_t)
         f,z = h(f_s)
-        res = res + mse(vectors(f, mask=mask), vectors(f_t, mask=mask)) + mse(*same_places(z, o.z_t, mask))
+        res = res + mse(vectors(f, mask=places), vectors(f_t, mask=places)) + mse(*same_places(z, o.z_t, mask))
     return res

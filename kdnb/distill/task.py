@@ -23,15 +23,17 @@ from .terms import Term
 
 # %% ../../nbs/11j_distill.task.ipynb #6dd6dd20
 _kinds = dict(
-    classes=(nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, LabelSmoothingCrossEntropy, FocalLoss, DiceLoss,
-             F.cross_entropy, F.nll_loss, F.multi_margin_loss),
+    classes=(nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss, LabelSmoothingCrossEntropy, FocalLoss,
+             DiceLoss, F.cross_entropy, F.nll_loss, F.multi_margin_loss),
     labels=(nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits,
             F.multilabel_soft_margin_loss),
     probabilities=(nn.BCELoss, F.binary_cross_entropy),
     values=(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss,
             F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss))
 
+# %% ../../nbs/11j_distill.task.ipynb #dddde280
 def _known(loss):
+    "The kind of a loss function that torch or fastai has, or None"
     for kind,of in _kinds.items():
         if any(isinstance(loss, o) if isinstance(o, type) else loss is o for o in of): return kind
 
@@ -54,7 +56,8 @@ def loss_kind(
 ) -> str|None:
     "'classes', 'labels', 'values' or 'probabilities' (of labels), by the class of `loss` or of what it holds; or None"
     if (kind := _known(loss)) or not depth: return kind
-    kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o) and not isinstance(o, (type,Learner))} - {None}
+    kinds = {loss_kind(o, depth-1) for o in _parts(loss) if callable(o)
+             and not isinstance(o, (type,Learner))} - {None}
     return kinds.pop() if len(kinds)==1 else None
 
 # %% ../../nbs/11j_distill.task.ipynb #c1ee49bc
@@ -92,7 +95,9 @@ def asks_yes_or_no(
     return bool((g.view_as(y)*(1-2*y)>=0).all() and g.any())
 
 # %% ../../nbs/11j_distill.task.ipynb #9c813e7a
-def _plain(o): return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
+def _plain(o):
+    "`o`, without fastai's own types"
+    return o.as_subclass(torch.Tensor) if isinstance(o, torch.Tensor) else o
 
 # %% ../../nbs/11j_distill.task.ipynb #e1d84c93
 def is_distribution(
@@ -124,7 +129,8 @@ def _kind_of(loss, z, y, yb):
 
 # %% ../../nbs/11j_distill.task.ipynb #b5d04ffd
 _terms = ('KD(T=4)*.9 for classes of which one is right, BinaryKD()*.9 for several labels, '
-          "LogitsMSE()*.9 for numbers, or for any task one that compares layers, such as FitNet('layer4')")
+          "LogitsMSE()*.9 for numbers, or for any task one that compares layers, such as "
+          "FitNet('layer4')")
 
 _uncertain = 'what the loss function {} asks of the outputs is not certain'
 
@@ -136,18 +142,20 @@ def task_of(
 
     Raises `ValueError` if that is unknown."""
     if (kind := loss_kind(loss))=='probabilities':
-        raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature acts on logits. '
-                         'Leave the sigmoid out of student and teacher, and train with BCEWithLogitsLossFlat.')
+        raise ValueError('the loss is binary cross-entropy of probabilities, and a temperature '
+                         'acts on logits. Leave the sigmoid out of student and teacher, and train '
+                         'with BCEWithLogitsLossFlat.')
     if kind: return kind
     said = _uncertain.format(getattr(loss, '__name__', type(loss).__name__))
     try: z,yb = ask()
     except Exception as e:
-        raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, {_terms}.') from e
+        raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, '
+                         f'{_terms}.') from e
     yb = tuple(o.to(z.device) if isinstance(o, torch.Tensor) else o for o in yb)
     y = yb[0] if yb and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
     if kind := _kind_of(loss, z, y, yb): return kind
-    raise ValueError(f'{said}: targets are {y.dtype} of shape {tuple(y.shape)}, outputs of shape {tuple(z.shape)}. '
-                     f'Name the terms, {_terms}.')
+    raise ValueError(f'{said}: targets are {y.dtype} of shape {tuple(y.shape)}, outputs of shape '
+                     f'{tuple(z.shape)}. Name the terms, {_terms}.')
 
 # %% ../../nbs/11j_distill.task.ipynb #cb10b2f2
 def targets(
@@ -155,12 +163,14 @@ def targets(
 ) -> tuple:
     "Targets of the validation batch whose inputs `inputs` gives, a tuple"
     with no_random(reproducible=False):
-        b = (dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)).one_batch()
+        dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)
+        b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))      # torch's own loader
     return tuple(map(_plain, b[getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1):]))
 
 # %% ../../nbs/11j_distill.task.ipynb #9ceca6f3
 usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*.9)
 
+# %% ../../nbs/11j_distill.task.ipynb #6c9e9dac
 def check_targets(
     term:Term, # A term
     z:torch.Tensor, # The student's outputs
@@ -172,10 +182,10 @@ def check_targets(
     if not (term.softmax and term.by_class) or isinstance(term, DKD) or z.shape[class_dim(z)]<2: return
     if are_class_numbers(y, z) or (y.shape==z.shape and is_distribution(y)): return
     if y.numel()==z.numel() or y.is_floating_point():
-        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is right, '
-                         f'but targets are {y.dtype} of shape {tuple(y.shape)}, '
-                         'neither class numbers nor distributions over classes. '
-                         'Use BinaryKD for several labels, LogitsMSE for numbers.')
+        raise ValueError(f'{type(term).__name__} compares probabilities of classes of which one is '
+                         f'right, but targets are {y.dtype} of shape {tuple(y.shape)}, neither '
+                         'class numbers nor distributions over classes. Use BinaryKD for several '
+                         'labels, LogitsMSE for numbers.')
 
 # %% ../../nbs/11j_distill.task.ipynb #3145e947
 def check_classes(
@@ -185,5 +195,6 @@ def check_classes(
     y = next(iter(targets(dls)), None)
     if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.numel()==len(y): return
     said = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, torch.Tensor) else type(y).__name__
-    raise ValueError(f'targets are {said}, and a recipe trains classifiers: it needs one class number for each sample. '
+    raise ValueError(f'targets are {said}, and a recipe trains classifiers: it needs one class '
+                     'number for each sample. '
                      'learn.distill knows other tasks, such as several labels or numbers.')

@@ -7,18 +7,20 @@ __all__ = ['LiveTeacher', 'CachedTeacher', 'StoredLogits', 'StoredTeacher']
 
 # %% ../../nbs/12_distill.teacher.ipynb #16f6a838
 from contextlib import contextmanager,ExitStack
-from collections.abc import Callable,Iterator
+from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.vision.augment import RandTransform
 from ..core import as_network,evaluating,inputs
 from ..data.arrays import TensorDL
-from ..features.capture import Capture,hear
+from ..features.capture import Capture,capture_outputs
 from ..features.logits import find_logits
-from ..features.stored import answers,mark_of
+from ..features.stored import activations,is_numbered,mark_of,SamplePlaces,unnumbered
 from .adapter import TeacherAdapter
 
 # %% ../../nbs/12_distill.teacher.ipynb #e6a88bd2
@@ -34,24 +36,6 @@ class LiveTeacher:
         self.logits = logits
         self._undo = self._capture = None
 
-    def start(self,
-        data:object, # `DataLoaders`, for a trial run
-        layers:list, # Paths of layers whose outputs are captured
-    ) -> None:
-        "Once a fit: evaluation mode, inputs and hooks. Raises `ValueError` if there is no such layer."
-        with ExitStack() as undo:
-            undo.enter_context(evaluating(self.net))
-            undo.enter_context(self.adapter.fed(self.net))
-            xb = inputs(data, self.net) if layers else None
-            self._capture = undo.enter_context(Capture(self.net, layers, xb))
-            self._undo = undo.pop_all()
-
-    def stop(self) -> None:
-        "Leave the network as it was found"
-        undo,self._undo = self._undo,None
-        if undo is not None: undo.close()
-        self._capture = None
-
     @torch.no_grad()
     def ask(self,
         xb:tuple, # Inputs
@@ -60,62 +44,133 @@ class LiveTeacher:
         plain = (x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) else x for x in xb)
         return find_logits(self.net(*plain), self.logits)
 
-    def answer(self,
-        xb:tuple, # Inputs
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "Logits (or what it returns) and features by path, for one batch"
-        return self.ask(xb),self._capture.take()
+# %% ../../nbs/12_distill.teacher.ipynb #ec9cbe1b
+@patch
+def start(self:LiveTeacher,
+    data:object, # `DataLoaders`, for a trial run
+    layers:list, # Paths of layers whose outputs are captured
+) -> None:
+    "Once a fit: evaluation mode, inputs and hooks. Raises `ValueError` if there is no such layer."
+    with ExitStack() as undo:
+        undo.enter_context(evaluating(self.net))
+        undo.enter_context(self.adapter.fed(self.net))
+        xb = inputs(data, self.net) if layers else None
+        self._capture = undo.enter_context(Capture(self.net, layers, xb))
+        self._undo = undo.pop_all()
 
-    def probe(self,
-        xb:tuple, # Inputs
-        layers:list, # Paths of layers
-    ) -> tuple:
-        "Logits (or what it returns) and features by path, when nothing was started"
-        with self.adapter.fed(self.net): return hear(self.net, layers, xb, self.logits)
+# %% ../../nbs/12_distill.teacher.ipynb #614b9870
+@patch
+def answer(self:LiveTeacher,
+    xb:tuple, # Inputs
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "Logits (or what it returns) and features by path, for one batch"
+    return self.ask(xb),self._capture.take()
 
-    def check(self,
-        xb:tuple, # Inputs of the first batch
-        z_t:torch.Tensor|None, # Answers to it
-    ) -> None:
-        "What was asked just now is the answer"
+# %% ../../nbs/12_distill.teacher.ipynb #5df7e359
+@patch
+def stop(self:LiveTeacher) -> None:
+    "Leave the network as it was found"
+    undo,self._undo = self._undo,None
+    if undo is not None: undo.close()
+    self._capture = None
+
+# %% ../../nbs/12_distill.teacher.ipynb #e0d1888f
+@patch
+def probe(self:LiveTeacher,
+    xb:tuple, # Inputs
+    layers:list, # Paths of layers
+) -> tuple:
+    "Logits (or what it returns) and features by path, when nothing was started"
+    with self.adapter.fed(self.net): return capture_outputs(self.net, layers, xb, self.logits)
+
+# %% ../../nbs/12_distill.teacher.ipynb #d9ab0801
+@patch
+def check(self:LiveTeacher,
+    xb:tuple, # Inputs of the first batch
+    z_t:torch.Tensor|None, # Answers to it
+) -> None:
+    "What was asked just now is the answer"
 
 # %% ../../nbs/12_distill.teacher.ipynb #56380943
-def check_finite(z_t, f_t):
+def check_finite(
+    z_t:object, # Its logits
+    f_t:dict, # Its features by path
+) -> None:
     "Raise `ValueError` if the teacher's logits or one of its features are not finite"
     found = {'the output': z_t} if isinstance(z_t, torch.Tensor) else {}
     if bad := [k for k,v in {**found, **f_t}.items() if not v.isfinite().all()]:
-        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or has diverged. '
-                         'Train it again, or check its inputs.')
+        raise ValueError(f'the teacher\'s answers are not finite at {bad[0]!r}: it holds NaN or '
+                         'has diverged. Train it again, or check its inputs.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #69345fcd
 @contextmanager
-def numbered(dl, who, instead):
-    "Let the batches of `dl` carry the places of their samples; afterwards all of it is as before"
-    if not isinstance(dl, TensorDL):
-        raise ValueError(f'{who} needs to know which sample is which, and {type(dl).__name__} does not say. '
-                         f'Use image_dls or from_arrays, or {instead}.')
-    was = {k: getattr(dl, k) for k in ('index','dataset','after_batch')}
-    dl.index = True
-    try: yield dl
+def numbered(
+    dl:object, # A loader
+    who:str, # What needs the places, for errors
+    instead:str, # What to do instead, for errors
+):
+    "Know the places of the samples in the batches of `dl`; afterwards all of it is as before"
+    if not is_numbered(dl):
+        raise ValueError(f'{unnumbered.format(who, type(dl).__name__)}, or {instead}.')
+    keys = [k for k in ('index','dataset','after_batch') if k in vars(dl)]
+    was = {k: getattr(dl, k) for k in keys}
+    try:
+        if isinstance(dl, TensorDL):
+            dl.index = True
+            yield None
+        else:
+            with SamplePlaces(dl) as places: yield places
     finally:
         for k,v in was.items(): setattr(dl, k, v)
 
 # %% ../../nbs/12_distill.teacher.ipynb #dd9a3b41
-def mixer(learn):
+def mixer(
+    learn:object, # With its callbacks
+):
     "The name of the learner's callback that mixes images, or None"
     return next((type(c).__name__ for c in learn.cbs if isinstance(c, MixHandler)), None)
 
+# %% ../../nbs/12_distill.teacher.ipynb #4e072fbb
+def random_transforms(
+    dl:object, # A loader
+):
+    "Those of fastai's transforms in `dl` that may be random"
+    pipelines = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    return [t for p in pipelines for t in getattr(p, 'fs', ()) if isinstance(t, RandTransform)]
+
+# %% ../../nbs/12_distill.teacher.ipynb #0824e14d
+def changes(
+    dl:object, # A loader
+) -> bool:
+    "Do the inputs that `dl` gives for a sample change from epoch to epoch?"
+    if isinstance(dl, TensorDL): return dl.augments
+    if any(0<t.p<1 for t in random_transforms(dl)): return True
+    steady = dl.new(shuffle=False, drop_last=False)
+    once,again = (tree_leaves(list(steady.one_batch())) for _ in range(2))
+    def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else a==b
+    return not all(map(same, once, again))
+
 # %% ../../nbs/12_distill.teacher.ipynb #2a1d0db3
-def fixed_views(learn, n_views):
+def fixed_views(
+    learn:object, # With its loaders
+    n_views:int|None, # How many copies; None: of images that do not change
+):
     "Data sets whose images stay as they are: the training set, or `n_views` copies, their random transforms made"
     dl = learn.dls.train
     if mix := mixer(learn):
-        raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use cache=False.')
-    if not dl.augments: return [dl.dataset]
+        raise ValueError(f'cache is set, but {mix} mixes other images in every batch. Use '
+                         'cache=False.')
+    if not changes(dl): return [dl.dataset]
+    if not isinstance(dl, TensorDL):
+        names = ', '.join(type(t).__name__ for t in random_transforms(dl)) or 'the data set itself'
+        raise ValueError('cache is set, but the training samples change from epoch to epoch, by '
+                         f'{names}. Use cache=False, or nothing random, such as '
+                         "Resize(n, method='squish'); n_views= is for image_dls and from_arrays.")
     if not n_views:
-        raise ValueError('cache is set, but the training images change from epoch to epoch. Use cache=False, data '
-                         'without pad and flip, or n_views=10 to train on ten fixed views of each image.')
+        raise ValueError('cache is set, but the training images change from epoch to epoch. Use '
+                         'cache=False, data without pad and flip, or n_views=10 to train on ten '
+                         'fixed views of each image.')
     views,dl.after_batch = dl.views(n_views)
     return views
 
@@ -130,7 +185,9 @@ class CachedTeacher(LiveTeacher):
     ):
         super().__init__(net, adapter, logits)
         self.folder = folder
-        self._known,self._views,self._now = {},[],None
+        self._known = {}        # stored answers by what they are to
+        self._views = []        # those to each view
+        self._now = None        # to the view of this epoch
 
     def start(self,
         data:object, # `DataLoaders`
@@ -140,48 +197,54 @@ class CachedTeacher(LiveTeacher):
         super().start(data, [])
         self._layers = layers
 
-    def store(self,
-        dl:DataLoader, # Loader of the training set
-        views:list, # Its data sets
-    ) -> None:
-        "Ask for all samples of each view; those of an earlier fit are kept, if nothing has changed"
-        known = {}
-        self._views = []
-        for i,dl.dataset in enumerate(views):
-            key = mark_of(self.net, dl),self.logits,*self._layers
-            folder = None if self.folder is None else Path(self.folder)/f'view{i}'
-            known[key] = self._known.get(key) or answers(self.net, dl, self._layers, folder, self.logits)
-            self._views.append(known[key])
-        self._known = known
-        self.show(0)
-
     def show(self,
         i:int, # Number of a view
     ) -> None:
         "From now on answers are those to view `i`"
         self._now = self._views[i]
 
-    def answer(self,
-        xb:tuple, # Inputs: not needed
-        index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
-    ) -> tuple:
-        "Logits (or None) and features by path, for the samples at `index`"
-        i = index.as_subclass(torch.Tensor)
-        f_t = {k: v.index_select(0, i.to(v.device)).to(i.device) for k,v in self._now.items()}
-        return f_t.pop('', None),f_t
-
-    def check(self,
-        xb:tuple, # Inputs of the first batch
-        z_t:torch.Tensor|None, # Stored answers to it
-    ) -> None:
-        "Raises `ValueError` if the stored answers are not those to this batch."
-        if z_t is None: return
-        with torch.autocast(z_t.device.type, enabled=False): now = self.ask(xb)
-        if now.shape!=z_t.shape or (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
-            raise ValueError('the stored answers are not those to this batch: another callback changes the images. '
-                             'Use cache=False.')
-
     def __getstate__(self): return {**self.__dict__, '_known': {}, '_views': [], '_now': None}
+
+# %% ../../nbs/12_distill.teacher.ipynb #e28642cd
+@patch
+def store(self:CachedTeacher,
+    dl:DataLoader, # Loader of the training set
+    views:list, # Its data sets
+) -> None:
+    "Ask for all samples of each view; those of an earlier fit are kept, if nothing has changed"
+    known = {}
+    self._views = []
+    for i,dl.dataset in enumerate(views):
+        key = mark_of(self.net, dl),self.logits,*self._layers
+        folder = None if self.folder is None else Path(self.folder)/f'view{i}'
+        known[key] = self._known.get(key) or activations(self.net, dl, self._layers, folder, self.logits)
+        self._views.append(known[key])
+    self._known = known
+    self.show(0)
+
+# %% ../../nbs/12_distill.teacher.ipynb #1ae27d8e
+@patch
+def answer(self:CachedTeacher,
+    xb:tuple, # Inputs: not needed
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "Logits (or None) and features by path, for the samples at `index`"
+    i = index.as_subclass(torch.Tensor)
+    f_t = {k: v.index_select(0, i.to(v.device)).to(i.device) for k,v in self._now.items()}
+    return f_t.pop('', None),f_t
+
+# %% ../../nbs/12_distill.teacher.ipynb #73ec6365
+@patch
+def check(self:CachedTeacher,
+    xb:tuple, # Inputs of the first batch
+    z_t:torch.Tensor|None, # Stored answers to it
+) -> None:
+    "Raises `ValueError` if the stored answers are not those to this batch."
+    if z_t is None: return
+    with torch.autocast(z_t.device.type, enabled=False): now = self.ask(xb)
+    if now.shape!=z_t.shape or (now-z_t).abs().max() > .01*z_t.abs().max().clamp(min=1):
+        raise ValueError('the stored answers are not those to this batch: another callback changes '
+                         'the images. Use cache=False.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #1e2f5aef
 class StoredLogits(nn.Module):
@@ -194,10 +257,12 @@ class StoredLogits(nn.Module):
         super().__init__()
         self.logits = torch.as_tensor(np.load(logits, mmap_mode='c') if isinstance(logits, (str,Path)) else logits)
         if self.logits.ndim<2 or not self.logits.is_floating_point():
-            raise ValueError(f'the stored logits are {self.logits.dtype} of shape {tuple(self.logits.shape)}, expected '
-                             'floating point numbers (N, C), a row for each sample of the training set.')
+            raise ValueError(f'the stored logits are {self.logits.dtype} of shape '
+                             f'{tuple(self.logits.shape)}, expected floating point numbers (N, C), '
+                             'a row for each sample of the training set.')
     def forward(self, *xb):
-        raise ValueError('the teacher is stored logits, which answer to samples of the training set, not to inputs.')
+        raise ValueError('the teacher is stored logits, which answer to samples of the training '
+                         'set, not to inputs.')
 
 # %% ../../nbs/12_distill.teacher.ipynb #5ec1f3f0
 class StoredTeacher(CachedTeacher):
@@ -207,8 +272,9 @@ class StoredTeacher(CachedTeacher):
         layers:list, # Paths of layers: none
     ) -> None:
         "Raises `ValueError` if layers are asked for: there are none."
-        if layers:
-            raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on logits.')
+        if not layers: return
+        raise ValueError(f'the teacher is stored logits and has no layer {layers[0]!r}. Use terms on '
+                         'logits.')
 
     def probe(self,
         xb:tuple, # Inputs
@@ -218,26 +284,44 @@ class StoredTeacher(CachedTeacher):
         self.start(None, layers)
         return self.net.logits[:len(xb[0])],{}
 
-    def store(self,
-        dl:DataLoader, # Loader of the training set
-        views:list, # Its data sets
-    ) -> None:
-        "Raises `ValueError` if there are not as many rows as samples."
-        n = len(self.net.logits)
-        if n!=len(dl.dataset):
-            raise ValueError(f'the stored logits are of {n} samples, the training set has {len(dl.dataset)}. '
-                             'Give one row for each, in their order.')
-        if dl.augments: self.adapter.say('The stored logits are taken for every view of an image.')
-        self._views = [{'': self.net.logits}]*len(views)
-        self.show(0)
-
     def check(self,
         xb:tuple, # Inputs of the first batch
         z_t:torch.Tensor|None, # Stored answers to it
     ) -> None:
         "Nobody knows better"
 
+# %% ../../nbs/12_distill.teacher.ipynb #d5d96a3f
+@patch
+def store(self:StoredTeacher,
+    dl:DataLoader, # Loader of the training set
+    views:list, # Its data sets
+) -> None:
+    "Raises `ValueError` if there are not as many rows as samples."
+    n = len(self.net.logits)
+    if n!=len(dl.dataset):
+        raise ValueError(f'the stored logits are of {n} samples, the training set has '
+                         f'{len(dl.dataset)}. Give one row for each, in their order.')
+    if changes(dl): self.adapter.say('The stored logits are taken for every view of a sample.')
+    self._views = [{'': self.net.logits}]*len(views)
+    self.show(0)
+
+# %% ../../nbs/12_distill.teacher.ipynb #ec24d626
+@patch
+def answer(self:StoredTeacher,
+    xb:tuple, # Inputs: not needed
+    index:torch.Tensor|None=None, # Places of the samples in the training set (B,)
+) -> tuple:
+    "The logits of the samples at `index`, and no features; numpy's float64 as float32"
+    z_t,f_t = CachedTeacher.answer(self, xb, index)
+    return z_t.float() if z_t.dtype==torch.float64 else z_t,f_t
+
 # %% ../../nbs/12_distill.teacher.ipynb #8566d8a5
-def as_teacher(o):
-    "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits"
-    return StoredLogits(o) if isinstance(o, (torch.Tensor,np.ndarray)) else as_network(o)
+def as_teacher(
+    o:object, # What a user has given as a teacher
+):
+    "The network of a `Learner`, the network `o`, or `StoredLogits` of a table of logits or its file; or `ValueError`"
+    if isinstance(o, (torch.Tensor,np.ndarray)) or isinstance(o, (str,Path)) and Path(o).suffix=='.npy':
+        return StoredLogits(o)
+    if not isinstance(o, (str,Path)): return as_network(o)
+    raise ValueError(f'teacher is {str(o)!r}, expected a Learner, a network, or logits by sample '
+                     'in a .npy file. Load it first, and pass what was in it.')

@@ -28,14 +28,26 @@ def _register(cls):
     ours = name in _terms and _terms[name].__module__.startswith('kdnb.')
     if not ours or cls.__module__.startswith('kdnb.'): _terms[name] = cls
 
+# %% ../../nbs/11_distill.terms.ipynb #61cc644c
+def registered(
+    name:str, # As in `named_term`
+):
+    "The class of the term called `name`"
+    return _terms[name]
+
 # %% ../../nbs/11_distill.terms.ipynb #961ab2c6
-def on_both(find):
+def on_both(
+    find:object, # A function that names a layer
+):
     "`usual_layers`: the layer that `find(network, data)` gives, of student and teacher"
-    def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),find(teacher, data)
+    def usual_layers(cls, student, teacher, data, layers=None):
+        return find(student, data),find(teacher, data)
     return classmethod(usual_layers)
 
 # %% ../../nbs/11_distill.terms.ipynb #e0a41d1d
-def on_student(find):
+def on_student(
+    find:object, # A function that names a layer
+):
     "`usual_layers`: the layer that `find(network, data)` gives, of the student"
     def usual_layers(cls, student, teacher, data, layers=None): return find(student, data),
     return classmethod(usual_layers)
@@ -63,8 +75,8 @@ class Term:
     ):
         if teacher is None: return
         if not isinstance(teacher, int) or isinstance(teacher, bool) or teacher<0:
-            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of teachers, '
-                             'counted from 0.')
+            raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of '
+                             'teachers, counted from 0.')
         self.teacher = teacher
 
     def __init_subclass__(cls, abstract=False, **kwargs):
@@ -185,8 +197,8 @@ def term(
         own = dict(__call__=call, __doc__=f.__doc__, __module__=f.__module__, by_class=True)
         cls = type(f.__name__, (Term,), own)
     else:
-        raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a class derived from '
-                         'Term.')
+        raise ValueError(f'term is {described(f)}, expected a function of what a term sees, or a '
+                         'class derived from Term.')
     if usual is not None: cls.usual = check_weight(usual)
     if aliases: cls.aliases = aliases
     _register(cls)
@@ -202,7 +214,8 @@ class Terms:
     def __add__(self, o):
         new = o.terms if isinstance(o, Terms) else (o,)
         if bad := [t for t in new if not isinstance(t, Term)]:
-            raise ValueError(f'terms is {bad[0]!r}, expected a term such as KD(T=4)*.9, or a sum of terms.')
+            raise ValueError(f'terms is {bad[0]!r}, expected a term such as KD(T=4)*.9, or a sum '
+                             'of terms.')
         return Terms(*self.terms, *new)
     def __mul__(self, w): return Terms(*(t*w for t in self.terms))
     __rmul__ = __mul__
@@ -217,7 +230,9 @@ class Terms:
     def __repr__(self): return ' + '.join(map(repr, self.terms))
 
 # %% ../../nbs/11_distill.terms.ipynb #6ba6f0e5
-def check_temperature(T):
+def check_temperature(
+    T:object, # A number or a schedule
+):
     "`T`, if it is a number above 0 or a schedule; raises `ValueError` if it is neither"
     if not callable(T): check_T(T)
     return T

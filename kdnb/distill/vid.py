@@ -54,7 +54,11 @@ def forward(self:GaussianHead,
     return .5*(var.log() + (t-mean)**2/var)
 
 # %% ../../nbs/11d_distill.vid.ipynb #4693c082
-def growing(c_s, c_t, size):
+def growing(
+    c_s:int, # Channels of the student
+    c_t:int, # Channels of the teacher
+    size:tuple, # (h, w) of the teacher
+):
     "Transposed convolutions from a 1×1 map to `size`: 1 → 4 → 8 → …"
     layers = [nn.ConvTranspose2d(c_s, c_t, 4)]
     n = 4
@@ -81,10 +85,12 @@ class VID(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        if depth<1: raise ValueError(f'depth is {depth}, expected the number of convolutions of the mean, 1 or more.')
+        if depth<1:
+            raise ValueError(f'depth is {depth}, expected the number of convolutions of '
+                             'the mean, 1 or more.')
         if not 0<eps<variance:
-            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above eps, '
-                             'and eps above 0.')
+            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above '
+                             'eps, and eps above 0.')
         self.depth = depth
         self.hidden = hidden
         self.norm = norm
@@ -129,6 +135,16 @@ def head(self:VID,
     else: mean = self.mean(f_s.shape[1], f_t.shape[1], tuple(map(min, size_s, size_t)))
     return GaussianHead(mean, f_t.shape[1], self.variance, self.eps, grows)
 
+# %% ../../nbs/11d_distill.vid.ipynb #b2c4d2da
+@patch
+def errors(self:VID,
+    head:nn.Module, # q(t|s)
+    f_s:torch.Tensor, # The student's features (B, …)
+    f_t:torch.Tensor, # The teacher's
+) -> torch.Tensor:
+    "-log q(t|s) at each place (B, C, H, W)"
+    return head(f_s, f_t)
+
 # %% ../../nbs/11d_distill.vid.ipynb #41136708
 class VIDLP(VID):
     "Variational information distillation of logits from the student's penultimate `layer` (Ahn et al. 2019, eq. 6)"
@@ -156,4 +172,4 @@ def features(self:VIDLP,
     o:Seen, # What the term sees of a batch
 ) -> list:
     "The student's vectors (B, D) and the teacher's logits (B, C)"
-    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'mask', None)),o.z_t)]
+    return [(vectors(o.f_s[self.pairs[0][0]], mask=getattr(o, 'feature_mask', None)),o.z_t)]

@@ -7,7 +7,6 @@ __all__ = ['results_folder', 'all_grids', 'per_seed', 'trial_rows', 'rows_file',
 
 # %% ../../nbs/62_evidence.rows.ipynb #7c004e0d
 import json
-import numpy as np, pandas as pd
 from pathlib import Path
 from filelock import FileLock
 from ..files import atomic_write

@@ -111,4 +111,5 @@ def _check_fit(model, header, path):
         raise ValueError(f'{path}: the input shape {shape} is not one.')
     try:
         with torch.no_grad(): model(torch.zeros(1, *shape, dtype=next((p.dtype for p in model.parameters()), None)))
-    except (RuntimeError,IndexError) as e: raise ValueError(f'{path}: the layers do not fit each other: {e}') from None
+    except (RuntimeError,IndexError) as e:
+        raise ValueError(f'{path}: the layers do not fit each other: {e}') from None

@@ -17,7 +17,7 @@ from safetensors import safe_open,SafetensorError
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.layers import attributes_of,plain_copy,fold_noted,set_attributes
-from ..core import unwrap
+from ..core import class_names,unwrap
 from .build import _built,_check_fit,_cut,_is_ours,_put
 from .images import _pixels,Preprocess
 from .packed import _floats,_packed,_unpacked
@@ -60,8 +60,7 @@ def save_model(
     tensors,sparse = _packed(tensors_of(model))
     if alien := sorted({type(m).__name__ for m in model.modules() if type(m).__module__.startswith('kdnb.')}):
         raise ValueError(f'the network still has {alien[0]} layers. Save what compress() or shrink() return.')
-    header = dict(format=SPARSE if sparse else FORMAT, arch=arch,
-                  classes=[str(o) for o in getattr(dls, 'vocab', None) or []],
+    header = dict(format=SPARSE if sparse else FORMAT, arch=arch, classes=class_names(dls) or [],
                   input=list(getattr(dls, 'in_shape', None) or arch['kwargs'].get('in_shape') or []), **_pixels(dls),
                   **dict(sparse=sparse) if sparse else {}, sha256=_sha256(tensors))
     if attributes := attributes_of(model): header['attributes'] = attributes      # heads of attention, say
@@ -88,6 +87,7 @@ def read_header(
     """The checked header of a saved model, and the shape of each tensor, without reading the tensors
 
     Raises `ValueError` if it is no such file."""
+    if Path(path).is_dir(): raise ValueError(f'{path} is a folder. Name the file in it that save_model wrote.')
     try: opened = safe_open(path, 'pt')
     except SafetensorError as e: raise ValueError(f'{path} is not a file of save_model ({e}).') from None
     with opened as f:
@@ -141,7 +141,7 @@ def load_model(
     try:
         model = unwrap(_built(dense))
         model = model if _is_ours(model) else plain_copy(model)
-    except (TypeError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
+    except (TypeError,ValueError,RuntimeError,AttributeError,OverflowError,ZeroDivisionError) as e:
         raise ValueError(f'{path}: {arch["name"]} cannot be built with the arguments in the header: {e}') from None
     tensors,packed = _read(path, header, shapes)
     fold_noted(model, header.get('attributes', {}))

@@ -51,7 +51,8 @@ def _still(model):
             raise ValueError(f'{path or type(m).__name__} stays in training mode after eval(), '
                              'where layers may draw random numbers. '
                              'Let its train() method follow, or replace the layer.')
-        m._forward_hooks.clear(); m._forward_pre_hooks.clear()
+        m._forward_hooks.clear()
+        m._forward_pre_hooks.clear()
     return model
 
 # %% ../../nbs/41_export.graph.ipynb #eef9780d
@@ -72,7 +73,10 @@ def _sample(data, model):
 def _graph(model, xb, opset, **kwargs):
     "What a network of `_still` does with `xb`, as ONNX; what its layers are called there; the index of the logits"
     onnx,run,xb = _onnx()[0],model.forward,first_samples(xb, 2, 2)
-    with torch.no_grad(): out = run(*xb)
+    with torch.no_grad():
+        try: out = run(*xb)
+        except (RuntimeError,TypeError,ValueError,IndexError) as e:
+            raise ValueError(f'{type(model).__name__} does not take these data: {_cause(e)}') from None
     model.forward = lambda *xs: tuple(output_tensors(run(*xs)))
     batch = torch.export.Dim('batch')
     free = tree_map(lambda o: {0: batch} if isinstance(o, torch.Tensor) and o.ndim else None, xb)
@@ -80,6 +84,8 @@ def _graph(model, xb, opset, **kwargs):
                         output_names=_output_names(out), **kwargs)
     if any(o.type.tensor_type.shape.dim and not o.type.tensor_type.shape.dim[0].dim_param for o in graph.graph.input):
         raise ValueError(f'{type(model).__name__} cannot be exported: its code fixes the number of samples in a batch.')
+    if (got := graph.opset_import[0].version)!=opset:
+        raise ValueError(f'opset is {opset}, and torch writes no less than {got} for this network. Ask for {got}.')
     layers = _layers(graph.graph)
     _bare(graph)
     _trim(graph)
@@ -105,7 +111,8 @@ def _logits_at(out):
     "Which of the tensors in `out` are logits, or None if no class can be read from them"
     z = find_logits(out)
     if not isinstance(z, torch.Tensor) or z.ndim<2 or z.shape[1]<2 or not z.is_floating_point(): return
-    return next((i for i,o in enumerate(output_tensors(out)) if o.shape==z.shape and o.data_ptr()==z.data_ptr()), None)
+    return next((i for i,o in enumerate(output_tensors(out)) if o.shape==z.shape and o.data_ptr()==z.data_ptr()),
+                None)
 
 # %% ../../nbs/41_export.graph.ipynb #3dd3442a
 def _translated(model, xb, custom_translation_table=None, **kwargs):
@@ -113,7 +120,8 @@ def _translated(model, xb, custom_translation_table=None, **kwargs):
     table = dict(custom_translation_table or {})
     def export(table):
         with _silent(),torch.no_grad():
-            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table, **kwargs)
+            program = torch.onnx.export(model, xb, dynamo=True, verbose=False, custom_translation_table=table,
+                                        **kwargs)
         return program.model_proto
     try: return export(table)
     except Exception as e: error = e

@@ -94,6 +94,8 @@ def from_pretrained(
     """The network of `push` or `save_pretrained`, on the CPU, in evaluation mode
 
     Raises `ValueError` if there is no such network, or its file is corrupt."""
+    if not Path(repo).is_dir() and (isinstance(repo, Path) or str(repo).startswith(('/','.','~'))):
+        raise ValueError(f'{repo} is no folder, and not the name of a network on the hub, such as owner/name.')
     return _hub_class().from_pretrained(repo, build=build, **kwargs).plain
 
 # %% ../../nbs/44_export.hub.ipynb #44a00016
@@ -159,8 +161,13 @@ def to_timm(
 def needs_of(
     path:str|Path, # File of `torch.save` or `learn.export()`
 ) -> list[str]:
-    "What of kdnb a pickle asks for when it is opened, as `module.name`; nothing is run"
-    with zipfile.ZipFile(path) as z: data = z.read(next(o for o in z.namelist() if o.endswith('data.pkl')))
+    """What of kdnb a pickle asks for when it is opened, as `module.name`; nothing is run
+
+    Raises `ValueError` if `path` is no such file."""
+    try:
+        with zipfile.ZipFile(path) as z: data = z.read(next(o for o in z.namelist() if o.endswith('data.pkl')))
+    except (zipfile.BadZipFile,StopIteration,IsADirectoryError):
+        raise ValueError(f'{path} is no file of torch.save or learn.export().') from None
     found,last = set(),['','']
     for op,arg,_ in pickletools.genops(data):
         if op.name=='GLOBAL': found.add(arg.replace(' ', '.', 1))

@@ -75,7 +75,8 @@ def _fitted(self:Preprocess, im):
         raise ValueError(f'the network takes {c} channels, which no image file has. Pass bytes {self.shape}.')
     if im.mode[0] in 'IF': raise ValueError(f'the pixels are {im.mode} (16 or 32 bit), expected 8 bit a channel.')
     im = im.convert('L' if c==1 else 'RGB')
-    return np.atleast_3d(im if im.size==(w,h) else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
+    return np.atleast_3d(im if im.size==(w,h)
+                         else ImageOps.fit(im, (w,h), Image.Resampling.BILINEAR)).transpose(2,0,1)
 
 # %% ../../nbs/40_export.images.ipynb #c41f7a05
 @patch

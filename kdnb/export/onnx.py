@@ -116,7 +116,8 @@ def to_onnx(
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)
     asked = _plain_floats(copy_network(unwrap(model)))
     batches = [*_batches(data, asked)]
-    res = Exported(path, script, 0, graph.opset_import[0].version, *_prove(asked, graph, layers, logits, batches, tol))
+    res = Exported(path, script, 0, graph.opset_import[0].version,
+                   *_prove(asked, graph, layers, logits, batches, tol))
     if int8: graph,res = _in_int8(graph, data, logits, max_drop, res)
     header = _header(data, batches[0], graph, logits, int8)
     onnx.helper.set_model_props(graph, dict(kdnb=json.dumps(header)))

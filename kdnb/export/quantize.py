@@ -7,7 +7,6 @@ __all__ = ['check_drop']
 
 # %% ../../nbs/42_export.quantize.ipynb #7c0d50db
 import math,tempfile,warnings
-from collections.abc import Iterator
 from numbers import Real
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -64,14 +63,17 @@ def _quantised(graph, batches):
     copy.CopyFrom(graph)      # it is changed
     feeds = (dict(zip(names, (o.cpu().numpy() for o in tree_leaves(xb)))) for xb in batches)
     with tempfile.TemporaryDirectory() as folder,_silent():
-        q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ, per_channel=True,
+        q.quantize_static(copy, f'{folder}/int8.onnx', Reader(feeds), quant_format=q.QuantFormat.QDQ,
+                          per_channel=True,
                           activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
         return _onnx()[0].load(f'{folder}/int8.onnx')
 
 # %% ../../nbs/42_export.quantize.ipynb #e71d1d6c
 class _Logits(nn.Module):
     "The `i`-th of the tensors that `net` returns"
-    def __init__(self, net, i): super().__init__(); self.net,self.i = net,i
+    def __init__(self, net, i):
+        super().__init__()
+        self.net,self.i = net,i
     def forward(self, *xb): return output_tensors(self.net(*xb))[self.i]
 
 # %% ../../nbs/42_export.quantize.ipynb #b1be7046

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves,tree_map_only
 from fastai.data.core import DataLoaders
 from ..channels.sizes import output_tensors
 from ..channels.trial import relative_difference
-from ..core import first_samples
+from ..core import class_names,first_samples
 from .graph import _cause,_onnx,_sample
 from .images import _pixels,Preprocess
 from ..measure.outputs import in_order
@@ -26,8 +26,7 @@ def _header(data, xb, graph, logits, int8):
     "What the file says of itself"
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
     said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
-    classes = [str(o) for o in getattr(data, 'vocab', None) or []]
-    if said[:1]!=[len(classes)]: classes = []
+    classes = class_names(data, said[0]) or [] if said else []
     return dict(format='kdnb-onnx-1', classes=classes, input=list(first.shape[1:]), **_pixels(data),
                 inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
 
@@ -106,21 +105,21 @@ def _compare(model, net, batches, logits=None):
 # %% ../../nbs/41a_export.session.ipynb #97245096
 @torch.no_grad()
 def _first_difference(model, graph, layers, xb, tol):
-    "Path of the first layer of `model` that says something else in onnxruntime, or ''"
-    onnx,loud,heard = _onnx()[0],type(graph)(),{}
-    loud.CopyFrom(graph)
-    there = {o.name for o in loud.graph.output}
-    loud.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, {*layers.values()}-there))
-    net = OnnxNetwork(loud.SerializeToString())
-    said = dict(zip([o.name for o in net.session.get_outputs()],
-                    map(torch.as_tensor, net.session.run(None, net.feed(*xb)))))
-    def hear(m, x, out, path): heard[path] = out.clone() if isinstance(out, torch.Tensor) else None
-    hooks = [m.register_forward_hook(partial(hear, path=p)) for p,m in model.named_modules() if p in layers]
+    "Path of the first layer of `model` whose output differs in onnxruntime, or ''"
+    onnx,probed,kept = _onnx()[0],type(graph)(),{}
+    probed.CopyFrom(graph)
+    there = {o.name for o in probed.graph.output}
+    probed.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, {*layers.values()}-there))
+    net = OnnxNetwork(probed.SerializeToString())
+    theirs = dict(zip([o.name for o in net.session.get_outputs()],
+                      map(torch.as_tensor, net.session.run(None, net.feed(*xb)))))
+    def keep(m, x, out, path): kept[path] = out.clone() if isinstance(out, torch.Tensor) else None
+    hooks = [m.register_forward_hook(partial(keep, path=p)) for p,m in model.named_modules() if p in layers]
     try: model(*xb)
     finally:
         for h in hooks: h.remove()
     def differs(a, b): return a is not None and a.shape==b.shape and not relative_difference(b, a)<=tol
-    return next((p for p,name in layers.items() if differs(heard.get(p), said[name])), '')
+    return next((p for p,name in layers.items() if differs(kept.get(p), theirs[name])), '')
 
 # %% ../../nbs/41a_export.session.ipynb #b69d5f2f
 def _prove(model, graph, layers, logits, batches, tol):

@@ -6,9 +6,10 @@
 __all__ = ['Runtimes', 'runtimes']
 
 # %% ../../nbs/43a_export.speed.ipynb #3898377a
-import math,os
+import io,math,os
 from contextlib import contextmanager
 from functools import lru_cache,partial
+from importlib.util import find_spec
 import pandas as pd, torch
 from torch import nn
 from torch.utils._pytree import tree_leaves,tree_map_only
@@ -40,6 +41,18 @@ def _bf16(net, xb):
 # %% ../../nbs/43a_export.speed.ipynb #8cd39068
 def _compiled(net, xb): return _eager(torch.compile(net, dynamic=False), xb)
 
+# %% ../../nbs/43a_export.speed.ipynb #43a00002
+def _in_openvino(graph, xb):
+    try: from openvino import Core
+    except ImportError: raise ValueError('openvino is not installed: pip install openvino') from None
+    core,how = Core(),dict(INFERENCE_NUM_THREADS=1, INFERENCE_PRECISION_HINT='f32')
+    net = core.compile_model(core.read_model(io.BytesIO(graph().SerializeToString())), 'CPU', how)
+    feed = [o.detach().cpu().numpy() for o in tree_leaves(xb)]
+    return lambda: net(feed).to_tuple()
+
+# %% ../../nbs/43a_export.speed.ipynb #43a00003
+def _installed(name): return not name.startswith('openvino') or find_spec('openvino') is not None
+
 # %% ../../nbs/43a_export.speed.ipynb #e2b66540
 def _ways(model, data):
     "`{runtime: f(xb)}`, which gives a function that runs the network there"
@@ -56,13 +69,16 @@ def _ways(model, data):
         return partial(net.session.run, None, net.feed(*xb))
     torch_ways = {'eager': _eager, 'channels_last': _channels_last, 'bf16': _bf16, 'torch.compile': _compiled}
     return ({k: lambda xb,f=f: f(_still(model), xb) for k,f in torch_ways.items()}
-            | {k: partial(session, g) for k,g in {'onnxruntime': graph, 'onnxruntime int8': small}.items()})
+            | {'onnxruntime': partial(session, graph), 'onnxruntime int8': partial(session, small),
+               'openvino': partial(_in_openvino, graph), 'openvino int8': partial(_in_openvino, small)})
 
 # %% ../../nbs/43a_export.speed.ipynb #b09607e8
 def _ready(way, xb):
     "A function that runs, the tensors it gives, and the reason if there is none"
     try:
-        with _silent(): f = way(xb); out = f()
+        with _silent():
+            f = way(xb)
+            out = f()
         return f,[torch.as_tensor(o) for o in output_tensors(out) or out],''
     except Exception as e: return None,None,f'cannot run here: {_cause(e)}'
 
@@ -123,7 +139,7 @@ def fastest(self:Runtimes,
     return res
 
 # %% ../../nbs/43a_export.speed.ipynb #644b6af4
-_rounded = 'bf16','onnxruntime int8'
+_rounded = 'bf16','onnxruntime int8','openvino int8'
 
 @patch(as_prop=True)
 def advice(self:Runtimes) -> str:
@@ -143,18 +159,21 @@ def runtimes(
     model:nn.Module|Learner, # Network, masked or shrunken, or the `Learner` that holds it
     data:DataLoaders|torch.Tensor|tuple|None=None, # `DataLoaders` or a batch of inputs; those of the `Learner` if None
     dense:nn.Module|None=None, # The network it was made from, to compare with; itself if None
-    batches:tuple=(1,64), # Samples in a batch
-    which:list|None=None, # Only these runtimes, such as `['eager','onnxruntime']`; all if None
+    batches:tuple|int=(1,64), # Samples in a batch
+    which:list|str|None=None, # Only these, such as `['eager','onnxruntime']`; all that are installed if None
     rounds:int=11, # How often each is timed
 ) -> 'Runtimes':
     """What one batch takes in each runtime on one thread of this processor
 
-    Raises `ValueError` if there are no data, or no runtime of that name."""
+    Raises `ValueError` if there are no data, no runtime of that name, or nothing to time."""
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
+    which,batches = ([o] if isinstance(o, (str,int)) else o for o in (which, batches))
+    if any(not isinstance(o, int) or o<1 for o in (*batches,rounds)):
+        raise ValueError(f'batches are {batches} and rounds {rounds}, expected whole numbers from 1 on.')
     data,ways = _data(data),_ways(model, data)
     if odd := [k for k in which or () if k not in ways]:
         raise ValueError(f'no runtime is called {odd[0]!r}. There are {", ".join(ways)}.')
-    ways = {k: f for k,f in ways.items() if which is None or k in (*which,'eager')}
+    ways = {k: f for k,f in ways.items() if (_installed(k) if which is None else k in (*which,'eager'))}
     if dense is not None: ways = {'dense, eager': _ways(dense, data)['eager']} | ways
     still,table = _still(model),pd.DataFrame(index=pd.Index(ways, name='runtime'))
     xb = _sample(data, still)

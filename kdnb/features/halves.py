@@ -41,7 +41,9 @@ def _traced(model, path):
                          f'torch.fx cannot follow it ({e}).') from None
     names = tracer.node_to_qualname
     at = [n for n in graph.nodes if names.get(n)==path or names.get(n, '').startswith(path+'.')]
-    if not at: raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot be cut there.')
+    if not at:
+        raise ValueError(f'layer {path!r} does not run in {type(model).__name__}: it cannot '
+                         'be cut there.')
     return graph,at[-1]
 
 # %% ../../nbs/05c_features.halves.ipynb #5cc0a06d
@@ -60,8 +62,8 @@ def cut(
     result = as_logits(returned, logits, type(model).__name__)
     behind = _needed(result, at)
     if any(n.op=='placeholder' for n in behind):
-        raise ValueError(f'{type(model).__name__} cannot be cut at {path!r}: what follows also reads earlier layers. '
-                         'Choose a layer that all of the signal passes.')
+        raise ValueError(f'{type(model).__name__} cannot be cut at {path!r}: what follows also '
+                         'reads earlier layers. Choose a layer that all of the signal passes.')
     before = _needed(at) | {n for n in graph.nodes if n.op=='placeholder'}
     new = fx.Graph()
     return (_part(model, graph, before, at, fx.Graph(), {}, 'Body'),

@@ -25,16 +25,19 @@ def as_pairs(
         s = list(tuplify(layers))
         t = s if teacher_layers is None else list(tuplify(teacher_layers))
     if len(s)!=len(t):
-        raise ValueError(f'{len(s)} layers of the student ({", ".join(s)}) but {len(t)} of the teacher '
-                         f'({", ".join(t)}): they are paired one by one, so give as many.')
-    if not s: raise ValueError("no layers are given. Name at least one pair, such as {'conv2': 'layer3'}.")
+        raise ValueError(f'{len(s)} layers of the student ({", ".join(s)}) but {len(t)} of the '
+                         f'teacher ({", ".join(t)}): they are paired one by one, so give as many.')
+    if not s:
+        raise ValueError("no layers are given. Name at least one pair, such as {'conv2': "
+                         "'layer3'}.")
     return list(zip(s, t))
 
 # %% ../../nbs/05b_features.layers.ipynb #5b711d85
 def _last_calls(model, data):
-    "`{path: (module, map size of input, of output)}` of the last call of each layer, in the order in which they finish"
+    "`{path: (module, map size of input, of output)}` of the last call of each layer, as they finish"
     last = {}
-    for path,m,*shapes in layer_calls(model, data):      # `Capture` keeps the last of several calls, too
+    # `Capture` keeps the last of several calls, too
+    for path,m,*shapes in layer_calls(model, data):
         last.pop(path, None)
         last[path] = m,*(o[2:] if len(o)==4 else () for o in shapes)
     return last
@@ -46,17 +49,21 @@ def stage_ends(
 ) -> dict[tuple[int,int],str]:
     "`{(H, W): path}` of the last layer with maps of that size, not within a block that goes on to another size"
     last = _last_calls(model, data)
-    resizing = {f'{path}.': i for path,(m,i,o) in last.items() if i and o and i!=o and not isinstance(m, nn.Sequential)}
+    def resizes(m, i, o): return i and o and i!=o and not isinstance(m, nn.Sequential)
+    resizing = {f'{path}.': o[1] for path,o in last.items() if resizes(*o)}
     ends = {}
     for n,(path,(_,_,size)) in enumerate(last.items()):
         within = sum(path.startswith(block) and i==size for block,i in resizing.items())
-        if size: ends[size] = max(ends.get(size, (-within,n,path)), (-within,n,path))     # the outermost, then the last
+        here = -within,n,path
+        if size: ends[size] = max(ends.get(size, here), here)     # the outermost, then the last
     in_order = sorted(ends.items(), key=lambda o: o[1][1])
     paths = {size: path for size,(_,_,path) in in_order}
     return {size: path for size,path in paths.items() if size!=(1,1)} or paths
 
 # %% ../../nbs/05b_features.layers.ipynb #5783c2c8
-def _sizes(stages): return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
+def _sizes(stages):
+    "The sizes of `stage_ends`, for a message"
+    return ', '.join(f'{h} × {w}' for h,w in stages) or 'no maps'
 
 # %% ../../nbs/05b_features.layers.ipynb #b423c147
 def match_stages(
@@ -71,8 +78,8 @@ def match_stages(
     s,t = stage_ends(student, data),stage_ends(teacher, data)
     both = [size for size in s if size in t]
     if not both:
-        raise ValueError(f'no maps of equal size: the student has {_sizes(s)}, the teacher {_sizes(t)}. '
-                         'Pair layers yourself; layer_shapes(model, xb) lists them.')
+        raise ValueError(f'no maps of equal size: the student has {_sizes(s)}, the teacher '
+                         f'{_sizes(t)}. Pair layers yourself; layer_shapes(model, xb) lists them.')
     for h,w in both if show else ():
         print(f'{h:3} × {w:<3}  {s[h,w]} → {t[h,w]}')
     return {s[size]: t[size] for size in both}
@@ -86,7 +93,8 @@ def last_map(
 
     Raises `ValueError` if it has no maps (B, C, H, W)."""
     if not (ends := stage_ends(model, data)):
-        raise ValueError(f'{type(model).__name__} has no maps (B, C, H, W): it is not convolutional. '
+        raise ValueError(f'{type(model).__name__} has no maps (B, C, H, W): it is not '
+                         'convolutional. '
                          'Choose a method that compares logits or vectors, or another network.')
     return list(ends.values())[-1]
 
@@ -98,7 +106,8 @@ def last_linear(
     "Path of the linear layer that runs last. Raises `ValueError` if none runs."
     rows = layer_shapes(model, data)
     if not len(rows := rows[rows['kind']=='Linear']):
-        raise ValueError(f'{type(model).__name__} has no linear layer that could be its classifier.')
+        raise ValueError(f'{type(model).__name__} has no linear layer that could be its '
+                         'classifier.')
     return rows.index[-1]
 
 # %% ../../nbs/05b_features.layers.ipynb #599b3b95

@@ -40,6 +40,22 @@ def _entry(out, key):
     try: return getattr(out, key) if isinstance(key, str) and not isinstance(out, Mapping) else out[key]
     except (AttributeError,KeyError,IndexError,TypeError): return None
 
+# %% ../../nbs/05_features.logits.ipynb #ce2f567d
+def _contents(out):
+    "What `out` is and holds, for a message"
+    names = _fields(out)
+    if names: return f'a {type(out).__name__} with {", ".join(map(repr, names))}'
+    return f'a {type(out).__name__}' + (f' of {len(out)}' if isinstance(out, (tuple,list)) else '')
+
+# %% ../../nbs/05_features.logits.ipynb #ddb3757d
+def _called(find, out, who):
+    "What the user's function `find` gives for `out`; raises `ValueError` if it fails on it"
+    try: return find(out)
+    except Exception as e:
+        raise ValueError(f'{who} returns {_contents(out)}, and the function logits= fails on that: '
+                         f'{e}. It is given what '
+                         'either network returns, so it must know both.') from e
+
 # %% ../../nbs/05_features.logits.ipynb #5c374f2f
 def as_logits(
     out:object, # What a network returned
@@ -48,18 +64,12 @@ def as_logits(
 ) -> torch.Tensor:
     "The logits, a plain tensor. Raises `ValueError` if it is not known what of `out` they are."
     if logits is None: found = out
-    else: found = logits(out) if callable(logits) else _entry(out, logits)
+    else: found = _called(logits, out, who) if callable(logits) else _entry(out, logits)
     if (z := _usual_logits(found)) is not None: return z
     how = 'is not known' if logits is None else 'is not found in it'
     raise ValueError(f'{who} returns {_contents(out)}, and what of it are the logits {how}. '
-                     "Name them: logits='key', an index, or a function of what it returns that gives a tensor.")
-
-# %% ../../nbs/05_features.logits.ipynb #ce2f567d
-def _contents(out):
-    "What `out` is and holds, for a message"
-    names = _fields(out)
-    if names: return f'a {type(out).__name__} with {", ".join(map(repr, names))}'
-    return f'a {type(out).__name__}' + (f' of {len(out)}' if isinstance(out, (tuple,list)) else '')
+                     "Name them: logits='key', an index, or a function of what it returns that "
+                     "gives a tensor.")
 
 # %% ../../nbs/05_features.logits.ipynb #7491407b
 def find_logits(

@@ -17,7 +17,7 @@ from .model import mask_model,masks,unmask
 
 # %% ../../nbs/07b_masks.files.ipynb #7bb800b8
 def _our_name(k, state, net):
-    "What is called `weight_orig` in the state of a network pruned by `torch.nn.utils.prune` is our `weight`"
+    "`weight_orig` in the state of a network pruned by `torch.nn.utils.prune` is our `weight`"
     n = k.removesuffix('_orig')
     return n if f'{n}_mask' in state and n not in state and n in dict(net.named_parameters()) else k
 
@@ -26,7 +26,7 @@ def load_masked(
     model:nn.Module, # Network, with masks or without
     state:dict, # State dict of a network with masks, or without
 ) -> nn.Module:
-    "Load `state` and put its masks on; the network has these masks afterwards, and no others. Returns `model`"
+    "Load `state` with its masks; the network has these afterwards, and no others. Returns `model`"
     if set(state)=={'model','opt'}: state = state['model']     # what `learn.save` writes
     there,net = masks(state),unwrap(model)
     for m in net.modules(): _adopt(m)
@@ -63,13 +63,15 @@ def load(self:Learner,
 # %% ../../nbs/07b_masks.files.ipynb #8b237875
 def _qconfig(m):
     "As any attribute: there if it was set"
-    if 'qconfig' not in m.__dict__: raise AttributeError(f'{type(m).__name__} has no attribute qconfig')
+    if 'qconfig' not in m.__dict__:
+        raise AttributeError(f'{type(m).__name__} has no attribute qconfig')
     return m.__dict__['qconfig']
 
 # %% ../../nbs/07b_masks.files.ipynb #ee2356d4
 def _set_qconfig(m, v):
     "Warn, and set it"
-    warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: they stay "
+    warnings.warn("torch's quantisation finds layers by their class, and masked ones have another: "
+                  "they stay "
                   'as they are. fold(model) makes the masks permanent; quantise that.', stacklevel=2)
     m.__dict__['qconfig'] = v
 

@@ -20,11 +20,12 @@ from ..layers import _computed_by
 
 # %% ../../nbs/07_masks.layers.ipynb #333e3e8e
 class Masked:
-    "Mixed into the class of a layer, some of whose tensors are multiplied by the masks among its buffers"
+    "Mixed into the class of a layer: some tensors are multiplied by the masks among its buffers"
     _masked_names = frozenset()     # of those tensors
     def own_masks(self) -> dict[str,torch.Tensor]:
         "`{name in this layer: mask}`"
-        found = {k.removesuffix('_mask'): mask for k,mask in self._buffers.items() if k.endswith('_mask')}
+        found = {k.removesuffix('_mask'): mask
+                 for k,mask in self._buffers.items() if k.endswith('_mask')}
         return {n: mask for n,mask in found.items() if n in self._masked_names}
 
     def __deepcopy__(self, memo):
@@ -38,18 +39,19 @@ class Masked:
 
 # %% ../../nbs/07_masks.layers.ipynb #fb86bcaa
 def _leaf(v):
-    "`v` without the history of tensors computed for the last batch, such as the weights an LSTM lines up"
+    "`v` without the history of tensors computed for the last batch, such as an LSTM's weights"
     if type(v) is list: return [_leaf(o) for o in v]
     return v.detach() if isinstance(v, torch.Tensor) and not v.is_leaf else v
 
 # %% ../../nbs/07_masks.layers.ipynb #840c4520
 def _masked(name):
-    "The property `name` of a layer: a parameter, or what a parametrization or hook has computed, times its mask"
+    "The property `name` of a layer: a parameter, or what computes it has computed, times its mask"
     def get(self):
         p,mask = self._parameters.get(name),self._buffers.get(f'{name}_mask')
         if p is None and name not in self._parameters: p = _computed(self, name)
         if mask is None: return p
-        if name!='bias' or torch.compiler.is_compiling() or name not in self._parameters: return p*mask
+        is_plain_bias = name=='bias' and name in self._parameters
+        if torch.compiler.is_compiling() or not is_plain_bias: return p*mask
         p.data.mul_(mask)
         return p      # itself: fastai asks layers for it, and keeps weight decay from it
     def put(self, v):
@@ -94,11 +96,12 @@ def acting(
     m:nn.Module, # Layer
     name:str='weight', # One of its tensors
 ) -> torch.Tensor:
-    "The tensor `name` of `m` as it acts in evaluation: computed by what computes it, and under its mask"
+    "The tensor `name` of `m` as it acts in evaluation: computed anew, and under its mask"
     h = _hook(m, name)
     if isinstance(h, BasePruningMethod): return h.apply_mask(m)
     if h is not None:
-        w,mask = h.compute_weight(m, *[False]*isinstance(h, SpectralNorm)),m._buffers.get(f'{name}_mask')
+        w = h.compute_weight(m, *[False]*isinstance(h, SpectralNorm))
+        mask = m._buffers.get(f'{name}_mask')
         return w if mask is None else w*mask
     if not is_parametrized(m, name): return getattr(m, name, None)
     with evaluating(m): return getattr(m, name)
@@ -130,14 +133,17 @@ def _adopt(m):
 def _settle(m, name):
     "Make the tensor `name` of `m` a plain parameter in place of what computes it"
     h = _hook(m, name)
-    if h is not None: return (remove_weight_norm if isinstance(h, WeightNorm) else remove_spectral_norm)(m, name)
+    remove = remove_weight_norm if isinstance(h, WeightNorm) else remove_spectral_norm
+    if h is not None: return remove(m, name)
     if not is_parametrized(m): return
-    values = {n: nn.Parameter(acting(m, n).detach().clone(), any(p.requires_grad for p in ps.parameters()))
+    values = {n: nn.Parameter(acting(m, n).detach().clone(),
+                              any(p.requires_grad for p in ps.parameters()))
               for n,ps in m.parametrizations.items()}
     del m._modules['parametrizations']
     m.__class__ = type(m).__bases__[0]
     m._parameters = values | m._parameters
-    for k,h in [*m._load_state_dict_pre_hooks.items()]:     # `weight_norm` reads old files, and cannot be pickled
+    # `weight_norm` reads old files, and cannot be pickled
+    for k,h in [*m._load_state_dict_pre_hooks.items()]:
         name = getattr(getattr(h, 'hook', h), '__qualname__', '')
         if 'weight_norm.<locals>' in name: del m._load_state_dict_pre_hooks[k]
 
@@ -150,9 +156,11 @@ def fold_masks(self:Masked) -> None:
         computed = {n: acting(self, n) for n in masks if n not in self._parameters}
         for n,mask in masks.items():
             del self._buffers[f'{n}_mask']
-            if n in self._parameters: self._parameters[n].mul_(mask).add_(0)      # minus zero is zero: it saves on disk
+            if n not in self._parameters: continue
+            self._parameters[n].mul_(mask).add_(0)      # minus zero is zero: it saves on disk
     self.__class__ = _plain_class(self)
-    for k in [k for k,h in self._forward_pre_hooks.items() if isinstance(h, _Adopted)]: del self._forward_pre_hooks[k]
+    ours = [k for k,h in self._forward_pre_hooks.items() if isinstance(h, _Adopted)]
+    for k in ours: del self._forward_pre_hooks[k]
     for n,value in computed.items():
         _settle(self, n)
         self._parameters[n].data.copy_(value)

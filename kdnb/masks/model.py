@@ -24,8 +24,10 @@ def _not_there(model, o, what):
     if isinstance(o, nn.Module):
         return (f'{what} holds a {type(o).__name__} that is not in this {type(model).__name__}: '
                 'is it one of a copy? Name it by its path.')
-    kinds = dict.fromkeys(_plain_class(m).__name__ for m in model.modules() if not list(m.children()))
-    return f'{what} holds {o.__name__}, and {type(model).__name__} has no such layer. There are {", ".join(kinds)}.'
+    leaves = [m for m in model.modules() if not list(m.children())]
+    kinds = dict.fromkeys(_plain_class(m).__name__ for m in leaves)
+    return (f'{what} holds {o.__name__}, and {type(model).__name__} has no such layer. '
+            f'There are {", ".join(kinds)}.')
 
 # %% ../../nbs/07a_masks.model.ipynb #1c0535ee
 def paths_of(
@@ -38,11 +40,13 @@ def paths_of(
     there = dict(model.named_modules(remove_duplicate=False))
     for o in [entries] if isinstance(entries, (str,nn.Module,type)) else list(entries or ()):
         if isinstance(o, str):
-            found = [p for p in (*there, *(n for n,_,_ in _all_weights(model))) if fnmatchcase(p, o)]
+            found = [p for p in (*there, *(n for n,_,_ in _all_weights(model)))
+                     if fnmatchcase(p, o)]
             if not found: get_layer(model, o)      # raises, with the nearest names
         elif isinstance(o, nn.Module): found = [p for p,m in there.items() if m is unwrap(o)]
         elif isinstance(o, type): found = [p for p,m in there.items() if isinstance(m, o)]
-        else: raise ValueError(f'{what} holds {o!r}, expected paths of layers, layers, or types of layers.')
+        else: raise ValueError(f'{what} holds {o!r}, expected paths of layers, layers, or types of '
+                               'layers.')
         if not found: raise ValueError(_not_there(model, o, what))
         res += found
     return list(dict.fromkeys(res))
@@ -53,7 +57,7 @@ def _among(name, paths):
     return any(p in ('', name) or name.startswith(f'{p}.') for p in paths)
 
 # %% ../../nbs/07a_masks.model.ipynb #2181f4c7
-def _asked(model, layers):
+def _asked_paths(model, layers):
     "Paths of the layers whose weights are asked for"
     return [''] if isinstance(layers, str) and layers=='all' else paths_of(model, layers, 'layers')
 
@@ -62,72 +66,84 @@ def _sound(name, m, n):
     "The weight, if there is something to prune in it"
     w = acting(m, n)
     if isinstance(w, torch.Tensor) and is_lazy(w):
-        raise ValueError(f'{name} has no shape yet ({type(m).__name__}). Run the network on a batch first.')
-    return w if isinstance(w, torch.Tensor) and (w.is_floating_point() or w.is_complex()) and w.numel() else None
+        raise ValueError(f'{name} has no shape yet ({type(m).__name__}). Run the network on a '
+                         'batch first.')
+    if not isinstance(w, torch.Tensor) or not w.numel(): return
+    return w if w.is_floating_point() or w.is_complex() else None
 
 # %% ../../nbs/07a_masks.model.ipynb #c46eeb04
 def _nothing(model, ignore, layers):
     "What to say when nothing is left to prune"
     kind = 'linear or convolution layer' if layers is None else 'weight in `layers`'
-    others = [name for name,m,n in _all_weights(model) if layers is None and not isinstance(m, weighted)]
-    res = f'{type(model).__name__} has no {kind} to prune{" besides those that `ignore` names" if ignore else ""}.'
-    return res + (f" layers='all' prunes {', '.join(others[:3])}{', …' if others[3:] else ''}." if others else '')
+    others = [name for name,m,n in _all_weights(model)
+              if layers is None and not isinstance(m, weighted)]
+    besides = ' besides those that `ignore` names' if ignore else ''
+    res = f'{type(model).__name__} has no {kind} to prune{besides}.'
+    if not others: return res
+    return f"{res} layers='all' prunes {', '.join(others[:3])}{', …' if others[3:] else ''}."
 
 # %% ../../nbs/07a_masks.model.ipynb #f0b9d620
 def prunable(
     model:nn.Module, # Any module
-    ignore:object=(), # Layers to leave out: paths, patterns, modules or types, one or several; all that is in them
-    layers:object=None, # Layers whose weights count, likewise, or 'all'; linear and convolution layers if None
+    ignore:object=(), # Layers to leave out with all in them: paths, patterns, modules, types
+    layers:object=None, # Layers whose weights count, or 'all'; linear and convolutions if None
 ) -> dict[str,torch.Tensor]:
-    """`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation (masked weights are 0)
+    """`{name: weight}` of linear and convolution layers (of `layers`), as they act in evaluation
 
-    A weight that several layers share is one. Raises `ValueError` if nothing is left to prune."""
+    Masked weights are 0, a weight that several layers share is one. Raises `ValueError` if nothing is left to prune."""
     model,shared = unwrap(model),{}
-    out,asked = paths_of(model, ignore),None if layers is None else _asked(model, layers)
+    out,asked = paths_of(model, ignore),None if layers is None else _asked_paths(model, layers)
     for name,m,n in reversed(_all_weights(model)):
         if not (isinstance(m, weighted) if asked is None else _among(name, asked)): continue
         p = m._parameters.get(n)
         key = (id(m),n) if p is None else (id(p),'')
         shared.setdefault(key, []).insert(0, (name,m,n))
     left = [same for same in reversed(shared.values()) if not any(_among(k, out) for k,*_ in same)]
-    ws = {same[0][0]: _sound(*same[0]) for same in left}
-    ws = {k: w for k,w in ws.items() if w is not None}
+    ws = {same[0][0]: w for same in left if (w := _sound(*same[0])) is not None}
     if not ws: raise ValueError(_nothing(model, ignore, layers))
     return ws
 
 # %% ../../nbs/07a_masks.model.ipynb #bc3b0bef
 def _maskable(model, name, m, which):
     "The tensor `which` of layer `m`, if it is a parameter or one that `acting` can compute"
-    if (p := m._parameters.get(which)) is None and (_hook(m, which) or is_parametrized(m, which)): p = acting(m, which)
+    p = m._parameters.get(which)
+    if p is None and (_hook(m, which) or is_parametrized(m, which)): p = acting(m, which)
     if p is None and isinstance(getattr(m, which, None), torch.Tensor) and which not in m._buffers:
-        raise ValueError(f'{name} is no parameter: {type(m).__name__} computes it in a way that masks cannot follow. '
+        raise ValueError(f'{name} is no parameter: {type(m).__name__} computes it in a way that '
+                         'masks cannot follow. '
                          f'Leave it out: ignore={name.rpartition(".")[0]!r}.')
     if p is None or not (p.is_floating_point() or p.is_complex()):
-        raise ValueError(f'{name!r} is no weight or bias of this network. prunable(model) lists what is masked.')
-    if f'{which}_mask' in m._buffers and not (isinstance(m, Masked) and which in m._masked_names or _hook(m, which)):
-        raise ValueError(f'{type(m).__name__} {name.rpartition(".")[0]!r} has a buffer {which}_mask of its own. '
+        raise ValueError(f'{name!r} is no weight or bias of this network. prunable(model) lists '
+                         'what is masked.')
+    ours = isinstance(m, Masked) and which in m._masked_names
+    if f'{which}_mask' in m._buffers and not (ours or _hook(m, which)):
+        raise ValueError(f'{type(m).__name__} {name.rpartition(".")[0]!r} has a buffer '
+                         f'{which}_mask of its own. '
                          f'Leave it out: ignore={name.rpartition(".")[0]!r}.')
     return p
 
 # %% ../../nbs/07a_masks.model.ipynb #bbcfea95
-def _places(model, name, mask):
+def _holders_of(model, name, mask):
     "Layers that hold the parameter called `name`, which name it has there, and the checked mask"
     path,_,which = name.rpartition('.')
     m = get_layer(model, path) if path else model
     p,mask = _maskable(model, name, m, which),torch.as_tensor(mask)
     if mask.shape!=p.shape:
-        raise ValueError(f'the mask of {name} has shape {tuple(mask.shape)}, expected {tuple(p.shape)}.')
-    if not ((mask==0) | (mask==1)).all(): raise ValueError(f'the mask of {name} holds other numbers than 0 and 1.')
+        raise ValueError(f'the mask of {name} has shape {tuple(mask.shape)}, expected '
+                         f'{tuple(p.shape)}.')
+    if not ((mask==0) | (mask==1)).all():
+        raise ValueError(f'the mask of {name} holds other numbers than 0 and 1.')
     return [(o, which, mask) for o in model.modules() if o is m or o._parameters.get(which) is p]
 
 # %% ../../nbs/07a_masks.model.ipynb #31100538
 def mask_model(
     model:nn.Module, # Network to mask, in place; masks of `torch.nn.utils.prune` are taken over
-    masks:dict|None=None, # `{name of a parameter: mask of its shape}`, 1 stays, 0 goes; all ones if None
+    masks:dict|None=None, # `{name of a parameter: mask}`, 1 stays, 0 goes; all ones if None
 ) -> nn.Module:
-    "Multiply parameters by `masks` from now on; masks that are there already are replaced. Returns `model`"
+    "Multiply parameters by `masks` from now on; masks that are there are replaced. Returns `model`"
     if masks is None: masks = {k: torch.ones_like(w) for k,w in prunable(model).items()}
-    todo = [(o, which, mask) for name,mask in masks.items() for o,which,mask in _places(unwrap(model), name, mask)]
+    todo = [(o, which, mask) for name,mask in masks.items()
+            for o,which,mask in _holders_of(unwrap(model), name, mask)]
     for m in unwrap(model).modules(): _adopt(m)
     for m,which,mask in todo:
         _put_on(m, which)
@@ -140,11 +156,12 @@ def raw(
     model:nn.Module, # Any network
     name:str, # Of the parameter, as in `masks`
 ) -> nn.Parameter|None:
-    "The parameter called `name` as the optimiser knows it, without its mask; None for one that is computed"
+    "The parameter called `name` as the optimiser knows it, without its mask; None if it is computed"
     path,_,which = name.rpartition('.')
     m = unwrap(model).get_submodule(path)
     if which in m._parameters: return m._parameters[which]
-    return m._parameters.get(f'{which}_orig') if isinstance(_hook(m, which), BasePruningMethod) else None
+    if not isinstance(_hook(m, which), BasePruningMethod): return
+    return m._parameters.get(f'{which}_orig')
 
 # %% ../../nbs/07a_masks.model.ipynb #c753263d
 def unmask(
@@ -163,7 +180,7 @@ def unmask(
 def fold(
     model:nn.Module, # Network with masks, changed in place
 ) -> nn.Module:
-    "Make masks permanent zeros: plain layers, the same parameters (but new ones where they were computed)"
+    "Make masks permanent zeros: plain layers, the same parameters (new ones where they were computed)"
     for m in list(model.modules()):
         _adopt(m)
         if isinstance(m, Masked): m.fold_masks()
@@ -208,20 +225,22 @@ def say_share(
     model:nn.Module, # Network that is pruned
     ws:dict, # `{name: weight}` of what is pruned
 ) -> None:
-    "Warn if the weights `ws` are less than half of the parameters, and layers of other kinds hold weights, too"
+    "Warn if `ws` are less than half of the parameters, and layers of other kinds hold weights, too"
     model,n = unwrap(model),sum(w.numel() for w in ws.values())
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-    others = [m for name,m,_ in _all_weights(model) if name not in ws and not isinstance(m, weighted)]
+    others = [m for name,m,_ in _all_weights(model)
+              if name not in ws and not isinstance(m, weighted)]
     if n>=total/2 or not others: return
     kinds = ', '.join(dict.fromkeys(_plain_class(m).__name__ for m in others))
-    warnings.warn(f'sparsity is a fraction of the weights of linear and convolution layers, {100*n/total:.0f} % '
-                  f"of the parameters of this {type(model).__name__}. {kinds} hold others: layers='all' counts "
+    warnings.warn('sparsity is a fraction of the weights of linear and convolution layers, '
+                  f'{100*n/total:.0f} % of the parameters of this {type(model).__name__}. '
+                  f"{kinds} hold others: layers='all' counts "
                   'and prunes them, too.', stacklevel=3)
 
 # %% ../../nbs/07a_masks.model.ipynb #f457c958
 def sparsity(
     model:nn.Module, # Network
-    layers:object=None, # Layers that count, as in `prunable`: 'all', paths, modules or types; the usual if None
+    layers:object=None, # Layers that count, as in `prunable`; linear and convolutions if None
 ) -> float:
     "Fraction of the weights of linear and convolution layers (of `layers`) that are 0"
     ws = prunable(model, layers=layers)
@@ -236,6 +255,6 @@ def layer_sparsity(
     "`DataFrame` of weights, non-zeros and sparsity (a fraction), a row per layer and a total"
     ws = prunable(model, layers=layers)
     rows = {k.removesuffix('.weight'): (w.numel(), int(w.count_nonzero())) for k,w in ws.items()}
-    df = pd.DataFrame.from_dict(rows, orient='index', columns=['weights','nonzero']).rename_axis('layer')
+    df = pd.DataFrame.from_dict(rows, 'index', columns=['weights','nonzero']).rename_axis('layer')
     df.loc['total'] = df.sum()
     return df.assign(sparsity=1-df.nonzero/df.weights)

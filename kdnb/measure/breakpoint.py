@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 # %% ../../nbs/04b_measure.breakpoint.ipynb #d335f92e
 def _levels(curve):
-    "Name of the size column, and the mean of each sparsity from dense to sparse, with the extremes `low` and `high`"
+    "Name of the size column, and means by sparsity, dense to sparse, with the extremes `low`, `high`"
     size = next((o for o in ('weights','params') if o in curve), 'weights')
     missing = [o for o in ('sparsity',size,'accuracy') if o not in curve]
     if missing or not len(curve):
@@ -21,20 +21,25 @@ def _levels(curve):
     if not np.isfinite(curve[['sparsity',size,'accuracy']].to_numpy(float)).all():
         raise ValueError('the curve holds numbers that are not finite. '
                          'Drop the rows of runs that failed.')
-    g = curve.groupby(curve.groupby(curve['sparsity'].round(6))[size].transform('mean').rename('level'))
+    mean_size = curve.groupby(curve['sparsity'].round(6))[size].transform('mean')
+    g = curve.groupby(mean_size.rename('level'))
     acc = g['accuracy']
-    levels = g.mean(numeric_only=True).assign(low=acc.min(), high=acc.max())[::-1].reset_index(drop=True)
+    levels = g.mean(numeric_only=True).assign(low=acc.min(), high=acc.max())
+    levels = levels[::-1].reset_index(drop=True)
     return size,levels.round({'sparsity': 6})
 
 # %% ../../nbs/04b_measure.breakpoint.ipynb #f8fd18f8
 def find_breakpoint(
-    curve:pd.DataFrame, # `DataFrame` with `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
+    curve:pd.DataFrame, # With `sparsity`, `weights` left (or `params`) and `accuracy`, in any order
 ) -> pd.Series:
-    """The last row before accuracy falls faster than size, both relative (Malihi and Heidemann 2023, section 4.4)
+    """The last row before accuracy falls faster than size, both relative
+
+    (Malihi and Heidemann 2023, section 4.4)
 
     Raises `ValueError` if columns are missing or a number is not finite."""
     size,levels = _levels(curve)
-    best = levels['accuracy'][::-1].cummax()[::-1]   # of all that are as sparse or sparser: a dip is no fall
+    # of all that are as sparse or sparser: a dip is no fall
+    best = levels['accuracy'][::-1].cummax()[::-1]
     lost = -best.diff()*levels[size][0]
     saved = -levels[size].diff()*levels['accuracy'][0]
     falls = lost > saved*(1+1e-9)                    # a straight line does not fall faster
@@ -42,10 +47,12 @@ def find_breakpoint(
 
 # %% ../../nbs/04b_measure.breakpoint.ipynb #5442c0a8
 def plot_breakpoint(
-    curves:pd.DataFrame|dict, # `DataFrame` as in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
+    curves:pd.DataFrame|dict, # As in `find_breakpoint`, or `{name: DataFrame}`; accuracies are fractions
     ax:plt.Axes|None=None, # Axes to draw on
 ) -> plt.Axes:
-    "Accuracy against what is left, range of repeats and breakpoint (Malihi and Heidemann 2023, Figures 2 and 3)"
+    """Accuracy against what is left, range of repeats and breakpoint
+
+    (Malihi and Heidemann 2023, Figures 2 and 3)"""
     ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
     for name,curve in (curves if isinstance(curves, dict) else {'': curves}).items():
         size,levels = _levels(curve)
@@ -54,7 +61,8 @@ def plot_breakpoint(
         line, = ax.plot(x, 100*levels['accuracy'], '.-', lw=1,
                         label=f'{name}{", " if name else ""}breakpoint at {100*at.sparsity:.0f} % '
                               'sparsity')
-        ax.fill_between(x, 100*levels['low'], 100*levels['high'], color=line.get_color(), alpha=.2, lw=0)
+        ax.fill_between(x, 100*levels['low'], 100*levels['high'],
+                        color=line.get_color(), alpha=.2, lw=0)
         ax.plot(at[size], 100*at['accuracy'], 'o', ms=9, color=line.get_color(), mec='k')
     ax.xaxis.set_major_formatter(EngFormatter(sep=' '))
     names = dict(params='remaining parameters', weights='remaining weights')

@@ -35,8 +35,9 @@ def n_weights(
     model:nn.Module, # Any module
     nonzero:bool=False, # Count only those that are not zero
 ) -> int:
-    "Number of weights of linear and convolution layers, without biases; what layers share counts once"
-    ws = {m._parameters.get('weight', m): m.weight for m in model.modules() if isinstance(m, weighted)}
+    "Number of weights of linear and convolution layers, no biases; what layers share counts once"
+    ws = {m._parameters.get('weight', m): m.weight
+          for m in model.modules() if isinstance(m, weighted)}
     return sum(int(w.count_nonzero()) if nonzero else w.numel() for w in ws.values())
 
 # %% ../../nbs/04_measure.counts.ipynb #a8670a76
@@ -63,7 +64,9 @@ def median_ms(
     fs:list[Callable], # Functions without arguments
     rounds:int=11, # How often each is called
 ) -> list[Milliseconds]:
-    "Median `Milliseconds` of each of `fs`: one thread, in turn, processor time (on a GPU: time until it is done)"
+    """Median `Milliseconds` of each of `fs`, in turn, on one thread
+
+    Processor time; on a GPU the time until it is done."""
     def once(f):
         start = _clock()
         f()
@@ -89,24 +92,25 @@ def latency(
     return median_ms([lambda m=m: run(m) for m in models], rounds)
 
 # %% ../../nbs/04_measure.counts.ipynb #86ddc6de
-# Operations of shapes that torch's counter passes over: matrix times vector, and a layer of an LSTM on the CPU
+# Operations of shapes that torch's counter passes over: matrix times vector, a layer of an LSTM
 _uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
               torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
 
 # %% ../../nbs/04_measure.counts.ipynb #709107f2
 def macs(
     model:nn.Module, # Any module
-    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, or a batch of inputs; one sample is taken
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders`, or inputs; one sample is taken
 ) -> dict[str,int]:
     "Multiply-accumulates for one input, by path of layer; `''` is the total"
     xb = first_samples(inputs(data, model), 1)
     counter = FlopCounterMode(display=False, custom_mapping=_uncounted)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)      # attention that is fused hides from the counter
+    torch.backends.mha.set_fastpath_enabled(False)      # fused attention hides from the counter
     try:
         with evaluating(model), torch.no_grad(), counter: model(*xb)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
-    by_path = {k.partition('.')[2]: sum(v.values())//2 for k,v in counter.get_flop_counts().items() if k!='Global'}
+    by_path = {k.partition('.')[2]: sum(v.values())//2
+               for k,v in counter.get_flop_counts().items() if k!='Global'}
     return by_path | {'': counter.get_total_flops()//2}
 
 # %% ../../nbs/04_measure.counts.ipynb #0f2d2e42
@@ -131,27 +135,31 @@ def _counts(m, mac):
     for o in m.modules():
         acting.update({p: getattr(o, n) for n,p in o._parameters.items() if p is not None})
     nonzero = sum(int(p.count_nonzero()) for p in acting.values())
-    return dict(weights=n_weights(m), params=n_params(m), nonzero=nonzero, macs=mac, bytes=n_bytes(m))
+    return dict(weights=n_weights(m), params=n_params(m), nonzero=nonzero, macs=mac,
+                bytes=n_bytes(m))
 
 # %% ../../nbs/04_measure.counts.ipynb #3832ba0b
-def _row(path, m, mac, shape=''):
+def _cost_row(path, m, mac, shape=''):
     "A row of `cost`"
-    return dict(layer=path, kind=type(m).__name__, shape='×'.join(map(str, shape))) | _counts(m, mac)
+    return dict(layer=path, kind=type(m).__name__,
+                shape='×'.join(map(str, shape))) | _counts(m, mac)
 
 # %% ../../nbs/04_measure.counts.ipynb #4d35da1f
 def cost(
     model:nn.Module, # Any module
-    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders` or a batch of inputs; the latency is for this batch
+    data:DataLoaders|torch.Tensor|tuple|list, # `DataLoaders` or inputs; the latency is for this batch
     latency:bool=True, # Measure milliseconds
     rounds:int=11, # How often
 ) -> pd.DataFrame:
-    "Shape, weights, parameters, non-zeros, MACs, bytes and milliseconds, a row per layer and a total"
+    "Shape, weights, parameters, non-zeros, MACs, bytes, milliseconds: a row per layer and a total"
     xb,mac = inputs(data, model),macs(model, data)
     with evaluating(model):
-        layers = [(path,m,xs) for path,(m,xs) in _calls(model, xb).items() if n_bytes(m) or mac.get(path)]
+        layers = [(path,m,xs) for path,(m,xs) in _calls(model, xb).items()
+                  if n_bytes(m) or mac.get(path)]
         def run(m, xs): return [m(*args, **kwargs) for args,kwargs in xs]
         fs = [partial(run, m, xs) for _,m,xs in layers] + [lambda: model(*xb)]
         with torch.no_grad(): ms = median_ms(fs, rounds) if latency else []
-    rows = [_row(path, m, mac.get(path, 0), getattr(getattr(m, 'weight', None), 'shape', '')) for path,m,_ in layers]
-    df = pd.DataFrame(rows + [_row('total', model, mac[''])]).set_index('layer')
+    rows = [_cost_row(path, m, mac.get(path, 0), getattr(getattr(m, 'weight', None), 'shape', ''))
+            for path,m,_ in layers]
+    df = pd.DataFrame(rows + [_cost_row('total', model, mac[''])]).set_index('layer')
     return df.assign(ms=ms) if latency else df

@@ -27,7 +27,8 @@ def in_order(
     if isinstance(dl, DataLoaders):
         raise ValueError(f'dl is {type(dl).__name__}, expected one loader. '
                          'Pass one of its loaders, such as dls.valid.')
-    as_valid = getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)   # no random transforms
+    dset = getattr(dl, 'dataset', None)
+    as_valid = getattr(dset, 'set_split_idx', nullcontext)   # no random transforms
     with no_random(reproducible=False),as_valid(1):
         yield from dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
 
@@ -49,7 +50,7 @@ def split_batch(
 
 # %% ../../nbs/04a_measure.outputs.ipynb #0988074d
 def _logits_for(model, xb, y):
-    "Logits of `model` for `xb`, (B, C), on the CPU. Raises `ValueError` if they are none for the labels `y`."
+    "Logits of `model` for `xb`, (B, C), on the CPU. `ValueError` if they are none for the labels `y`"
     z = model(*inputs(xb, model))
     if not isinstance(z, torch.Tensor) or z.shape[:-1]!=y.shape:
         raise ValueError(f'{type(model).__name__} gives {getattr(z, "shape", type(z).__name__)} '
@@ -66,11 +67,11 @@ def _logits_for(model, xb, y):
 def predictions(
     models:nn.Module|Iterable, # Module that gives logits (B, C), or several of them
     dl:Iterable, # `DataLoader`, or any iterable of `(*inputs, labels)`
-    f:Callable|None=None, # `f(*logits, labels)` of a batch gives what is kept of it, a tensor or several; all if None
+    f:Callable|None=None, # `f(*logits, labels)` gives what is kept of a batch: tensors; all if None
 ) -> tuple[torch.Tensor,...]:
     """Logits (N, C) of each of `models` for every sample of `dl`, and the labels (N,), on the CPU
 
-    Raises `ValueError` if there is no batch, or outputs are no logits (B, C) of as many classes as labels."""
+    Raises `ValueError` if there is no batch, or if outputs are no logits (B, C) of the labels' classes."""
     models = [models] if isinstance(models, nn.Module) else list(models)
     kept = []
     with ExitStack() as modes:
@@ -110,7 +111,9 @@ def uncertainty(
     model:nn.Module, # Module that gives logits
     dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
 ) -> float:
-    "Variance of the true class's probability in a class, mean over classes: 0 to 1/4 (Wang et al. 2022, eq. 5)"
+    """Variance of the true class's probability in a class, mean over classes: 0 to 1/4
+
+    (Wang et al. 2022, eq. 5)"""
     return _class_variance(*predictions(model, dl, lambda z,y: (_log_p(z, y).exp(), y))).item()
 
 # %% ../../nbs/04a_measure.outputs.ipynb #470fe20a
@@ -129,8 +132,11 @@ def smoothness(
     regularized:nn.Module, # The same, trained with a regulariser or pruned
     dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
 ) -> float:
-    "Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother (Park and No 2022, equation 7)"
-    ratio, = predictions((teacher, regularized), dl, lambda z_t,z_r,y: _log_p(z_t, y) - _log_p(z_r, y))
+    """Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother
+
+    (Park and No 2022, equation 7)"""
+    ratio, = predictions((teacher, regularized), dl,
+                         lambda z_t,z_r,y: _log_p(z_t, y) - _log_p(z_r, y))
     return ratio.mean().item()
 
 # %% ../../nbs/04a_measure.outputs.ipynb #e1713a63
@@ -146,7 +152,9 @@ def embed_predictions(
     classes:list|None=None, # Numbers of the classes; all if None
     seed:int=0, # For the draw and for t-SNE
 ) -> pd.DataFrame:
-    """t-SNE of the probabilities (Wang et al. 2022, Figures 1 to 3): `DataFrame` of panel, x, y and label (the class)
+    """t-SNE of the probabilities: `DataFrame` of panel, x, y and label (the class)
+
+    (Wang et al. 2022, Figures 1 to 3)
 
     Raises `ValueError` if fewer than 4 samples are there."""
     from sklearn.manifold import TSNE
@@ -184,7 +192,8 @@ def plot_predictions(
     axs = plt.subplots(1, len(models), figsize=figsize, squeeze=False, layout='constrained')[1][0]
     for ax,(name,model) in zip(axs, models.items()):
         for k,o in df[df.panel==name].groupby('label'):
-            ax.scatter(o.x, o.y, s=8, color=cmap(k), label=str(names[k]) if names is not None else k)
+            label = k if names is None else str(names[k])
+            ax.scatter(o.x, o.y, s=8, color=cmap(k), label=label)
         title = f'{name}\nuncertainty {100*uncertainty(model, dl):.2f} · 10⁻²'
         ax.set(title=title, xticks=[], yticks=[])
     if c<=20: axs[-1].legend(loc='center left', bbox_to_anchor=(1,.5), frameon=False, markerscale=2)

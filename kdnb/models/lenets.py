@@ -9,11 +9,12 @@ __all__ = ['lenet300', 'lenet5', 'lenet5_caffe', 'mlp']
 import math
 from collections import OrderedDict
 from torch import nn
-from .registry import architecture
+from .registry import architecture,check_sizes
 
 # %% ../../nbs/03a_models.lenets.ipynb #723a818d
 def _linears(layers, n, hidden, c):
     "`layers`, then linear layers fc1, fc2, … from `n` features over `hidden` to `c` classes, ReLU between"
+    check_sizes(c=c)
     for i,h in enumerate(hidden, 1):
         layers = layers + [(f'fc{i}', nn.Linear(n, h)), (f'act{i}', nn.ReLU())]
         n = h
@@ -26,12 +27,14 @@ def lenet300(
     in_shape:tuple=(1,28,28), # Channels, height, width
     hidden:tuple=(300,100), # Widths of the hidden layers
 ) -> nn.Sequential:
-    "LeNet-300-100: two hidden layers on the flattened image"
+    "LeNet-300-100: two hidden layers on the flattened image. Raises `ValueError` for sizes that are none."
+    check_sizes(None, in_shape=in_shape, hidden=hidden)
     return _linears([('flat', nn.Flatten())], math.prod(in_shape), hidden, c)
 
 # %% ../../nbs/03a_models.lenets.ipynb #b7652963
 def _convs(in_shape, widths, pads):
     "Conv 5×5, ReLU, max-pool 2 for each of `widths`, and the number of features that come out"
+    check_sizes(3, in_shape=in_shape)
     c,h,w = in_shape
     if min(h, w) < 4: raise ValueError(f'images are {h} × {w}, a LeNet needs at least 4 × 4.')
     if min(h, w) < 20: pads = (2,)*len(pads)
@@ -68,7 +71,12 @@ def mlp(
     in_shape:tuple=(3,32,32), # Channels, height, width
     hidden:int=1024, # Units of each hidden layer
 ) -> nn.Sequential:
-    "MLP-`hidden` with three bottleneck layers (Ahn et al. 2019)"
+    """MLP-`hidden` with three bottleneck layers (Ahn et al. 2019)
+
+    Raises `ValueError` for sizes that are none; `hidden` is at least 4."""
+    check_sizes(None, in_shape=in_shape)
+    check_sizes(hidden=hidden, c=c)
+    if hidden<4: raise ValueError(f'hidden is {hidden}, and a bottleneck has a quarter of it: 4 or more.')
     def bottleneck():
         return nn.Sequential(nn.Linear(hidden, hidden//4), nn.Linear(hidden//4, hidden))
     layers = [('flat', nn.Flatten())]

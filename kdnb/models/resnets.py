@@ -8,7 +8,7 @@ __all__ = ['PadShortcut', 'cifar_resnet']
 # %% ../../nbs/03b_models.resnets.ipynb #0bdc4d29
 from collections import OrderedDict
 from torch import fx,nn
-from .registry import architecture
+from .registry import architecture,check_sizes,times_width
 
 # %% ../../nbs/03b_models.resnets.ipynb #9d5d6739
 def _conv(ni, n, k=3, stride=1):
@@ -85,7 +85,8 @@ _kinds = dict(basic=(6,2), preact=(6,4), bottleneck=(9,2))
 
 def _n_blocks(kind, depth):
     "Blocks in each stage of a network of `depth` layers. Raises `ValueError` if there are none such."
-    if kind not in _kinds: raise ValueError(f'kind is {kind!r}. There are {", ".join(_kinds)}.')
+    if kind not in list(_kinds): raise ValueError(f'kind is {kind!r}. There are {", ".join(_kinds)}.')
+    check_sizes(depth=depth)
     k,rest = _kinds[kind]
     n,left = divmod(depth-rest, k)
     if left or not 0<n<=200:
@@ -103,10 +104,18 @@ def cifar_resnet(
     stem:int=16, # Channels of the first convolution
     option:str='B', # Shortcut of a 'basic' block whose channels grow: 'A' zero channels, 'B' 1 × 1 convolution
 ) -> nn.Sequential:
-    "ResNet for small images (He et al. 2016, 4.2). Raises `ValueError` for a kind, depth or option unknown."
+    """ResNet for small images (He et al. 2016, 4.2)
+
+    Raises `ValueError` for a kind, depth or option unknown, and for sizes that are none."""
+    check_sizes(3, in_shape=in_shape)
+    check_sizes(c=c, stem=stem)
     n = _n_blocks(kind, depth)
+    widths = [times_width(w, width) for w in (16,32,64)]
     if option not in ('A','B'):
         raise ValueError(f"option is {option!r}. Pass 'A' (zeros) or 'B' (convolution).")
+    if kind=='basic' and option=='A' and stem>widths[0]:
+        raise ValueError(f"option is 'A', which appends channels and takes none away, and {widths[0]} follow on "
+                         f"the stem's {stem}. Pass stem={widths[0]}, or option='B'.")
     bottleneck = kind=='bottleneck'
     def block(*args):
         return _as_graph(_Basic(*args, option) if kind=='basic' else _PreAct(*args, bottleneck))
@@ -114,8 +123,8 @@ def cifar_resnet(
     ni = stem
     def norm(): return [('bn1', nn.BatchNorm2d(ni)), ('act1', nn.ReLU())]
     if kind=='basic': layers += norm()
-    for i,w in enumerate((16,32,64), 1):
-        w *= width*(4 if bottleneck else 1)
+    for i,w in enumerate(widths, 1):
+        w *= 4 if bottleneck else 1
         blocks = block(ni, w, 1 if i==1 else 2),*(block(w, w, 1) for _ in range(n-1))
         layers.append((f'layer{i}', nn.Sequential(*blocks)))
         ni = w

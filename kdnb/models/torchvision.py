@@ -8,7 +8,7 @@ __all__ = ['torchvision_net']
 # %% ../../nbs/03d_models.torchvision.ipynb #f638a875
 from torch import nn
 from torchvision import models as tv
-from .registry import architecture
+from .registry import architecture,check_sizes,times_width
 from .resnets import _conv,_he_init
 
 # %% ../../nbs/03d_models.torchvision.ipynb #79deb942
@@ -30,7 +30,11 @@ def _set_stem(net, ni, small):
 # %% ../../nbs/03d_models.torchvision.ipynb #81b8c875
 def _wider(net, width):
     "torchvision's ResNet `net` with `width` times the channels everywhere"
-    def by(n): return round(n*width)
+    def by(n): return times_width(n, width)
+    if odd := [m for m in net.modules() if isinstance(m, nn.Conv2d)
+               and m.groups>1 and (by(m.in_channels)%m.groups or by(m.out_channels)%m.groups)]:
+        raise ValueError(f'width is {width:g}, and {by(odd[0].in_channels)} channels are not '
+                         f'{odd[0].groups} equal groups. Take a multiple of .25, such as .5.')
     for path,m in list(net.named_modules()):
         if isinstance(m, nn.Conv2d):
             ni = 3 if path=='conv1' else by(m.in_channels)
@@ -52,15 +56,17 @@ def torchvision_net(
 ) -> nn.Module:
     """One of torchvision's networks, untrained, for images of any size
 
-    Raises `ValueError` for a base or stem there is not, images that are too small, or a width where there is none."""
+    Raises `ValueError` for a base, stem or width there is not, images too small, and sizes that are none."""
     if base not in _tv_nets: raise ValueError(f'base is {base!r}. There are {", ".join(_tv_nets)}.')
     if stem not in (None,'small','imagenet'):
         raise ValueError(f"stem is {stem!r}. Pass 'small', 'imagenet' or None.")
+    check_sizes(3, in_shape=in_shape)
+    check_sizes(c=c)
+    times_width(1, width)
     ni,h,w = in_shape
     small = stem=='small' if stem else max(h, w)<=32
     if base.startswith('densenet') and min(h, w) < (least := 8 if small else 29):
-        raise ValueError(f'images are {h} × {w}, {base} with this stem needs at least {least} × '
-                         f'{least}.')
+        raise ValueError(f'images are {h} × {w}, {base} with this stem needs at least {least} × {least}.')
     mobile,res = base.startswith('mobilenet'),base.startswith('res')
     if width!=1 and not (mobile or res):
         raise ValueError(f'{base} has no width factor. ResNets and MobileNets have.')

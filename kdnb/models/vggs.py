@@ -8,7 +8,7 @@ __all__ = ['vgg']
 # %% ../../nbs/03c_models.vggs.ipynb #e803961c
 from itertools import accumulate
 from torch import nn
-from .registry import architecture
+from .registry import architecture,check_sizes,times_width
 from .resnets import _classifier,_conv
 
 # %% ../../nbs/03c_models.vggs.ipynb #7d0999f9
@@ -25,13 +25,16 @@ def vgg(
 ) -> nn.Sequential:
     """VGG with batch normalisation and a single linear layer (Simonyan and Zisserman 2015)
 
-    Raises `ValueError` for a depth there is not, or `widths` of another length."""
+    Raises `ValueError` for a depth there is not, `widths` of another length, and sizes that are none."""
+    check_sizes(3, in_shape=in_shape)
+    check_sizes(c=c, depth=depth)
     if depth not in _vgg_stages:
         raise ValueError(f'depth is {depth}. VGGs have {", ".join(map(str, _vgg_stages))}.')
     stages = _vgg_stages[depth]
     ends = list(accumulate(stages))
     if widths is None:
-        widths = [round(width*w) for w,n in zip((64,128,256,512,512), stages) for _ in range(n)]
+        widths = [times_width(w, width) for w,n in zip((64,128,256,512,512), stages) for _ in range(n)]
+    check_sizes(None, widths=widths)
     if len(widths)!=ends[-1]:
         raise ValueError(f'widths are {len(widths)}, VGG-{depth} has {ends[-1]} convolutions.')
     layers,ni,side = [],in_shape[0],min(in_shape[1:])

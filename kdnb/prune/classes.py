@@ -12,7 +12,8 @@ from torch import nn
 from fastai.learner import Learner
 from ..channels.layers import _narrow_layer,plain_copy
 from ..core import evaluating,inputs,unwrap
-from ..data.arrays import ArrayDataLoaders,ArrayDataset
+from ..data.loaders import ArrayDataLoaders
+from ..data.arrays import ArrayDataset
 from ..features.capture import layer_shapes
 from ..layers import n_channels,weighted
 from ..masks.model import mask_model,masks

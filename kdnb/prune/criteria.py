@@ -158,7 +158,8 @@ def bn_scale(
     res = {}
     for g in s.groups:
         norms = [(p, get_layer(s.model, p.path)) for p in g.norms]
-        norms = [(p, m.weight.detach().abs()) for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
+        norms = [(p, m.weight.detach().abs())
+                 for p,m in norms if isinstance(m, _BatchNorm) and m.affine]
         if not norms:
             raise ValueError(f'the channels of {g.name!r} pass no BatchNorm with a scale. '
                              'Use another criterion, or `ignore` them.')
@@ -183,7 +184,7 @@ def _even(v, blocks):
 
 # %% ../../nbs/31_prune.criteria.ipynb #eff34d3a
 @patch
-def _check(self:Scoring, f, worth):
+def _check_scores(self:Scoring, f, worth):
     "Are these scores of our units?"
     if self.by=='weight': units = {k: tuple(w.shape) for k,w in self.weights.items()}
     else: units = {g.name: (g.n,) for g in self.groups}
@@ -210,7 +211,7 @@ def worth(self:Scoring,
     Raises `ValueError` if the scores are not of these units, or not finite."""
     f = check_criterion(criterion, self.by)
     worth = f(self)
-    self._check(f, worth)
+    self._check_scores(f, worth)
     for k,v in worth.items():
         if not v.sum().isfinite():
             raise ValueError(f'the scores of {k} are not all finite. Is the network still sound?')

@@ -119,7 +119,8 @@ def least(
     "Mask (n,) of the `n` channels that are worth least; of equals the first"
     worth = worth.cpu()
     gone = torch.zeros(len(worth), dtype=torch.bool, device='cpu')
-    blocks = torch.zeros(len(worth), dtype=torch.long, device='cpu') if blocks is None else blocks.cpu()
+    if blocks is None: blocks = torch.zeros(len(worth), dtype=torch.long, device='cpu')
+    blocks = blocks.cpu()
     each = n//len(blocks.unique())
     for b in blocks.unique():
         mine = (blocks==b).nonzero()[:,0]

@@ -20,7 +20,7 @@ from fastai.torch_core import no_random,set_seed
 from ..core import check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,paths_of,say_share
 from .scoring import own_weights,Scoring
-from .select import _check,_cut,_n_asked,prune_model
+from .select import _check_request,_cut_units,_n_asked,prune_model
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5c5541ff
 @dataclass
@@ -78,7 +78,8 @@ class _Snapshot(Callback):
 class _Rounds:
     "The units of a learner's network that `iterative_prune` prunes, round by round"
     def __init__(self, learn, by, ignore, layers):
-        if by=='weight' and layers is None and not ignore: say_share(learn.model, own_weights(learn))
+        usual = by=='weight' and layers is None and not ignore
+        if usual: say_share(learn.model, own_weights(learn))
         ignore = paths_of(learn.model, ignore)
         if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')
         mask_model(learn.model, {})     # takes over what torch.nn.utils.prune has done
@@ -104,10 +105,19 @@ class _Rounds:
 
 # %% ../../nbs/32a_prune.rewind.ipynb #82a2a6cf
 @patch
-def cut(self:_Rounds, sparsity, criterion, scope, rate, cap, round_to):
-    "Prune one round; False where widths in multiples allow no more"
+def cut(self:_Rounds,
+    sparsity:float|dict, # Fraction of all units that go in the end
+    criterion:str|Callable, # One of `criteria`, or a function of a `Scoring`
+    scope:str|None, # Where units compete: 'global' or 'layer'
+    rate:float, # Fraction of the units left that go now
+    cap:float|dict|None, # Fraction of each layer that goes at most
+    round_to:int|None, # What stays of a layer's channels is a multiple of this
+) -> bool:
+    """Prune one round; False where widths in multiples allow no more
+
+    Raises `ValueError` if nothing has gone where something had to."""
     before,n = self.gone()
-    _cut(self.units(), sparsity, criterion, scope, rate, cap=cap, round_to=round_to)
+    _cut_units(self.units(), sparsity, criterion, scope, rate, cap=cap, round_to=round_to)
     after = self.gone()[0]
     if after>before: return True
     if round_to: return False
@@ -134,7 +144,8 @@ def _train_again(rounds, train, rewind, start, cbs):
     cut = rounds.gone()[0]
     if rewind!='weights': train(reset_opt=rewind=='lr')
     else:
-        with rounds.learn.added_cbs(cbs): start.restore(rounds.learn)      # with the parameters they bring
+        # with the parameters they bring
+        with rounds.learn.added_cbs(cbs): start.restore(rounds.learn)
         train(reset_opt=False, start_epoch=start.at)
     if rounds.gone()[0]>=cut: return
     raise ValueError('after this round fewer weights are pruned than before it: '
@@ -164,7 +175,7 @@ def iterative_prune(
     """Prune and train in turn, with a `Level` for the dense network and for every round
 
     Raises `ValueError` for what it cannot do, and if a round ends with less pruned than before."""
-    _check(sparsity, criterion, by, scope, None, cap, round_to)
+    _check_request(sparsity, criterion, by, scope, None, cap, round_to)
     _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr)
     scope = scope or ('layer' if by=='channel' else 'global')
     if rewind=='finetune':

@@ -88,11 +88,11 @@ class Scoring:
         self.by = by
         self.trial = trial
         self.loss_func = loss_func or getattr(data, 'loss_func', None) or CrossEntropyLossFlat()
-        self.groups = None if by=='weight' else self._removable(groups)
+        self.groups = None if by=='weight' else self._groups_that_go(groups)
 
 # %% ../../nbs/30_prune.scoring.ipynb #d15304b9
 @patch
-def _removable(self:Scoring, every=None):
+def _groups_that_go(self:Scoring, every=None):
     "The groups whose channels can go, and whose makers are all scored"
     if self.data is None: raise ValueError('channels are found by running the network on a batch. '
                                            'Pass `data`: DataLoaders or a batch of inputs.')
@@ -173,7 +173,7 @@ def loss(self:Scoring,
 
 # %% ../../nbs/30_prune.scoring.ipynb #bc239fe6
 @patch
-def _mask(self:Scoring, name):
+def _mask_place(self:Scoring, name):
     "The buffers of the layer whose tensor is called `name`, and the name of its mask there"
     path,_,which = name.rpartition('.')
     return self.model.get_submodule(path)._buffers,f'{which}_mask'
@@ -184,7 +184,7 @@ def _params(self:Scoring):
     "What gradients are taken of: the parameter, or the mask of a weight that is computed"
     res = {k: raw(self.model, k) for k in self.weights}
     for k in [k for k,p in res.items() if p is None]:
-        buffers,name = self._mask(k)
+        buffers,name = self._mask_place(k)
         res[k] = buffers[name]
     return res
 
@@ -196,7 +196,7 @@ def _masks_that_learn(self:Scoring):
     computed = [k for k in self.weights if raw(self.model, k) is None]
     own = [k for k in computed if k not in masks(self.model)]
     if computed: mask_model(self.model, {k: torch.ones_like(self.weights[k]) for k in own})
-    places = [self._mask(k) for k in computed]
+    places = [self._mask_place(k) for k in computed]
     was = [buffers[name] for buffers,name in places]
     try:
         for (buffers,name),m in zip(places, was): buffers[name] = m.clone()
@@ -242,4 +242,5 @@ def mask_grads(self:Scoring,
     "`{name: w · ∂loss/∂w}`, of the weights' shapes: the gradient with respect to a mask at 1"
     ps = self._params()
     grads = dict(zip(ps, torch.autograd.grad(loss, list(ps.values()), allow_unused=True)))
-    return {k: torch.zeros_like(p) if grads[k] is None else p.detach()*grads[k] for k,p in ps.items()}
+    return {k: torch.zeros_like(p) if grads[k] is None else p.detach()*grads[k]
+            for k,p in ps.items()}

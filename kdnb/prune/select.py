@@ -69,7 +69,8 @@ def _check_fractions(given, what):
 def _rank(key, paths, names):
     "How closely `key`, which covers `paths`, holds one of the weights `names`; None if it does not"
     if not any(_among(o, paths) for o in names): return None
-    if not isinstance(key, str) or paths!=[key]: return .5      # a type, a pattern: between path and root
+    # a type, a pattern: between path and root
+    if not isinstance(key, str) or paths!=[key]: return .5
     return key.count('.')+1 if key else 0
 
 # %% ../../nbs/31a_prune.select.ipynb #0ac7bfef
@@ -156,7 +157,7 @@ def _n_asked(
     return total
 
 # %% ../../nbs/31a_prune.select.ipynb #6152466c
-def _check(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
+def _check_request(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
     "Refuse what could not be done to any network"
     if isinstance(sparsity, nn.Module):
         raise ValueError(f'sparsity is {described(sparsity)}, expected a fraction such as .5, '
@@ -178,7 +179,7 @@ def _check(sparsity, criterion, by, scope, pattern, cap=None, round_to=None):
     if by!='channel': raise ValueError("round_to is a number of channels. Use by='channel'.")
 
 # %% ../../nbs/31a_prune.select.ipynb #f47289b4
-def _cut(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round_to=None):
+def _cut_units(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round_to=None):
     "Mask the least worthy units of the `Scoring` `s`; returns its network"
     worth = s.worth(criterion)
     if pattern is not None:
@@ -193,7 +194,8 @@ def _cut(s, sparsity, criterion, scope, rate=None, pattern=None, cap=None, round
         keep = _choose(s, worth, sparsity, share, scope, cap, round_to)
         if round_to is None or not rate or share>1-1e-6: break
         if any((~m & ~worth[k].isneginf()).any() for k,m in keep.items()): break
-        share = 1-(1-share)*(1-rate)      # rounding left nothing to prune: add the next round's share
+        # rounding left nothing to prune: add the next round's share
+        share = 1-(1-share)*(1-rate)
     return mask_model(s.model, keep if s.by=='weight' else channel_masks(s.model, keep, s.groups))
 
 # %% ../../nbs/31a_prune.select.ipynb #e32b128a
@@ -214,7 +216,7 @@ def prune_model(
     """Mask the least worthy weights or channels, and return the network
 
     Raises `ValueError` for what it cannot do, before anything is masked."""
-    _check(sparsity, criterion, by, scope, pattern, cap, round_to)
+    _check_request(sparsity, criterion, by, scope, pattern, cap, round_to)
     s = Scoring(model, data, by, ignore, layers=layers)
     if by=='weight' and layers is None and not ignore: say_share(s.model, s.weights)
-    return _cut(s, sparsity, criterion, scope, rate, pattern, cap, round_to)
+    return _cut_units(s, sparsity, criterion, scope, rate, pattern, cap, round_to)

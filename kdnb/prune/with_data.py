@@ -76,7 +76,7 @@ def _input_squares(m, x):
 # %% ../../nbs/31d_prune.with_data.ipynb #42acf791
 @contextmanager
 def _watching(model, see, readers=(), makers=()):
-    "Call `see(path, layer, tensor)` with the first input of each of `readers`, and the output of each of `makers`"
+    "Call `see(path, layer, tensor)` with the first input of `readers`, and the output of `makers`"
     def before(path): return lambda m,args: see(path, m, args[0].detach())
     def after(path): return lambda m,args,out: see(path, m, out.detach())
     handles = [get_layer(model, k).register_forward_pre_hook(before(k)) for k in readers]
@@ -87,7 +87,7 @@ def _watching(model, see, readers=(), makers=()):
 
 # %% ../../nbs/31d_prune.with_data.ipynb #83084225
 def _watch(s, n_batches, see, readers=(), makers=()):
-    "Run training batches in evaluation mode, and `see` what goes into `readers` and comes out of `makers`"
+    "Run training batches in evaluation mode; `see` what goes into `readers`, comes out of `makers`"
     with torch.no_grad(), evaluating(s.model), _watching(s.model, see, readers, makers):
         for b in s.batches(n_batches):
             xb,_ = split_batch(b, getattr(s.dls(), 'n_inp', None))
@@ -113,13 +113,14 @@ def wanda(
     seen = {k: 0 for k in layers}
     def see(path, m, x): seen[path] = seen[path]+_input_squares(m, x)
     _watch(s, n_batches, see, layers)
-    worth = {k: w.abs()*torch.as_tensor(seen[k.rpartition('.')[0]]).to(w).sqrt() for k,w in s.weights.items()}
+    worth = {k: w.abs()*torch.as_tensor(seen[k.rpartition('.')[0]]).to(w).sqrt()
+             for k,w in s.weights.items()}
     if not ranks: return worth
     def ranked(v): return v.flatten(1).argsort(1).argsort(1).view_as(v).to(v)/v[0].numel()
     return {k: ranked(v) for k,v in worth.items()}
 
 # %% ../../nbs/31d_prune.with_data.ipynb #daa32ce6
-def _means(s, n_batches, measure, parts, made=False):
+def _channel_means(s, n_batches, measure, parts, made=False):
     """Mean over samples of `measure` of what channels are at layers, `{group: (n,)}`
 
     `parts` gives the `Part`s of a group, which take them in, or have `made` them;
@@ -140,11 +141,12 @@ def _means(s, n_batches, measure, parts, made=False):
             raise ValueError(f'no layer reads the channels of {g.name!r} in training data. '
                              'Use another criterion, or `ignore` them.')
         times = add_up(g.n, [(unit, torch.ones_like(v)) for unit,v in means])
-        res[g.name] = (add_up(g.n, means)/times.clamp(min=1)).to(s.weights[f'{g.name}.weight'].dtype)
+        dtype = s.weights[f'{g.name}.weight'].dtype
+        res[g.name] = (add_up(g.n, means)/times.clamp(min=1)).to(dtype)
     return res
 
 # %% ../../nbs/31d_prune.with_data.ipynb #faf7492d
-def _readers(g): return g.readers
+def _read_by(g): return g.readers
 def _over_places(x): return x.flatten(2).mean(2) if x.ndim>2 else x
 
 # %% ../../nbs/31d_prune.with_data.ipynb #b075e5cf
@@ -154,7 +156,7 @@ def apoz(
     n_batches:int|None=None, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
     "1 - the average fraction of zeros (APoZ, Hu et al. 2016): how often a channel is active, 0 to 1"
-    return _means(s, n_batches, lambda x: _over_places((x!=0).double()), _readers)
+    return _channel_means(s, n_batches, lambda x: _over_places((x!=0).double()), _read_by)
 
 # %% ../../nbs/31d_prune.with_data.ipynb #d36664fd
 @criterion('activation', by='channel')
@@ -163,12 +165,13 @@ def mean_activation(
     n_batches:int|None=None, # Batches of the training set; all if None
 ) -> dict[str,torch.Tensor]:
     "Mean size of a channel's activation (Molchanov et al. 2017)"
-    return _means(s, n_batches, lambda x: _over_places(x.abs().double()), _readers)
+    return _channel_means(s, n_batches, lambda x: _over_places(x.abs().double()), _read_by)
 
 # %% ../../nbs/31d_prune.with_data.ipynb #9a8d0e44
-def _rank(x):
+def _map_rank(x):
     if x.ndim!=4:
-        raise ValueError(f'hrank needs feature maps (B, C, height, width) and was given {tuple(x.shape)}. '
+        raise ValueError('hrank needs feature maps (B, C, height, width) and was given '
+                         f'{tuple(x.shape)}. '
                          'Use another criterion, such as apoz, or `ignore` the layer.')
     return torch.linalg.matrix_rank(x.clamp(min=0).float()).double()
 
@@ -181,4 +184,4 @@ def hrank(
     """Mean rank of the positive part of a channel's feature maps (Lin et al. 2020)
 
     Raises `ValueError` where there are no maps."""
-    return _means(s, n_batches, _rank, lambda g: g.norms or g.makers, made=True)
+    return _channel_means(s, n_batches, _map_rank, lambda g: g.norms or g.makers, made=True)

@@ -10,12 +10,12 @@ import torch
 from copy import copy,deepcopy
 from torch.utils._pytree import tree_leaves,tree_map_only
 from ..core import first_samples,get_layer,inputs
-from .criteria import criterion,magnitude
+from .criteria import criterion
 from .scoring import Scoring,_outputs_first
 
 # %% ../../nbs/31c_prune.without_data.ipynb #f9e2f46d
-def _rows(n, part, w):
-    "Weights `w`, a row for each output of a layer, as a row (n, …) for each of the `n` channels of a group"
+def _channel_rows(n, part, w):
+    "Weights `w`, a row for each output of a layer, as a row (n, …) for each channel of a group"
     unit,w = part.unit.to(w.device),w[part.at.to(w.device)]
     order,counts = unit.argsort(stable=True),unit.bincount(minlength=n)
     first = counts.cumsum(0)-counts
@@ -34,10 +34,11 @@ def fpgm(
     for g in s.groups:
         def rows_of(p):
             w = s.weights[f'{p.path}.weight'].double()
-            return _rows(g.n, p, _outputs_first(get_layer(s.model, p.path), w))
+            return _channel_rows(g.n, p, _outputs_first(get_layer(s.model, p.path), w))
         rows = torch.cat([rows_of(p) for p in g.makers], 1)
         far = torch.cdist(rows, rows, compute_mode='donot_use_mm_for_euclid_dist')
-        res[g.name] = far.masked_fill(pruned[g.name], 0).sum(1).to(s.weights[f'{g.name}.weight'].dtype)
+        dtype = s.weights[f'{g.name}.weight'].dtype
+        res[g.name] = far.masked_fill(pruned[g.name], 0).sum(1).to(dtype)
     return res
 
 # %% ../../nbs/31c_prune.without_data.ipynb #d6be563f
@@ -70,17 +71,20 @@ def synflow(
     positive, too.
     Raises `ValueError` if there are no data, which give the shape of the input."""
     if s.data is None:
-        raise ValueError('synflow runs the network once. Pass `data`: DataLoaders or a batch of inputs.')
+        raise ValueError('synflow runs the network once. Pass `data`: DataLoaders or a batch of '
+                         'inputs.')
     xb = tree_map_only(torch.Tensor, _ones, first_samples(inputs(s.data, s.model), 1))
     flow = copy(s)
     flow.model = deepcopy(s.model).double()
     with torch.no_grad():
         for p in [*flow.model.parameters(), *flow.model.buffers()]: p.abs_()
     with flow.differentiable():
-        outputs = [o for o in tree_leaves(flow.model(*xb)) if isinstance(o, torch.Tensor) and o.requires_grad]
+        outputs = [o for o in tree_leaves(flow.model(*xb))
+                   if isinstance(o, torch.Tensor) and o.requires_grad]
         total = sum(o.sum() for o in outputs)
         flows = flow.sum(flow.mask_grads(total))
-    return {k: v.to(s.weights[k].dtype if k in s.weights else torch.float32) for k,v in flows.items()}
+    return {k: v.to(s.weights[k].dtype if k in s.weights else torch.float32)
+            for k,v in flows.items()}
 
 # %% ../../nbs/31c_prune.without_data.ipynb #5b152a6d
 @criterion

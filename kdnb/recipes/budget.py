@@ -7,17 +7,21 @@ __all__ = ['budget_ways', 'budget_defaults', 'budget', 'budget_table']
 
 # %% ../../nbs/56_recipes.budget.ipynb #07be75be
 import pandas as pd
+from itertools import product
+from pathlib import Path
+from torch import nn
 from fastcore.foundation import L
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..compress.budget import Budget
 from ..compress.cut import cut_to
 from ..distill.callback import KnowledgeDistillation
 from ..distill.learner import check_terms
-from ..core import inputs
-from ..core import check_choice
+from ..core import check_choice,inputs
 from ..prune.criteria import check_criterion
 from .settings import check_epochs,check_keeps,check_settings,name_of,term_for
 from .training import network_for
+from .record import Record
 from .registry import recipe
 from .run import Run
 from ..distill.task import check_classes
@@ -61,48 +65,65 @@ def _cut(run, dense, limits, way, s):
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return cut
 
-# %% ../../nbs/56_recipes.budget.ipynb #691a37e9
-@recipe('budget', settings=budget_defaults,
-        help='cut a network to a budget of multiply-accumulates in several ways, and teach what is left')
-def budget(dls, # `ArrayDataLoaders` or any fastai `DataLoaders`
-    teacher='resnet8', # Dense network, which is cut and then teaches: a name, a module to train, or a trained `Learner`
-    path='runs/budget', # Folder of the run; one that is there goes on
-    epochs=None, # Of the dense network, and of each of the small ones; 20 and 10 (quick: 6 and 3) if None
-    seeds=1, # How many repetitions, or their seeds
-    data='user data', # Name of the data, for the record
-    quick=False, # Few epochs, for a try
-    force=False, # Begin anew: delete the run in `path`
-    show=True, # Progress bars
-    **settings): # Changes to `budget_defaults`
-    "Cut a dense network to budgets in several ways, and distil; returns the finished `Run`"
-    check_classes(dls)
-    s,epochs = (check_settings('budget', settings, budget_defaults),
-                check_epochs(epochs or ((6,3) if quick else (20,10)), 'the dense network', 'the small ones'))
-    s['macs'],s['ways'] = (.5,.25) if s['macs'] is None else tuple(L(s['macs'])),tuple(L(s['ways']))
+# %% ../../nbs/56_recipes.budget.ipynb #a5e12ae1
+def _refuse_budgets(dls, teacher, budgets, s):
+    "Raise `ValueError` for what does not fit, before anything is trained"
     check_criterion(s['criterion'], 'channel')
     for o in s['ways']: check_choice('a way', o, budget_ways)
     t = teacher.model if isinstance(teacher, Learner) else network_for(dls, teacher)
-    budgets = _budgets(s)
-    for limits in budgets.values(): Budget(t, inputs(dls, t), limits)      # refuse before anything is trained
+    for limits in budgets.values(): Budget(t, inputs(dls, t), limits)
     if s['terms'] is not None: check_terms(check_keeps(term_for(s['terms'], t, t, dls), 'budget'), t, t, dls)
-    run,sensitivities = Run(path, 'budget', dls, data, seeds, force, show,
-                            teacher=name_of(teacher), epochs=epochs, quick=quick, **s),{}
+
+# %% ../../nbs/56_recipes.budget.ipynb #92cf9cab
+def _distil_all(run, teacher, epochs, budgets, s):
+    "Train each seed's dense network, cut it in all ways, distil; the first seed's cuts by sensitivity, for each budget"
+    found = {}
     for seed in run.each_seed():
         dense = run.teacher(teacher, epochs[0], s['teacher_lr'], stage='dense')
-        for words,limits in budgets.items():
+        for (words,limits),way in product(budgets.items(), s['ways']):
             limit = words if s['to'] else limits['macs']
-            for way in s['ways']:
-                cut = _cut(run, dense, limits, way, s)
-                if seed==run.seeds[0] and cut.sensitivity is not None: sensitivities[limit] = cut
-                terms = s['terms'] and term_for(s['terms'], cut.model, dense, dls)
-                kd = KnowledgeDistillation(dense, terms, s['task'], cache=run.cache)
-                run.fit(f'{way}, {words}', run.learner(cut.model), epochs[1], s['lr'], cbs=kd, of=dense,
-                        more=dict(way=way, budget=limit, widths=cut.widths.after.tolist()))
-    _show(run, sensitivities)
+            cut = _cut(run, dense, limits, way, s)
+            if seed==run.seeds[0] and cut.sensitivity is not None: found[limit] = cut
+            terms = s['terms'] and term_for(s['terms'], cut.model, dense, run.dls)
+            kd = KnowledgeDistillation(dense, terms, s['task'], cache=run.cache)
+            more = dict(way=way, budget=limit, widths=cut.widths.after.tolist())
+            run.fit(f'{way}, {words}', run.learner(cut.model), epochs[1], s['lr'], cbs=kd, of=dense, more=more)
+    return found
+
+# %% ../../nbs/56_recipes.budget.ipynb #691a37e9
+@recipe('budget', settings=budget_defaults,
+        help='cut a network to a budget of multiply-accumulates in several ways, and teach what is left')
+def budget(
+    dls:DataLoaders, # `ArrayDataLoaders` or any fastai `DataLoaders`
+    teacher:str|nn.Module|Learner='resnet8', # Dense network, cut and then teaching: a name, a module, or a trained `Learner`
+    path:str|Path='runs/budget', # Folder of the run; one that is there goes on
+    epochs:tuple|None=None, # Of the dense network, and of each of the small ones; 20 and 10 (quick: 6 and 3) if None
+    seeds:int|tuple|list=1, # How many repetitions, or their seeds
+    data:str='user data', # Name of the data, for the record
+    quick:bool=False, # Few epochs, for a try
+    force:bool=False, # Begin anew: delete the run in `path`
+    show:bool=True, # Progress bars
+    **settings, # Changes to `budget_defaults`
+) -> Run:
+    """Cut a dense network to budgets in several ways, and distil; returns the finished `Run`
+
+    Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
+    check_classes(dls)
+    s = check_settings('budget', settings, budget_defaults)
+    epochs = check_epochs(epochs or ((6,3) if quick else (20,10)), 'the dense network', 'the small ones')
+    s['macs'] = (.5,.25) if s['macs'] is None else tuple(L(s['macs']))
+    s['ways'] = tuple(L(s['ways']))
+    budgets = _budgets(s)
+    _refuse_budgets(dls, teacher, budgets, s)
+    run = Run(path, 'budget', dls, data, seeds, force, show, teacher=name_of(teacher), epochs=epochs, quick=quick,
+              **s)
+    _show(run, _distil_all(run, teacher, epochs, budgets, s))
     return run.finish(run.models[f"{s['ways'][0]}, {next(iter(budgets))}"], of=run.models['dense'])
 
 # %% ../../nbs/56_recipes.budget.ipynb #41fff28f
-def budget_table(record): # `Record` or `Run` of `budget`
+def budget_table(
+    record:Record, # `Record` or `Run` of `budget`
+) -> pd.DataFrame:
     """Means over seeds, a row for each network
 
     MACs, test accuracy (%), its spread, and points above the first way at that budget."""

@@ -18,7 +18,8 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..data.arrays import TensorDL
 from ..distill.task import check_classes
-from ..files import atomic_write,_lock,release
+from ..files import atomic_write
+from ..locks import _lock,release
 from ..models.registry import in_shape
 from .record import machine,_read_run,Record,RUN_FORMAT,RunFile,versions
 from .settings import check_seeds,name_of

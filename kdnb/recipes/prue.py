@@ -23,7 +23,7 @@ from ..distill.logits import KD
 from ..distill.names import method_names,named_term
 from ..distill.task import check_classes
 from ..distill.terms import Term,Terms
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.layers import match_stages
 from ..masks.model import mask_model,masks,prunable
 from ..measure.outputs import uncertainty
@@ -133,11 +133,13 @@ def _smoothed(alpha, c):
 def _soft(dl, model): return dict(uncertainty=uncertainty(model, dl))
 
 # %% ../../nbs/53a_recipes.prue.ipynb #010d8451
-def _soft_pruned(dl, criterion, sparsity, model): return _soft(dl, model) | dict(criterion=criterion, sparsity=sparsity)
+def _soft_pruned(dl, criterion, sparsity, model):
+    return _soft(dl, model) | dict(criterion=criterion, sparsity=sparsity)
 
 # %% ../../nbs/53a_recipes.prue.ipynb #3bfc61ea
 def _masks(model, sparsity, criterion, dls, layers):
-    return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls, layers=layers)).items()}
+    return {k: m.bool() for k,m in masks(prune_model(deepcopy(model), sparsity, criterion, dls,
+                                                     layers=layers)).items()}
 
 # %% ../../nbs/53a_recipes.prue.ipynb #a449d7e3
 def _uncertain_teachers(run, teacher, epochs, s):
@@ -147,7 +149,7 @@ def _uncertain_teachers(run, teacher, epochs, s):
     res = {'teacher': dense}
     if s.smoothing:
         net = untrained(run.dls, teacher, run.seed)
-        c = hear(dense, [], run.dls)[0].shape[1]
+        c = capture_outputs(dense, [], run.dls)[0].shape[1]
         loss_func = _smoothed(s.smoothing, c)
         res['smoothed'] = fit_in_drops(run, 'smoothed', net, epochs[0], s, loss_func=loss_func, more=soft)
     for (name,c),sparsity in product(s.criteria.items(), s.sparsities):
@@ -171,7 +173,8 @@ def _lessons(run, nets, teachers, epochs, s):
     res = {'alone': ('nobody',None,None,None)} | {f'from {k}': (k,t,*soft) for k,t in teachers.items()}
     net,dense = run.network(nets['student']),teachers['teacher']
     for name,m in s.methods.items():
-        if m=='TA': res[f'by {name}'] = 'assistant',_assistant(run, nets['assistant'], dense, soft, epochs[2], s),*soft
+        if m=='TA':
+            res[f'by {name}'] = 'assistant',_assistant(run, nets['assistant'], dense, soft, epochs[2], s),*soft
         elif _tau(m)!=s.T:     # else it is 'from teacher'
             res[f'by {name}'] = 'teacher',dense,*_term_and_task(m, s, net, dense, run.dls)
     return res
@@ -211,7 +214,8 @@ def prue(
     check_classes(dls)
     less = dict(criteria=('prue','magnitude'), sparsities=(.5,.9), methods=('Logits(1)','PKT'))
     s = check_settings('prue', settings, replace(PrueSettings(), **less if quick else {}))
-    epochs = check_epochs(epochs or ((3,2,3) if quick else (160,40,160)), 'the teachers', 'fine-tuning', 'each student')
+    epochs = check_epochs(epochs or ((3,2,3) if quick else (160,40,160)), 'the teachers', 'fine-tuning',
+                          'each student')
     s.weights = _weights | s.weights
     _check_prue(s)
     nets = _networks(teacher, student, assistant, quick, s)

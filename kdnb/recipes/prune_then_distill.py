@@ -37,7 +37,7 @@ _pairs = 'alone','unpruned','pruned','mismatched','uniform'
 @dataclass
 class PruneThenDistillSettings(Settings):
     "Settings of `prune_then_distill`"
-    sparsities:tuple[float,...] = (.36,.59,.79) # Parts of the teacher's weights that go: 2, 4 and 7 rounds (section 5)
+    sparsities:tuple[float,...] = (.36,.59,.79) # Parts of the teacher that go: 2, 4, 7 rounds (section 5)
     rate:float = .2 # Part of what is left that goes each round (Table 7)
     criterion:object = 'magnitude' # What the smallest of goes, a name or a function (section 3.1)
     pairs:tuple[str,...] = _pairs[:3] # Who teaches (section 5); also 'mismatched' (Table 12), 'uniform'
@@ -126,7 +126,8 @@ def _makers(run, teacher, student, teachers, s):
     "`{name of a student: (sparsities of its teachers, function that makes it)}`"
     own = partial(_teachers_of, sparsities=s.sparsities, pairs=s.pairs)
     def like(): return untrained(run.dls, teacher, run.seed+1000)    # not the teacher's own beginning
-    if student!='designed': return {'student': (own(None), like if student=='self' else partial(run.network, student))}
+    if student!='designed':
+        return {'student': (own(None), like if student=='self' else partial(run.network, student))}
     def design(pruned, **kwargs):
         set_seed(run.seed, reproducible=True)
         return design_student(pruned, run.dls, **kwargs)

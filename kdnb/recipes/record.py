@@ -50,7 +50,8 @@ def versions() -> dict[str,str]:
 def machine() -> dict:
     "System, processor, number of threads, and the GPU or 'cpu'"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
-    return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(), device=device)
+    return dict(system=platform.system(), processor=platform.machine(), threads=torch.get_num_threads(),
+                device=device)
 
 # %% ../../nbs/50_recipes.record.ipynb #1bdca7c9
 @dataclass

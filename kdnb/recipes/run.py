@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from torch import nn
 from fastcore.basics import patch
-from fastai.data.core import DataLoaders
 from ..export.files import load_model,save_model
-from ..files import atomic_write,load_state,release,save_state
+from ..files import atomic_write,load_state,save_state
+from ..locks import release
 from ..measure.counts import cost,latency
 from .record import Exhibit
 from .stage import _as_saved
@@ -40,7 +40,8 @@ def value(self:Run,
         try: o = load_state(path)
         except (ValueError,OSError): return
         done = self.finished and self.seed in self._old['seeds']
-        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o     # its data and stages are the same
+        # its data and stages are the same
+        if o['mark']==mark or done and f.__module__.startswith('kdnb.'): return o
         if done: self._refuse(f'the value {name!r} is computed from other things')
     if self.rank==0 and known() is None:
         self._begin()

@@ -21,7 +21,7 @@ from ..distill.callback import KnowledgeDistillation
 from ..distill.learner import check_terms
 from ..distill.names import method_names
 from ..distill.task import check_classes
-from ..features.capture import hear
+from ..features.capture import capture_outputs
 from ..features.layers import last_linear
 from ..masks.model import fold
 from ..measure.breakpoint import find_breakpoint
@@ -160,7 +160,7 @@ def _refuse_levels(dls, teacher, student, s):
     check_choice('scope', s.scope, ('global','layer'))
     t = network_for(dls, teacher.model if isinstance(teacher, Learner) else teacher)
     m = network_for(dls, student)
-    n_t,n_s = (hear(o, [], dls)[0].shape[1] for o in (t, m))
+    n_t,n_s = (capture_outputs(o, [], dls)[0].shape[1] for o in (t, m))
     if n_t!=n_s: raise ValueError(f'teacher gives {n_t} outputs, student {n_s}. Give a teacher of the same classes.')
     for o in s.method.values(): check_terms(_method_term(o, m, t, dls, s), m, t, dls)
     if s.channels: Scoring(m, dls, 'channel')      # are there any that can go?

@@ -33,7 +33,8 @@ def fits(
     if origin is tuple: return isinstance(value, (tuple,list)) and all(fits(o, inner[0]) for o in value)
     if kind in (None,types.NoneType): return value is None
     if kind is Callable: return callable(value)
-    if kind in (int,float): return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind in (int,float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     return isinstance(value, (tuple,list) if kind is tuple else kind)
 
 # %% ../../nbs/50b_recipes.settings.ipynb #17a6d3d7

@@ -38,7 +38,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 from ..training.processes import Processes
 from ..training.schedules import _dropped,fused_adam,nesterov_sgd
-from ..training.state import callback_memory,set_callback_memory
+from ..training.memory import callback_memory,set_callback_memory
 
 # %% ../../nbs/50e_recipes.training.ipynb #42ad4b75
 def network_for(
@@ -204,7 +204,8 @@ def fit(self:TrainingRun,
     before = of and n_weights(of)
     mark = fingerprint(self.seed, learn, n_epoch, lr, fit, cbs, result, before, more, kwargs, self.test,
                        *_named_code(cbs))
-    def parts(): return _made_from(learn, cbs, dict(epochs=n_epoch, lr=lr, fit=fit, result=result, more=more) | kwargs)
+    def parts():
+        return _made_from(learn, cbs, dict(epochs=n_epoch, lr=lr, fit=fit, result=result, more=more) | kwargs)
     record = self._known_stage(id_, mark, stage, parts)
     state = self.path/'stages'/f'{id_}.safetensors'
     made = record.get('made_from') if record else parts()

@@ -71,7 +71,8 @@ def layer_widths(
 # %% ../../nbs/51_recipes.vbgs_kd.ipynb #fc6b97c3
 def _sparsifiers(s):
     "Functions that make the callback of the sparse stage, and that of the last one (or None)"
-    prior = partial(VariationalSparsifier, check_weight(1-s.lam, '1-lam'), gamma_weight=s.gamma_weight, warmup=s.warmup,
+    prior = partial(VariationalSparsifier, check_weight(1-s.lam, '1-lam'), gamma_weight=s.gamma_weight,
+                    warmup=s.warmup,
                     cooldown=s.cooldown, gamma_lr=s.gamma_lr)
     if s.single_weights is None: return prior,None
     return prior,partial(prior, gamma_weight=check_weight(s.single_weights, 'single_weights'), cooldown=None)

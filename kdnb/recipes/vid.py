@@ -20,21 +20,22 @@ from ..distill.callback import KnowledgeDistillation
 from ..distill.learner import check_terms
 from ..distill.show import likelihood_maps
 from ..distill.task import check_classes
-from ..models.registry import in_shape,n_classes
+from ..models.registry import n_classes
 from .registry import recipe
 from .run import Run
 from .settings import check_epochs,check_settings,methods_by_title,name_of
 from .settings import recorded_methods,Settings
 from .shared import best_stage,teacher_in_drops
-from .training import fit_in_drops,network_for
+from .training import fit_in_drops
 from .vid_jobs import _check_experiments,_check_sizes,_Job,_job_term,_plan
-from .vid_jobs import _source,_taught,_variants,with_classes
+from .vid_jobs import _source,_source_teacher,_taking,_taught,_variants,with_classes
 from .vid_tables import _best_in_words,_experiment_rows,_show_experiment,_show_likelihood
 from .vid_tables import _show_variances,_table_titles
 from ..training.schedules import nesterov_sgd
 
 # %% ../../nbs/55b_recipes.vid.ipynb #2f5b323f
-_printed_weights = dict(KD=(1,10), FitNet=(10,100), AT=(100,1000), NST=(5,50), VID=(10,100), VIDLP=(10,100), # λ2 (A.3)
+# λ2 (A.3)
+_printed_weights = dict(KD=(1,10), FitNet=(10,100), AT=(100,1000), NST=(5,50), VID=(10,100), VIDLP=(10,100),
                         LwF=(1,10)) # Not printed: those of KD
 
 # %% ../../nbs/55b_recipes.vid.ipynb #d9b12c9f
@@ -44,7 +45,7 @@ _table_3 = 'fine-tuning','LwF','FitNet','AT','NST','VID-LP','VID-I','LwF + FitNe
 @dataclass
 class VidSettings(Settings):
     "Settings of `vid`"
-    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I') # For 'samples' and 'sizes' (Tables 1, 2)
+    methods:object = ('KD','FitNet','AT','NST','VID-I','KD + AT','KD + VID-I') # (Tables 1, 2)
     mlp_methods:object = ('KD','FitNet','VID-I') # For 'mlp' (Table 4)
     transfer_methods:object = _table_3 # For 'transfer' (Table 3)
     n_per_class:object = None # Training images a class, ('all', 500, 100); all, a 5th, 10th, 50th if None (Table 1)
@@ -90,27 +91,6 @@ class LikelihoodWatch(Callback):
         "Keep the maps of this epoch, if it is one of those"
         if self.epoch+1 not in self.at: return
         self.kept[self.epoch+1] = likelihood_maps(self.kd, self.model, self.dls.valid, self.n)
-
-# %% ../../nbs/55b_recipes.vid.ipynb #b80f75ef
-def _taking(dls, given):
-    "The network that is given, if it takes the images; a new one by its name"
-    return network_for(dls, given.model if isinstance(given, Learner) else given)
-
-# %% ../../nbs/55b_recipes.vid.ipynb #d6245cef
-def _source_teacher(dls, teacher, source, s):
-    "The network that is to know the source, trained if it is given so"
-    if isinstance(source, (Learner,nn.Module)): return _taking(dls, source)
-    if not isinstance(source, DataLoaders):
-        raise ValueError(f'source is {type(source).__name__}, expected DataLoaders, the name of an image set, '
-                         'a trained Learner or a trained network.')
-    if in_shape(source)!=in_shape(dls):
-        raise ValueError(f"the source's images are {tuple(in_shape(source))}, yours {tuple(in_shape(dls))}: "
-                         'resize one of them.')
-    name = s.source_teacher or teacher
-    if not isinstance(name, str):
-        raise ValueError('the teacher is no name, so it is not known which network shall learn the source. '
-                         "Pass source_teacher='resnet20'.")
-    return network_for(source, name)
 
 # %% ../../nbs/55b_recipes.vid.ipynb #08d7243f
 def _check_weights(job, s):

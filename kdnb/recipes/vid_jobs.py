@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import product
 from torch import nn
 from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 import torch
 from ..core import get_layer,set_layer
-from ..data.arrays import ArrayDataLoaders
+from ..data.loaders import ArrayDataLoaders
 from ..data.sets import image_dls
 from ..distill.names import method_names
 from ..distill.terms import usual_weights
@@ -162,3 +163,24 @@ def _source(dls, given):
     if 'name' not in given:
         raise ValueError(f"source is {given}, and names no image set. Write dict(name='fashion_mnist', ...).")
     return image_dls(**dict(bs=dls.bs, device=dls.device, size=in_shape(dls)[-2:]) | given)
+
+# %% ../../nbs/55_recipes.vid_jobs.ipynb #b80f75ef
+def _taking(dls, given):
+    "The network that is given, if it takes the images; a new one by its name"
+    return network_for(dls, given.model if isinstance(given, Learner) else given)
+
+# %% ../../nbs/55_recipes.vid_jobs.ipynb #d6245cef
+def _source_teacher(dls, teacher, source, s):
+    "The network that is to know the source, trained if it is given so"
+    if isinstance(source, (Learner,nn.Module)): return _taking(dls, source)
+    if not isinstance(source, DataLoaders):
+        raise ValueError(f'source is {type(source).__name__}, expected DataLoaders, the name of an image set, '
+                         'a trained Learner or a trained network.')
+    if in_shape(source)!=in_shape(dls):
+        raise ValueError(f"the source's images are {tuple(in_shape(source))}, yours {tuple(in_shape(dls))}: "
+                         'resize one of them.')
+    name = s.source_teacher or teacher
+    if not isinstance(name, str):
+        raise ValueError('the teacher is no name, so it is not known which network shall learn the source. '
+                         "Pass source_teacher='resnet20'.")
+    return network_for(source, name)

@@ -68,7 +68,8 @@ def _best_in_words(df):
     acc = 100*df[df.column==last].groupby('method').test_accuracy.mean()
     alone,best = acc.pop('Student'),acc.idxmax()
     at = f'{last} images per class' if last.isdigit() else f'{last} images' if last=='all' else last
-    if acc[best]<=alone: return f'Nothing beats the student alone at {at}: {alone:.1f} %, {best} has {acc[best]:.1f} %.'
+    if acc[best]<=alone:
+        return f'Nothing beats the student alone at {at}: {alone:.1f} %, {best} has {acc[best]:.1f} %.'
     return f'{best} is the best at {at}: {acc[best]:.1f} %, the student alone has {alone:.1f} %.'
 
 # %% ../../nbs/55a_recipes.vid_tables.ipynb #f6baa1b8
@@ -94,7 +95,8 @@ def _show_likelihood(run, maps, n_epoch):
     by_epoch = {'student alone' if k=='alone' else f'epoch {k}': o[q] for k,o in maps.items()}
     cols = {'image': maps['alone']['image'], **by_epoch, t: maps['alone'][t]}
     first,last,none = (float(o[q].mean()) for o in (maps[1], maps[n_epoch], maps['alone']))
-    run.exhibit('likelihood', 'maps', cols, f'log q(t|s), {q.splitlines()[0]} (as Figures 2 and 4 of Ahn et al. 2019)',
+    run.exhibit('likelihood', 'maps', cols,
+                f'log q(t|s), {q.splitlines()[0]} (as Figures 2 and 4 of Ahn et al. 2019)',
                 f'Bright is known. Mean of these places, in nats over all channels: {first:.1f} after the first epoch '
                 f'of VID-I, {last:.1f} after the last; {none:.1f} where q was trained for a student that learnt alone. '
                 'On the right, how active the teacher is.')

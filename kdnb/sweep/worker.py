@@ -10,7 +10,7 @@ import gc,itertools,json,math,os,sys,threading,time,traceback
 import numpy as np
 from pathlib import Path
 from fastcore.basics import noop,patch
-from ..files import release
+from ..locks import release
 from ..show import percent
 from .grid import Grid
 from .processes import _lives,keep_alive,worker_process
@@ -96,8 +96,7 @@ def current(self:_Worker):
 def lacking(self:_Worker, retry_failed=False):
     "`{checksum: last trial}` of combinations without a trial that waits, runs or has ended"
     now = self.current()
-    def cut_off(t):
-        return t.state==self.State.FAIL and (retry_failed or 'error' not in t.user_attrs)
+    def cut_off(t): return t.state==self.State.FAIL and (retry_failed or 'error' not in t.user_attrs)
     return {k: now.get(k) for k in self.todo if k not in now or cut_off(now[k])}
 
 # %% ../../nbs/61d_sweep.worker.ipynb #31497274
@@ -113,8 +112,8 @@ def add(self:_Worker, retry_failed=False):
                 was = last.user_attrs
                 new |= {k: was[k] for k in ('name','args')} | dict(attempt=was['attempt']+1)
                 if 'error' not in was: new['kills'] = was.get('kills_now', was['kills'])
-            create = _optuna().trial.create_trial
-            self.study.add_trial(create(state=self.State.WAITING, user_attrs=new))
+            trial = _optuna().trial.create_trial(state=self.State.WAITING, user_attrs=new)
+            self.study.add_trial(trial)
 
 # %% ../../nbs/61d_sweep.worker.ipynb #a5f82b2f
 @patch
@@ -135,8 +134,7 @@ def end(self:_Worker, trial, state, value=None, **attrs):
     "Write down how `trial` has ended, unless it was given to another"
     try:
         for k,v in attrs.items(): self.storage.set_trial_user_attr(self.id(trial), k, v)
-        values = None if value is None else [value]
-        self.storage.set_trial_state_values(self.id(trial), state, values)
+        self.storage.set_trial_state_values(self.id(trial), state, None if value is None else [value])
     except self.Finished: pass
 
 # %% ../../nbs/61d_sweep.worker.ipynb #4f07cd96
@@ -154,10 +152,9 @@ def _is_dead(self:_Worker, t, lock):
     here = place==lock.place if place else _noted(lock)==str(t.number)
     if here and lock.place: return True
     since,was = self.counts.setdefault(t.number, (time.monotonic(), count))
-    if was!=count:
-        self.counts[t.number] = time.monotonic(),count
-        return False
-    return time.monotonic()-since>=_patience
+    if was==count: return time.monotonic()-since>=_patience
+    self.counts[t.number] = time.monotonic(),count
+    return False
 
 # %% ../../nbs/61d_sweep.worker.ipynb #5759fbd9
 @patch
@@ -211,16 +208,14 @@ def run(self:_Worker, t, lock):
 def report(self:_Worker, new=True):
     "A line for each trial that has ended since the last time; without `new` only how many have"
     def ended(t): return t.value is not None or 'error' in t.user_attrs and t.state.is_finished()
-    done = {k: t for k,t in self.current().items() if ended(t)}
-    fresh = [k for k in done if k not in self.shown]
-    if self.show and fresh and not new:
-        print(f'{len(fresh)} of {len(self.todo)} trials have come to their end before.')
-    for k in fresh:
+    fresh = {k: t for k,t in self.current().items() if k not in self.shown and ended(t)}
+    n = len(self.todo)
+    if self.show and fresh and not new: print(f'{len(fresh)} of {n} trials have come to their end before.')
+    for k,t in fresh.items():
         self.shown.add(k)
-        a,value = done[k].user_attrs,done[k].value
-        how = a['error'] if value is None else f'{percent(value, 2)} in {a["seconds"]:.0f} s'
-        if not (self.show and new): continue
-        print(f'{len(self.shown)}/{len(self.todo)} {a["name"]}: {how}', flush=True)
+        a = t.user_attrs
+        how = a['error'] if t.value is None else f'{percent(t.value, 2)} in {a["seconds"]:.0f} s'
+        if self.show and new: print(f'{len(self.shown)}/{n} {a["name"]}: {how}', flush=True)
 
 # %% ../../nbs/61d_sweep.worker.ipynb #b2baf1c9
 @patch
@@ -236,8 +231,7 @@ def work(self:_Worker, wait=True, then=noop):
         else:
             left = [t for t in self.current().values() if not t.state.is_finished()]
             if not left and not self.lacking(): return
-            if self.show and left and not waited:
-                print(f'waiting for {len(left)} trials that run elsewhere')
+            if left and not waited and self.show: print(f'waiting for {len(left)} trials that run elsewhere')
             waited = waited or bool(left)
             time.sleep(_nap)
         self.report()
@@ -247,8 +241,8 @@ def work(self:_Worker, wait=True, then=noop):
 @patch
 def spawn(self:_Worker, i):
     "Start worker `i` in a process"
-    until = None if self.until==math.inf else self.until
-    args = [self.where, str(self.out), False, os.getpid(), self.first, until]
+    args = [self.where, str(self.out), False, os.getpid(), self.first]
+    args.append(None if self.until==math.inf else self.until)
     return worker_process('kdnb.sweep.worker', json.dumps([self.grid.plain, *args]), i)
 
 # %% ../../nbs/61d_sweep.worker.ipynb #935f4dae

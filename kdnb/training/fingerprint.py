@@ -37,7 +37,7 @@ def _is_constant(v):
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #c5ec83b3
 def _own_code(o):
-    "Methods, properties and constants of the class of `o`, or of the class `o`, without those of libraries"
+    "Methods, properties and constants of the class (of) `o`, without those of libraries"
     cls = o if isinstance(o, type) else type(o)
     steady = not issubclass(cls, Callback)    # a callback may count in its class
     def parts(k, v):
@@ -55,7 +55,8 @@ def _own_code(o):
 def _is_written_here(o):
     "Is it code of the user's own files, not of an installed package?"
     file = str(getattr(sys.modules.get(o.__module__), '__file__', ''))
-    installed = re.search(r'[/\\](site|dist)-packages[/\\]', file) or file.startswith(get_path('stdlib'))
+    in_packages = re.search(r'[/\\](site|dist)-packages[/\\]', file)
+    installed = in_packages or file.startswith(get_path('stdlib'))
     return _is_own(o) and not installed
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #049dca34
@@ -66,10 +67,11 @@ def _names_read(code):
     return ({*code.co_names}-set_here).union(*inner)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #470f87f2
-def _taken(f):
+def _named_code(f):
     "Functions, classes and constants of their file that the user's own function `f` names"
     if not _is_written_here(f): return []
-    there = {k: f.__globals__[k] for k in sorted(_names_read(f.__code__)) if k in f.__globals__ and k[:2]!='__'}
+    names = [k for k in sorted(_names_read(f.__code__)) if k in f.__globals__ and k[:2]!='__']
+    there = {k: f.__globals__[k] for k in names}
     return [(k, _own_code(v) if isinstance(v, type) else v) for k,v in there.items()
             if _is_constant(v) or isinstance(v, (FunctionType,type)) and _is_written_here(v)]
 
@@ -81,7 +83,8 @@ def _parts(o):
     if not hasattr(o, '__dict__'): return repr(o),
     private = isinstance(o, TidyCallback)    # of an earlier fit
     kept = {k: v for k,v in vars(o).items()
-            if k!='learn' and not (private and k.startswith('_')) and not isinstance(v, random.Random)}
+            if k!='learn' and not (private and k.startswith('_'))
+            and not isinstance(v, random.Random)}
     own = isinstance(o, Callback) or _is_written_here(type(o))
     return kept,*(_own_code(o) if own else ())
 
@@ -106,7 +109,7 @@ def _(o): return o.tolist()
 def _(o): return list(o.columns),list(o.index),*(o[c].tolist() for c in o)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #5f3a6f46
-def _cell(c):
+def _cell_value(c):
     "What a function has closed over; None if it is not set yet"
     try: return c.cell_contents
     except ValueError: return None
@@ -117,8 +120,8 @@ def _(o): return o.co_code,o.co_names,o.co_consts
 
 @_parts.register(FunctionType)
 def _(o):
-    closed_over = [_cell(c) for c in o.__closure__ or ()]
-    return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,closed_over,*_taken(o)
+    closed_over = [_cell_value(c) for c in o.__closure__ or ()]
+    return o.__qualname__,o.__code__,o.__defaults__,o.__kwdefaults__,closed_over,*_named_code(o)
 
 @_parts.register(BuiltinFunctionType)
 def _(o): return o.__module__,o.__qualname__
@@ -133,7 +136,7 @@ def _(o): return o.func,o.args,o.keywords
 def tensors_in(
     model:nn.Module, # Any module
 ) -> dict[str,torch.Tensor]:
-    "`{name: tensor}` of every parameter and buffer as it is stored: masks beside weights, and heads"
+    "`{name: tensor}` of all parameters and buffers as they are stored: masks beside weights, heads"
     model = unwrap(model)
     return {k: v.detach() for k,v in (*model.named_parameters(), *model.named_buffers())}
 
@@ -146,22 +149,25 @@ def _is_setting(v):
 # %% ../../nbs/06e_training.fingerprint.ipynb #a576aa0e
 def _settings(m):
     "Public attributes of the layer `m` that are settings"
-    return sorted((k, v) for k,v in vars(m).items() if k[0]!='_' and k!='training' and _is_setting(v))
+    return sorted((k, v) for k,v in vars(m).items()
+                  if k[0]!='_' and k!='training' and _is_setting(v))
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #9fcb024a
 @_parts.register(nn.Module)
 def _(o):
     model = unwrap(o)
-    traced = [m for m in model.modules() if isinstance(m, fx.GraphModule)]     # their names are lost in a copy
+    # their names are lost in a copy
+    traced = [m for m in model.modules() if isinstance(m, fx.GraphModule)]
     names = {type(m).__name__ for m in traced}
     text = re.sub(rf'\b({"|".join(names or "-")})\(', 'GraphModule(', repr(model))
     layers = ((_settings(m),_own_code(m)) for m in model.modules())
     return text,*tensors_in(model).items(),*layers,*(m.code for m in traced)
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #9f94cd45
-def _labels(tl):
-    "What `tl` gives for its items, unless these are images, which take long to open, or it stands in their table"
-    if isinstance(tl.items, pd.DataFrame) or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000:
+def _label_text(tl):
+    "What `tl` gives for its items, unless these are images, slow to open, or it stands in their table"
+    is_table = isinstance(tl.items, pd.DataFrame)
+    if is_table or len(tl) and math.prod(getattr(tl[0], 'shape', ()))>4000:
         return
     return str([y.tolist() if isinstance(y, torch.Tensor) else y for y in tl])
 
@@ -174,9 +180,10 @@ def _loader(dl):
     n_inp = getattr(ds, 'n_inp', 1)
     tls = getattr(ds, 'tls', None) or [ds]*(isinstance(ds, L) and hasattr(ds, 'tfms'))
     if tls:
-        known = tls[0].items,*((str(tl.tfms), i>=n_inp and _labels(tl)) for i,tl in enumerate(tls))
+        known = tls[0].items,*((str(tl.tfms), i>=n_inp and _label_text(tl)) for i,tl in enumerate(tls))
     else: known = len(ds),ds,_own_code(ds)
-    return dl.bs,getattr(dl, 'shuffle', None),getattr(dl, 'drop_last', None),[str(t) for t in tfms],known
+    shuffle,drop_last = (getattr(dl, o, None) for o in ('shuffle','drop_last'))
+    return dl.bs,shuffle,drop_last,[str(t) for t in tfms],known
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #4f4e6156
 @_parts.register(DataLoaders)
@@ -194,7 +201,8 @@ def _(o):
     return o.model,o.loss_func,o.opt_func,o.lr,o.wd,o.moms,o.dls,cbs
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #606b8ace
-_plain_types = (type(None),bool,int,float,complex,str,bytes,Path,np.generic,torch.dtype,torch.device,torch.Size)
+_plain_types = (type(None),bool,int,float,complex,str,bytes,Path,np.generic,torch.dtype,
+                torch.device,torch.Size)
 
 class _Digest:
     "A checksum that objects are fed to"

@@ -108,7 +108,7 @@ class TermSplitter:
     def __call__(self,
         model:nn.Module, # The learner's network
     ) -> L:
-        "Groups that terms have for themselves, then the network's, the last with what other terms bring"
+        "Groups that terms have for themselves, the network's, and in the last what other terms bring"
         groups = L(self.splitter(model))
         if not isinstance(groups[0], (list,L)): groups = L([groups])
         brought = [list(t.params(model)) for t in self.terms]

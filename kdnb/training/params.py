@@ -6,7 +6,6 @@
 __all__ = ['ParamsCallback', 'brought_by']
 
 # %% ../../nbs/06c_training.params.ipynb #a0cac048
-from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -21,7 +20,7 @@ from .optimizer import _ids,let_go,param_states,regroup,take_in,TermSplitter
 
 # %% ../../nbs/06c_training.params.ipynb #e8b616a6
 class ParamsCallback(Attached, TidyCallback):
-    "A tidy callback that brings parameters: they join the learner's optimiser and leave with the callback"
+    "A tidy callback whose parameters join the learner's optimiser and leave with the callback"
     own_group = False   # does the optimiser keep `params` in a group of their own?
     _attached = False
     def __getstate__(self): return {**self.__dict__, '_files': {}}
@@ -31,7 +30,7 @@ class ParamsCallback(Attached, TidyCallback):
         "Parameters of `model` that belong to this callback"
         return []
     def tensors(self) -> list[torch.Tensor]:
-        "What the callback has learnt; it comes back with a file of the learner that was saved at that time"
+        "What the callback has learnt; it comes back with a file of the learner that was saved then"
         return list(self.params(self.model))
     def leave(self) -> None:
         "Put the learner back as it was found, and `detach`"
@@ -65,7 +64,8 @@ def brought_by(
     learn:Learner, # Any learner
 ) -> dict[ParamsCallback,list[nn.Parameter]]:
     "Callbacks of `learn` that bring parameters of their own, and these parameters"
-    there = [c for c in learn.cbs if isinstance(c, ParamsCallback) and c._attached and not c.own_group]
+    there = [c for c in learn.cbs if isinstance(c, ParamsCallback) and c._attached
+             and not c.own_group]
     brought = {c: list(c.params(learn.model)) for c in there}
     return {c: ps for c,ps in brought.items() if ps}
 

@@ -13,20 +13,20 @@ from fastcore.basics import patch
 from fastai.torch_core import find_bs
 from ..core import check_weight,described
 from .callbacks import is_training
-from .params import brought_by,ParamsCallback
+from .params import ParamsCallback
 from .schedules import weight_at
 
 # %% ../../nbs/06d_training.terms.ipynb #66b5e333
 class LossTerm(ParamsCallback):
-    """Add `weight` times `term` to the training loss, and show the term's mean over the epoch as a column
+    """Add `weight` times `term` to the training loss, and show the term's mean over an epoch
 
     Raises `ValueError` if a term is no function, or a weight no number from 0 on."""
     order = 0   # before GradientAccumulation (6), MixedPrecision (10), GradientClip (11)
     _blank = None                  # stands for the targets of a batch that has none
     _idle = _steps = False         # has a batch taught nothing, something?
     def __init__(self,
-        term:Callable|dict, # Function of this callback that returns a scalar tensor; or a dict of them by name
-        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 leaves training as it was
+        term:Callable|dict, # Function of this callback that returns a scalar tensor; `{name: function}`
+        weight:float|Callable|dict=1., # Number or schedule; a dict if `term` is one. 0 changes nothing
         name:str='term', # Column in the progress table
         task:float|Callable=1., # Weight of the task loss itself
     ):
@@ -63,7 +63,7 @@ def _task_loss(self:LossTerm):
 # %% ../../nbs/06d_training.terms.ipynb #16e538aa
 @patch
 def _sum(self:LossTerm, task, weights, n):
-    "Loss of a batch of `n` samples: the task's times `task`, and each term, noted for its column, times its weight"
+    "Loss of a batch of `n` samples: the task's times `task`, and each term, noted, times its weight"
     loss = self._task_loss()
     if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
     for k,v in self.values(weights).items():
@@ -110,7 +110,8 @@ def after_loss(self:LossTerm) -> None:
     if not weights and task==1: return
     n = find_bs(learn.yb if labelled else learn.xb)
     learn.loss_grad = self._sum(task, weights, n)
-    learn.loss = learn.loss_grad.detach().clone()   # no alias: accumulation edits `loss_grad` in place
+    # no alias: accumulation edits `loss_grad` in place
+    learn.loss = learn.loss_grad.detach().clone()
     if not labelled: learn.yb = self._blank = (torch.zeros(n, 0),)
 
 # %% ../../nbs/06d_training.terms.ipynb #607d98a7
@@ -133,7 +134,7 @@ _nothing_trained = ('nothing is trained: no batch of this training has targets, 
 # %% ../../nbs/06d_training.terms.ipynb #cd3759fc
 @patch
 def _pass_over(self:LossTerm):
-    "A batch from which nothing is learnt. Raises `ValueError` in `lr_find`, which stays at the beginning."
+    "A batch from which nothing is learnt. Raises `ValueError` in `lr_find`, which goes no further."
     self._idle = True
     if not is_training(self.learn): raise ValueError(_nothing_trained)
 

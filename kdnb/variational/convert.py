@@ -20,14 +20,14 @@ from .gates import Gate,Gates
 from .layers import GroupConv2d,GroupLinear,VDConv2d,VDLinear,variational_layers
 
 # %% ../../nbs/21_variational.convert.ipynb #c754c857
-def _linears(m):
+def _is_linear(m):
     "Is `m` a linear layer that takes gates?"
     return type(m) is nn.Linear
 
 # %% ../../nbs/21_variational.convert.ipynb #98f04614
-def _dense(m):
+def _is_dense(m):
     "Is `m` a layer all of whose outputs read all of its inputs?"
-    return _linears(m) or type(m) is nn.Conv2d and m.groups==1
+    return _is_linear(m) or type(m) is nn.Conv2d and m.groups==1
 
 # %% ../../nbs/21_variational.convert.ipynb #f89a114f
 def _width(m):
@@ -54,8 +54,8 @@ def _axis(n, parts):
 
 # %% ../../nbs/21_variational.convert.ipynb #fa544b47
 def _coupled(model, data):
-    "A gate for each group of coupled channels, wherever they are read, and for positions of linear layers"
-    parts = {p: [] for p,m in model.named_modules() if _dense(m)}
+    "A gate for each group of coupled channels, wherever they are read, and for linear layers' inputs"
+    parts = {p: [] for p,m in model.named_modules() if _is_dense(m)}
     stays = []
     for g in channel_groups(model, data):
         why = g.stays
@@ -69,7 +69,7 @@ def _coupled(model, data):
         for p in g.readers: parts[p.path].append((gate, p.at, p.unit))
     for path,ps in parts.items():
         m = model.get_submodule(path)
-        if _linears(m) and not (len(ps)==1 and _one_to_one(ps[0], m.in_features)):
+        if _is_linear(m) and not (len(ps)==1 and _one_to_one(ps[0], m.in_features)):
             every = torch.arange(m.in_features)
             ps.append((Gate(m.in_features), every, every))
     if stays: warnings.warn(f'no gates for the channels of {"; ".join(stays)}.')
@@ -78,7 +78,7 @@ def _coupled(model, data):
 # %% ../../nbs/21_variational.convert.ipynb #b8b0010b
 _odd = nn.RNNBase,nn.RNNCellBase,nn.MultiheadAttention
 
-def _refuse(model, data):
+def _refuse_layers(model, data):
     "Raise if a layer cannot carry gates"
     owners = {}
     for path,m in model.named_modules(remove_duplicate=False):
@@ -88,12 +88,12 @@ def _refuse(model, data):
                              'them. Sparsify the part of the network without them, or prune this '
                              'one.')
         first,o = owners.setdefault(id(m._parameters.get('weight', m)), (path,m))
-        if first!=path and any(_linears(l) or isinstance(l, nn.Conv2d) for l in (m,o)):
+        if first!=path and any(_is_linear(l) or isinstance(l, nn.Conv2d) for l in (m,o)):
             raise ValueError(f'layers {first!r} and {path!r} share a weight: one γ cannot serve '
                              'both. Give each a weight of its own.')
     if data is None: return
     ran = layer_shapes(model, inputs(data, model)).index
-    if (twice := [p for p in ran[ran.duplicated()] if _dense(model.get_submodule(p))]):
+    if (twice := [p for p in ran[ran.duplicated()] if _is_dense(model.get_submodule(p))]):
         raise ValueError(f'layer {twice[0]!r} runs more than once in a pass: '
                          'one γ cannot serve all of its inputs. Use a layer for each place.')
 
@@ -101,18 +101,18 @@ def _refuse(model, data):
 def _gates(model, data, groups):
     "The kind of `groups`, and `{path: gate}` of it"
     default = groups is None
-    has_linears = any(map(_linears, model.modules()))
-    has_convs = any(_dense(m) and not _linears(m) for m in model.modules())
+    has_linears = any(map(_is_linear, model.modules()))
+    has_convs = any(_is_dense(m) and not _is_linear(m) for m in model.modules())
     if default: groups = 'channels' if data is not None and has_convs else 'neurons'
     if groups=='weights': return groups,{}
-    if groups!='channels': return groups,_each(model, _linears if groups=='neurons' else _dense)
+    if groups!='channels': return groups,_each(model, _is_linear if groups=='neurons' else _is_dense)
     try: gates = _coupled(model, data)
     except (ValueError,RuntimeError) as e:
         if not default or not has_linears: raise
         warnings.warn(f'the convolutions get no gates: {e}')
         gates = {}
     if gates or not (default and has_linears): return groups,gates
-    return 'neurons',_each(model, _linears)
+    return 'neurons',_each(model, _is_linear)
 
 # %% ../../nbs/21_variational.convert.ipynb #4bad2234
 def _convert(m, gate, noise, single):
@@ -133,7 +133,7 @@ def _say_share(model, data):
     if share>=.8: return
     hint = ('The others are of kinds that have none, or channel_groups(model, data) says why their '
             'channels stay.')
-    if data is None and any(map(_dense, set(layers)-set(gated.values()))):
+    if data is None and any(map(_is_dense, set(layers)-set(gated.values()))):
         hint = ('Convolutions get them where there is data to trace with: '
                 'to_variational(learn), or pass DataLoaders or a batch as data.')
     warnings.warn(f'{share:.1%} of the weights can ever be cut: {len(gated)} of {len(layers)} '
@@ -143,7 +143,7 @@ def _say_share(model, data):
 def _refuse_all(model, groups):
     "Raise: no layer of `model` could have gates of this kind"
     hint = ''
-    if groups=='neurons' and any(map(_dense, model.modules())): hint = " Try groups='channels'."
+    if groups=='neurons' and any(map(_is_dense, model.modules())): hint = " Try groups='channels'."
     kinds = 'nn.Linear' if groups=='neurons' else 'nn.Linear or nn.Conv2d'
     raise ValueError(f'{type(model).__name__} has no {kinds} layer whose inputs could be removed: '
                      f'there is nothing to group.{hint}')
@@ -171,11 +171,12 @@ def to_variational(
         raise ValueError("groups='channels' follows channels through the network: "
                          'pass DataLoaders or a batch as data.')
     model = plain_copy(model)
-    _refuse(model, data)
+    _refuse_layers(model, data)
     asked = groups
     groups,gates = _gates(model, data, groups)
-    which = _linears if groups=='neurons' else _dense
-    if not gates and (groups!='weights' or not any(map(which, model.modules()))): _refuse_all(model, groups)
+    which = _is_linear if groups=='neurons' else _is_dense
+    singles = groups=='weights' and any(map(which, model.modules()))
+    if not gates and not singles: _refuse_all(model, groups)
     for path,m in list(model.named_modules()):
         if not init_from_pretrained and hasattr(m, 'reset_parameters'): m.reset_parameters()
         if not which(m) or not (path in gates or noise=='full' or groups=='weights'): continue

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 # %% ../../nbs/20_variational.gates.ipynb #7f16913f
-_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
+_psi_half = torch.digamma(torch.tensor(.5, dtype=torch.double))   # ψ(½)
 
 # %% ../../nbs/20_variational.gates.ipynb #dc62f290
 def _exact_kl(la):
@@ -26,14 +26,14 @@ def _exact_kl(la):
     logp = j*lam[...,None].log() - lam[...,None] - torch.lgamma(j+1)
     short = (logp.exp()*torch.digamma(j+.5)).sum(-1)
     series = big.log() - math.log(2) - 1/big - 3/(2*big**2) - 5/big**3 - 105/(4*big**4)
-    return (torch.where(m2<100, short, series) - _half.to(la))/2
+    return (torch.where(m2<100, short, series) - _psi_half.to(la))/2
 
 # %% ../../nbs/20_variational.gates.ipynb #3055ce0c
 def group_kl(
     log_alpha:torch.Tensor, # log σ²/μ² of each group, any shape
     exact:bool=False, # The exact form (slower) instead of the sigmoid form
 ) -> torch.Tensor:
-    "KL from q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ| for each group, as `log_alpha` (Ming et al. 2020, eq. 10-12)"
+    "KL of q(γ) = N(μ, σ²) to p(γ) ∝ 1/|γ|, a group each, as `log_alpha` (Ming et al. 2020, eq. 10-12)"
     if exact: return _exact_kl(log_alpha.double()).to(log_alpha.dtype)
     return .63576*torch.sigmoid(-1.87320 - 1.48695*log_alpha) + .5*F.softplus(-log_alpha)
 
@@ -47,9 +47,10 @@ def log_alpha(
 
 # %% ../../nbs/20_variational.gates.ipynb #c6b016fd
 class GroupKL(torch.autograd.Function):
-    "Σ `weight`·`group_kl` of groups with mean μ and log σ², as one node with the gradient written out"
+    "Σ `weight`·`group_kl` of groups with mean μ and log σ²: one node, its gradient written out"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mu:torch.Tensor, # Means (n,)
         logvar:torch.Tensor, # Logarithms of the variances (n,)
         weight:float=1., # Of each group, or of all
@@ -60,7 +61,10 @@ class GroupKL(torch.autograd.Function):
         ctx.save_for_backward(-2*slope*mu/(mu**2 + 1e-8), slope)
         return (weight*group_kl(la)).sum()
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple: return *(g*o for o in ctx.saved_tensors),None
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the sum, a scalar
+    ) -> tuple: return *(g*o for o in ctx.saved_tensors),None
 
 # %% ../../nbs/20_variational.gates.ipynb #dacd2f83
 def _to_shape(g):
@@ -71,7 +75,8 @@ def _to_shape(g):
 class Draw(torch.autograd.Function):
     "γ = μ + σ·`normal` of the groups that are `open`, as one node"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mu:torch.Tensor, # Means (n,)
         logvar:torch.Tensor, # Logarithms of the variances (n,)
         normal:torch.Tensor, # Standard normal numbers (n,), or (bs, n) for a draw of each example
@@ -81,7 +86,10 @@ class Draw(torch.autograd.Function):
         ctx.save_for_backward(open, noise)
         return torch.addcmul(noise, mu, open)
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple:
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of γ, of its shape
+    ) -> tuple:
         open,noise = ctx.saved_tensors
         return _to_shape(g*open),_to_shape(g*noise/2),None,None
 
@@ -89,11 +97,17 @@ class Draw(torch.autograd.Function):
 class HalfSquare(torch.autograd.Function):
     "½Σp² over many tensors, as one node: its gradient is p, one pass over each"
     @staticmethod
-    def forward(ctx:object, *ps:torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx:object, # Keeps what `backward` needs
+        *ps:torch.Tensor, # Of any shapes
+    ) -> torch.Tensor:
         ctx.save_for_backward(*ps)
         return .5*torch.stack(torch._foreach_norm(ps)).square().sum()
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple:
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the sum, a scalar
+    ) -> tuple:
         return tuple(torch._foreach_mul(ctx.saved_tensors, g))
 
 # %% ../../nbs/20_variational.gates.ipynb #1d6f78a9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AddNoise', 'NoisyLayer', 'GroupLayer', 'GroupLinear', 'GroupConv2d', 'VDLayer', 'VDLinear', 'VDConv2d',
-           'variational_layers', 'noise_groups', 'log_alphas', 'KL', 'kl']
+           'variational_layers', 'noise_groups', 'log_alphas', 'noise_params']
 
 # %% ../../nbs/20a_variational.layers.ipynb #154209c6
 from collections.abc import Callable
@@ -12,13 +12,14 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .gates import Gate,GroupKL,HalfSquare,log_alpha
+from .gates import Gate,log_alpha
 
 # %% ../../nbs/20a_variational.layers.ipynb #aecaa929
 class AddNoise(torch.autograd.Function):
     "A draw from N(`mean`, `var`), elementwise; one node, which keeps one tensor for its gradient"
     @staticmethod
-    def forward(ctx:object,
+    def forward(
+        ctx:object, # Keeps what `backward` needs
         mean:torch.Tensor, # Any shape
         var:torch.Tensor, # Of the same shape
     ) -> torch.Tensor:
@@ -28,11 +29,14 @@ class AddNoise(torch.autograd.Function):
         ctx.save_for_backward((normal/sd/2).to(var.dtype))
         return mean + (sd*normal).to(mean.dtype)
     @staticmethod
-    def backward(ctx:object, g:torch.Tensor) -> tuple: return g,g*ctx.saved_tensors[0]
+    def backward(
+        ctx:object, # What `forward` has kept
+        g:torch.Tensor, # Gradient of the draw, of its shape
+    ) -> tuple: return g,g*ctx.saved_tensors[0]
 
 # %% ../../nbs/20a_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
-    "Mixed into `nn.Linear` and `nn.Conv2d`; `_add_noise` makes a layer noisy in place, `_settle` plain"
+    "Mixed into `nn.Linear` and `nn.Conv2d`: `_add_noise` makes one noisy in place, `_settle` plain"
     def _product(self, x, weight, bias):
         "The plain layer's outputs with these weights"
         if isinstance(self, nn.Linear): return F.linear(x, weight, bias)
@@ -109,7 +113,8 @@ def _full(self:GroupLayer, x):
     def scale(gates, x):
         s = gates.of(lambda g: g.draw(self, len(x)))
         ones = (1,)*(x.ndim-2)
-        return s.view(len(x), *ones, -1) if isinstance(self, nn.Linear) else s.view(len(x), -1, *ones)
+        is_linear = isinstance(self, nn.Linear)
+        return s.view(len(x), *ones, -1) if is_linear else s.view(len(x), -1, *ones)
     if self.inputs is not None: x = x*scale(self.inputs, x)
     mean = self._product(x, self.weight, self.bias)
     var = self._product(x**2, self._var('weight'), self._var('bias'))
@@ -213,51 +218,14 @@ def log_alphas(
     "`{path: log α}` of all that has one, without gradient"
     return {n: m.log_alpha.detach() for n,m in noise_groups(model).items()}
 
-# %% ../../nbs/20a_variational.layers.ipynb #649d0500
-def _all(layers, *names):
-    "The tensors of these names that the `layers` have"
-    res = []
-    for m in layers: res += [getattr(m, n) for n in names if getattr(m, n) is not None]
-    return res
-
-# %% ../../nbs/20a_variational.layers.ipynb #f3a9615a
-class KL:
-    """The two parts of `kl` of a network, again and again: its layers are looked up once
-
-    Raises `ValueError` if there is no variational layer."""
-    def __init__(self,
-        model:nn.Module, # Variational network
-        weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 if not there
-    ):
-        self.weight = weight or {}
-        def of(kind): return [m for m in model.modules() if isinstance(m, kind)]
-        self.gates,self.singles,self.layers = map(of, (Gate,VDLayer,GroupLayer))
-        if not self.gates+self.singles+self.layers:
-            raise ValueError('there is no variational layer. Convert the network with '
-                             'to_variational.')
-        self.each = 1.      # weight of each group of the gates
-        if weight and self.gates:
-            def each(g): return g.gamma.new_full((g.n,), self.weight.get(g, 1.))
-            self.each = torch.cat(list(map(each, self.gates)))
-
-    def __call__(self) -> tuple[torch.Tensor,torch.Tensor]:
-        "KL of all groups, and of weights and biases: two scalars"
-        groups = torch.tensor(0.)
-        for m in self.singles:
-            groups = groups + GroupKL.apply(m.weight, m.weight_logvar, self.weight.get(m, 1.))
-        if self.gates:
-            mu,logvar = (torch.cat(_all(self.gates, o)) for o in ('gamma','gamma_logvar'))
-            groups = groups + GroupKL.apply(mu, logvar, self.each)
-        weights = _all(self.layers, 'weight', 'bias')      # each time: a masked one is a product
-        theta = HalfSquare.apply(*weights) if weights else torch.zeros_like(groups)
-        for lv in _all(self.layers, 'weight_logvar', 'bias_logvar'):
-            theta = theta + .5*(lv.exp()-lv-1).sum()
-        return groups,theta
-
-# %% ../../nbs/20a_variational.layers.ipynb #521fb511
-def kl(
+# %% ../../nbs/20a_variational.layers.ipynb #dd2a97fa
+def noise_params(
     model:nn.Module, # Variational network
-    weight:dict|None=None, # `{gate or layer of single weights: weight}` of their KL; 1 if not there
-) -> tuple[torch.Tensor,torch.Tensor]:
-    "KL of all groups, and KL of weights and biases to N(0, 1): two scalars"
-    return KL(model, weight)()
+) -> list[nn.Parameter]:
+    "Means and log-variances of γ, and log-variances of weights"
+    own = 'gamma','gamma_logvar','weight_logvar','bias_logvar'
+    res = []
+    for m in model.modules():
+        if not isinstance(m, (Gate,NoisyLayer)): continue
+        res += [p for n,p in m._parameters.items() if n in own and p is not None]
+    return res

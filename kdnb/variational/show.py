@@ -68,7 +68,7 @@ def _picture(w):
     return w if w.ndim==2 else w.flatten(2).norm(dim=2)
 
 # %% ../../nbs/23_variational.show.ipynb #2e14d34f
-def _unread(w, reader):
+def _unread_rows(w, reader):
     "Rows of `w` that the next layer of a chain does not read"
     alive = reader.weight.detach().cpu().ne(0).transpose(0, 1).flatten(1).any(1)
     if len(alive)%len(w): return torch.zeros(len(w), dtype=torch.bool)
@@ -85,7 +85,7 @@ def weight_pictures(
     is_chain = isinstance(model, nn.Sequential) and not any('.' in n for n in found)
     chain = dict(zip(found, list(found.values())[1:])) if is_chain else {}
     res = {n: _picture(found[n].weight).clone() for n in layers or found}
-    for n in res.keys()&chain.keys(): res[n][_unread(res[n], chain[n])] = 0
+    for n in res.keys()&chain.keys(): res[n][_unread_rows(res[n], chain[n])] = 0
     return {n: w.numpy() for n,w in res.items()}
 
 # %% ../../nbs/23_variational.show.ipynb #ae3c2099
@@ -93,7 +93,8 @@ def _show_weights(ax, name, w):
     "One matrix: white where it is cut, red and blue for signs, red alone for norms"
     rows,cols = ((w!=0).any(axis).sum() for axis in (1,0))
     n_out,n_in = w.shape
-    ax.imshow(weight_image(w), extent=(-.5,n_in-.5,n_out-.5,-.5), aspect='auto', interpolation='nearest')
+    extent = (-.5,n_in-.5,n_out-.5,-.5)
+    ax.imshow(weight_image(w), extent=extent, aspect='auto', interpolation='nearest')
     ax.set(title=f'{name}: {rows} × {cols} kept', xlabel='inputs', ylabel='outputs')
 
 # %% ../../nbs/23_variational.show.ipynb #0704f74c

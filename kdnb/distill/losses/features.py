@@ -30,8 +30,9 @@ def token_grid(
     for first in range(3):
         side = math.isqrt(n-first)
         if side>1 and side**2==n-first: return f[:,first:].mT.unflatten(2, (side,side))
-    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they cannot be compared '
-                     'with another number of tokens or with maps. Choose layers with as many tokens.')
+    raise ValueError(f'{n} tokens are no square grid, with or without a class token, so they '
+                     'cannot be compared with another number of tokens or with maps. Choose layers '
+                     'with as many tokens.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #63a29ee4
 def as_maps(
@@ -51,28 +52,74 @@ def _maps(f_s, f_t):
     return same_size(f_s, f_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #82c404a0
-def token_mask(f, mask):
-    "`mask` if it says which tokens of `f` (B, N, C) count, else None; raises `ValueError` if it is of other tokens"
-    if mask is None or f.ndim!=3 or mask.ndim!=2: return
-    if mask.shape==f.shape[:2]: return mask.bool()
+def map_mask(
+    mask:torch.Tensor, # True where a pixel counts
+    size:tuple, # (h, w) of a map
+):
+    "A mask of pixels (B, H, W) at another `size`: a place counts if at least half of its pixels do"
+    if tuple(mask.shape[1:])==tuple(size): return mask.bool()
+    return F.adaptive_avg_pool2d(mask[:,None].float(), tuple(size))[:,0]>=.5
+
+# %% ../../../nbs/10b_distill.losses.features.ipynb #9649c607
+def place_mask(
+    f:torch.Tensor, # Features (B, C, h, w) or (B, N, C)
+    mask:torch.Tensor, # (B, H, W) or (B, N), or None
+):
+    """`mask` at the places of `f`: (B, N) of tokens, (B, h, w) of maps; None if `f` has no places, or all count
+
+    Raises `ValueError` if it is of other places."""
+    if mask is None or f.ndim not in (3,4): return
+    tokens = f.ndim==3
+    if mask.ndim==3 and len(mask)==len(f):
+        if not tokens: return map_mask(mask, f.shape[2:])
+        m = map_mask(mask, token_grid(f).shape[2:]).flatten(1)
+        return F.pad(m, (f.shape[1]-m.shape[1],0), value=True)      # class tokens always count
+    if tokens and mask.shape==f.shape[:2]: return mask.bool()
     if mask.all(): return
-    raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {tuple(f.shape[:2])} for tokens of shape '
-                     f'{tuple(f.shape)}: True for each token that counts.')
+    expected = f'{tuple(f.shape[:2])} for tokens' if tokens else f'({len(f)}, H, W) for maps'
+    raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {expected} of shape '
+                     f'{tuple(f.shape)}: True for each place that counts.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #4f382f5b
-def shared_mask(f_s, f_t, mask):
-    "`mask` if it says which tokens of both sides count, else None; raises `ValueError` as `token_mask`"
-    masks = [token_mask(f, mask) for f in (f_s, f_t)]
-    return masks[0] if all(m is not None for m in masks) else None
+def shared_mask(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+    mask:torch.Tensor, # As in `place_mask`
+):
+    "`mask` at the places where `f_s` and `f_t` are compared, else None; raises `ValueError` as `place_mask`"
+    masks = [place_mask(f, mask) for f in (f_s, f_t)]
+    if any(m is None for m in masks): return
+    if masks[0].shape==masks[1].shape: return masks[0]
+    sizes = [f.shape[2:] for f in as_maps(f_s, f_t)]
+    return map_mask(mask, tuple(map(min, *sizes)))
+
+# %% ../../../nbs/10b_distill.losses.features.ipynb #fd3ade2f
+def blank_out(
+    f_s:torch.Tensor, # The student's features
+    f_t:torch.Tensor, # The teacher's features
+    mask:torch.Tensor, # As in `place_mask`
+):
+    "Features of student and teacher with zeros at the places that do not count"
+    shared = shared_mask(f_s, f_t, mask)
+    def blank(f):
+        m = place_mask(f, mask if shared is None else shared)
+        if m is None: return f
+        return f*m[...,None] if f.ndim==3 else f*m[:,None]
+    return blank(f_s),blank(f_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #d2e48dfb
-def check_whole(who, fs, mask):
-    "Raise `ValueError` if some tokens of `fs` do not count, for the term `who` that compares whole layers"
+def check_whole(
+    who:str, # Name of the term
+    fs:list, # Features it compares
+    mask:torch.Tensor, # As in `place_mask`
+) -> None:
+    "Raise `ValueError` if some places of `fs` do not count, for the term `who` that compares whole layers"
     for f in fs:
-        counts = token_mask(f, mask)
+        counts = place_mask(f, mask)
         if counts is None or counts.all(): continue
-        raise ValueError(f'{who} compares whole layers, and some tokens do not count. Use FitNet, VID or AT, which '
-                         'leave them out, or train without a mask.')
+        what = 'tokens' if f.ndim==3 else 'pixels'
+        raise ValueError(f'{who} compares whole layers, and some {what} do not count. Use FitNet, '
+                         'VID or AT, which leave them out, or train without a mask.')
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #1a63a047
 @in_float32
@@ -117,9 +164,10 @@ def fsp(
     _check_maps(*pair_s, *pair_t)
     g_s,g_t = (_flow(*same_size(a, b)) for a,b in (pair_s, pair_t))
     if g_s.shape!=g_t.shape:
-        raise ValueError(f'the student\'s layers have {g_s.shape[1]} and {g_s.shape[2]} channels, the teacher\'s '
-                         f'{g_t.shape[1]} and {g_t.shape[2]}: flows are compared channel by channel. '
-                         'The term FSP learns a 1×1 convolution that makes them equal.')
+        raise ValueError(f'the student\'s layers have {g_s.shape[1]} and {g_s.shape[2]} channels, '
+                         f'the teacher\'s {g_t.shape[1]} and {g_t.shape[2]}: flows are compared '
+                         'channel by channel. The term FSP learns a 1×1 convolution that makes '
+                         'them equal.')
     return F.mse_loss(g_s, g_t)
 
 # %% ../../../nbs/10b_distill.losses.features.ipynb #a731e2b3
@@ -136,15 +184,17 @@ def similarity(
 def vectors(
     f:torch.Tensor, # Maps (B, C, H, W), tokens (B, N, C), or features (B, …)
     token:str='mean', # Of tokens: 'mean', or the 'class' token, which is the first
-    mask:torch.Tensor|None=None, # True for tokens that count in the mean (B, N); None: all
+    mask:torch.Tensor|None=None, # True for places that count in the mean, (B, N) or (B, H, W); None: all
 ) -> torch.Tensor:
     """A vector per sample (B, D): maps averaged over space, tokens too, or their first; anything else flattened
 
-    Raises `ValueError` if `mask` is of another number of tokens."""
-    if f.ndim==4: return f.mean((2,3))
-    if f.ndim!=3: return f.flatten(1)
-    if token=='class': return f[:,0]
-    mask = token_mask(f, mask)
+    Raises `ValueError` if `mask` is of other places."""
+    if f.ndim not in (3,4): return f.flatten(1)
+    if f.ndim==3 and token=='class': return f[:,0]
+    mask = place_mask(f, mask)
+    if f.ndim==4:
+        if mask is None: return f.mean((2,3))
+        f,mask = f.flatten(2).mT,mask.flatten(1)
     if mask is None: return f.mean(1)
     return (f*mask[...,None]).sum(1)/mask.sum(1, keepdim=True).clamp(min=1)
 

@@ -81,9 +81,9 @@ def dkd(
     check_T(T)
     z_s,z_t = _check_logits(z_s, z_t)
     if y.is_floating_point() or y.numel()!=len(z_s):
-        raise ValueError(f'DKD needs the number of the right class of each sample, but targets are {y.dtype} of shape '
-                         f'{tuple(y.shape)}. Use KD for soft labels, BinaryKD for several labels, LogitsMSE for '
-                         'numbers.')
+        raise ValueError('DKD needs the number of the right class of each sample, but targets are '
+                         f'{y.dtype} of shape {tuple(y.shape)}. Use KD for soft labels, BinaryKD '
+                         'for several labels, LogitsMSE for numbers.')
     (right_s,others_s),(right_t,others_t) = (_split(z/T, y.flatten().long()) for z in (z_s, z_t))
     tckd = F.kl_div(right_s, right_t, reduction='batchmean', log_target=True)
     nckd = F.kl_div(others_s, others_t, reduction='batchmean', log_target=True)
@@ -158,6 +158,7 @@ def counted(
     if mask is None or z.ndim==2 and mask.ndim>1: return z      # one answer for each sample, not for each place
     rows = z.movedim(class_dim(z), -1)
     if mask.shape!=rows.shape[:-1]:
-        raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected {tuple(rows.shape[:-1])} for logits '
+        raise ValueError(f'the mask has shape {tuple(mask.shape)}, expected '
+                         f'{tuple(rows.shape[:-1])} for logits '
                          f'of shape {tuple(z.shape)}: True for each place that counts.')
     return rows[mask.bool()] if mask.any() else 0*z

@@ -52,9 +52,11 @@ def check_T(
 ) -> None:
     "A temperature is a number above 0. Raises `ValueError` if `T` is none."
     if callable(T):
-        raise ValueError('T is a schedule, expected a number. A schedule is for the terms that soften answers, '
-                         'KD(T=SchedCos(4., 1.)).')
-    if T is None or isinstance(T, str) or not 0<T<math.inf:
+        raise ValueError('T is a schedule, expected a number. A schedule is for the terms that '
+                         'soften answers, KD(T=SchedCos(4., 1.)).')
+    try: above_0 = not isinstance(T, str) and 0<float(T)<math.inf
+    except (TypeError,ValueError): above_0 = False
+    if not above_0:
         raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #d8752c14
@@ -74,13 +76,17 @@ def _check_logits(z_s, z_t, least=2):
     "The logits of student and teacher as (N, C)"
     shape_s,shape_t = tuple(z_s.shape),tuple(z_t.shape)
     z_s,z_t = _rows(z_s),_rows(z_t)
+    if shape_s!=shape_t and z_s.shape[-1]==z_t.shape[-1]:
+        raise ValueError(f'the teacher\'s logits have shape {shape_t}, the student\'s {shape_s}, '
+                         'and are compared place by place. Name them, if others are meant: '
+                         'logits=, a key, an index, or a function of what either network returns.')
     if shape_s!=shape_t:
         raise ValueError(f'teacher gives {z_t.shape[-1]} outputs, student {z_s.shape[-1]} '
                          f'(shapes {shape_t} and {shape_s}): logits are compared class by class. '
                          'Use a teacher with the same classes.')
     if z_s.shape[-1]<least:
-        raise ValueError('the networks give one number for each sample: there are no classes whose probabilities could '
-                         'be compared. Use LogitsMSE, or compare features.')
+        raise ValueError('the networks give one number for each sample: there are no classes whose '
+                         'probabilities could be compared. Use LogitsMSE, or compare features.')
     return z_s,z_t
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #ab8337f0
@@ -90,8 +96,8 @@ def check_batch(
 ) -> None:
     "Student's and teacher's features must be of the same samples. Raises `ValueError` if they are not."
     if len(f_s)!=len(f_t):
-        raise ValueError(f'the student\'s features are a batch of {len(f_s)}, the teacher\'s a batch of {len(f_t)} '
-                         f'(shapes {tuple(f_s.shape)} and {tuple(f_t.shape)}): '
+        raise ValueError(f'the student\'s features are a batch of {len(f_s)}, the teacher\'s a '
+                         f'batch of {len(f_t)} (shapes {tuple(f_s.shape)} and {tuple(f_t.shape)}): '
                          'pair layers whose first dimension is the sample.')
 
 # %% ../../../nbs/10_distill.losses.shared.ipynb #1d798340
