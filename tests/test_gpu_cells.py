@@ -14,7 +14,7 @@ def runner():
         m.syspath_prepend(ROOT/'.ci')     # its processes look there, too
         yield importlib.import_module('gpu')
 
-NOTEBOOKS = [o for o in sorted((ROOT/'nbs').rglob('*.ipynb')) if o.name[0]!='_' and '"#| gpu' in o.read_text(encoding='utf-8')]
+NOTEBOOKS = [o for o in sorted((ROOT/'nbs').rglob('*.ipynb')) if o.name[0]!='_' and '.ipynb_checkpoints' not in o.parts and '"#| gpu' in o.read_text(encoding='utf-8')]
 each = pytest.mark.parametrize('fn', NOTEBOOKS, ids=lambda o: o.name)
 
 @each
