@@ -158,6 +158,13 @@ def reloaded(small, name, folder):
     save_model(small, folder/'small.safetensors', arch=dict(name=name, kwargs={}))
     return load_model(folder/'small.safetensors', lambda: built(name))
 
+def exported(small, masked, x, folder):
+    "`small`, and the whole network under masks, as ONNX: `to_onnx` compares each file with its network in onnxruntime"
+    from kdnb.all import mask_model, prunable, to_onnx
+    dark = deepcopy(masked)
+    mask_model(dark, {k: w!=0 for k,w in prunable(dark).items()})
+    return all(bool(to_onnx(m, x, folder/f'{n}.onnx')) for n,m in dict(small=small, masked=dark).items())
+
 @contextmanager
 def quiet():
     "Warnings and logs of libraries are not ours"
@@ -173,7 +180,7 @@ def line(e): return re.sub(r'0x[0-9a-f]+', '0x', (str(e).splitlines() or [''])[0
 
 def row(name, steps=STEPS):
     "What becomes of the network `name`: a row of `COLUMNS`; `steps` of them are tried"
-    from kdnb.all import channel_groups, macs, n_params, shrink, to_onnx
+    from kdnb.all import channel_groups, macs, n_params, shrink
     res = dict.fromkeys(COLUMNS, '') | dict(network=name)
     def step(what, f):
         if what not in steps: return
@@ -207,7 +214,7 @@ def row(name, steps=STEPS):
         step('trains', lambda: trains(deepcopy(small), x))
         step('copies', lambda: same(deepcopy(small), small, x))
         step('saves', lambda: same(reloaded(small, name, Path(folder)), small, x))
-        step('exports', lambda: bool(to_onnx(small, x, Path(folder)/'small.onnx')))
+        step('exports', lambda: exported(small, masked, x, Path(folder)))
     return res
 
 def tenth(name, k, of=10):
