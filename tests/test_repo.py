@@ -145,6 +145,12 @@ def test_scripts_import_what_is_installed(path):
     assert {*top_level_imports(path)} <= {*sys.stdlib_module_names, *required(), *here}
 
 
+def test_runs_are_kept_in_runs():
+    "No run that a test or a training left in some other folder gets among the files of the project"
+    left = {o.relative_to(ROOT).parts[0] for depth in ('*','*/*') for o in ROOT.glob(f'{depth}/run.json')}
+    assert left<={'runs'}
+
+
 def test_readme_is_the_index():
     readme = runpy.run_path(str(ROOT/'.ci/nbs.py'))['readme']
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run `make readme`'
