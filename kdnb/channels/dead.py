@@ -108,24 +108,34 @@ def _other_inputs(xb):
         yield tuple(o if _is_targets(o) else tree_map_only(torch.Tensor, other, o) for o in xb)
 
 
+# %% ../../nbs/08i_channels.dead.ipynb #7b1d2c03
+def _rows_of(model, p, c):
+    "Outputs of the layer of part `p` that are channels of the mask `c` of its group"
+    mask = torch.zeros(n_channels(model.get_submodule(p.path))[0], dtype=torch.bool, device='cpu')
+    mask[p.at[c[p.unit]]] = True
+    return mask
+
+def _randomised(model, rows):
+    "A copy of `model` with random weights for `rows`, masks by path of a layer; and `(tensor, where)` of what was drawn"
+    loud,rng,drawn = deepcopy(model),torch.Generator().manual_seed(0),[]
+    for path,mask in rows:
+        m = loud.get_submodule(path)
+        for name,at in masks_over(m, mask):
+            if not at.any(): continue
+            t = m._parameters[name]
+            t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
+            drawn.append((t,at))
+    return loud,drawn
+
 # %% ../../nbs/08i_channels.dead.ipynb #de15eb2c
 @torch.no_grad()
 def _silent(model, groups, xb):
     "Pairs of group and mask: channels that reach all their readers as zeros, whatever comes in; `groups` has what is known"
     asked = [(g,c) for g,found in groups.items() if ((c := _constant(model, g) & ~g.paired) & ~found).any()]
     if not asked: return []
-    loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
-    paths,drawn,silent = {p.path for g,_ in asked for p in g.readers+_summing(model, g)},[],{}
-    for g,c in asked:
-        for p in g.makers:
-            m = loud.get_submodule(p.path)
-            mask = torch.zeros(n_channels(m)[0], dtype=torch.bool, device='cpu')
-            mask[p.at[c[p.unit]]] = True
-            for name,at in masks_over(m, mask & _speaks(m).cpu()):
-                if not at.any(): continue
-                t = m._parameters[name]
-                t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
-                drawn.append((t,at))
+    rows = [(p.path, _rows_of(model, p, c) & _speaks(model.get_submodule(p.path)).cpu()) for g,c in asked for p in g.makers]
+    loud,drawn = _randomised(model, rows)
+    paths,silent = {p.path for g,_ in asked for p in g.readers+_summing(model, g)},{}
     for sign in (1,-1):
         for x in _other_inputs(xb):
             for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero
@@ -160,15 +170,8 @@ def _cancelled(model, groups, xb):
 
 def _same_without(model, asked, xb):
     "Does the network compute the same, to the last bit, when what else makes the channels `asked` is random?"
-    loud,rng = deepcopy(model),torch.Generator().manual_seed(0)
-    for g,c in asked:
-        for p in g.makers:
-            m = loud.get_submodule(p.path)
-            mask = torch.zeros(n_channels(m)[0], dtype=torch.bool, device='cpu')
-            mask[p.at[c[p.unit] & ~_mute(model, [p], g.n)[p.unit]]] = True
-            for name,at in masks_over(m, mask):
-                t = m._parameters[name]
-                t.copy_(torch.where(at, torch.randn(t.shape, generator=rng, device='cpu').to(t), t))
+    rows = [(p.path, _rows_of(model, p, c & ~_mute(model, [p], g.n))) for g,c in asked for p in g.makers]
+    loud,_ = _randomised(model, rows)
     def run(m, x, training):
         with constant_draws(m), evaluating(m), _same_buffers(m): return output_tensors(m.train(training)(*x))
     for x in _other_inputs(xb):
