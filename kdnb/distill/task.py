@@ -17,6 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import DiceLoss,FocalLoss,LabelSmoothingCrossEntropy
 from fastai.torch_core import no_random
+from ..core import n_inputs
 from .logits import BinaryKD,DKD,KD,LogitsMSE
 from .losses.shared import class_dim
 from .terms import Term
@@ -165,7 +166,7 @@ def targets(
     with no_random(reproducible=False):
         dl = dls.valid if len(dls.loaders)>1 and len(dls.valid) else dls.train.new(shuffle=False)
         b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))      # torch's own loader
-    return tuple(map(_plain, b[getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1):]))
+    return tuple(map(_plain, b[n_inputs(dls, b):]))
 
 # %% ../../nbs/11j_distill.task.ipynb #9ceca6f3
 usual_terms = dict(classes=KD(T=4)*.9, labels=BinaryKD()*.9, values=LogitsMSE()*.9)

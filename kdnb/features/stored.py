@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from fastai.data.load import DataLoader
 from fastai.torch_core import find_bs
-from ..core import described,evaluating,inputs,unwrap
+from ..core import described,evaluating,inputs,n_inputs,unwrap
 from .capture import Capture
 from .logits import as_logits,find_logits
 from ..files import raw_bytes
@@ -103,7 +103,7 @@ def _empty_rows(o, n, folder, i):
 # %% ../../nbs/05d_features.stored.ipynb #15102110
 def _inputs_in(dl, b, model):
     "The inputs of the batch `b` of `dl`, on the model's device"
-    return inputs(b[:getattr(dl, 'n_inp', 1 if len(b)==1 else len(b)-1)], model)
+    return inputs(b[:n_inputs(dl, b)], model)
 
 # %% ../../nbs/05d_features.stored.ipynb #9f327206
 def _put(res, k, o, places, n, folder, i):

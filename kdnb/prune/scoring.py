@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import no_random,to_device
 from ..channels.trial import channel_groups
-from ..core import check_choice,evaluating,get_layer,inputs,unwrap
+from ..core import check_choice,evaluating,get_layer,inputs,n_inputs,unwrap
 from ..masks.model import mask_model,masks,prunable,raw,unmask
 from ..measure.outputs import in_order
 
@@ -161,7 +161,7 @@ def loss(self:Scoring,
     b:tuple, # Batch of the training set: inputs and targets
 ) -> torch.Tensor:
     "The training loss on batch `b`, of all its targets. Raises `ValueError` if there are none."
-    n = getattr(self.dls(), 'n_inp', 1 if len(b)==1 else len(b)-1)      # as `Learner` splits it
+    n = n_inputs(self.dls(), b)
     if len(b)<=n:
         raise ValueError('this criterion needs targets, and the training set has none. '
                          'Use another, such as magnitude.')
