@@ -396,6 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'kdnb.core.check_weight': ('core.html#check_weight', 'kdnb/core.py'),
                            'kdnb.core.class_names': ('core.html#class_names', 'kdnb/core.py'),
                            'kdnb.core.described': ('core.html#described', 'kdnb/core.py'),
+                           'kdnb.core.did_you_mean': ('core.html#did_you_mean', 'kdnb/core.py'),
                            'kdnb.core.evaluating': ('core.html#evaluating', 'kdnb/core.py'),
                            'kdnb.core.first_samples': ('core.html#first_samples', 'kdnb/core.py'),
                            'kdnb.core.get_layer': ('core.html#get_layer', 'kdnb/core.py'),

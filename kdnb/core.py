@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'get_layer', 'set_layer', 'described', 'as_network', 'n_inputs', 'inputs', 'first_samples', 'class_names',
-           'evaluating', 'undisturbed', 'check_choice', 'check_sparsity', 'check_weight']
+           'evaluating', 'undisturbed', 'check_choice', 'did_you_mean', 'check_sparsity', 'check_weight']
 
 # %% ../nbs/00_core.ipynb #077aa1f1
 import math,random
@@ -176,6 +176,15 @@ def check_choice(
     "Raise `ValueError` if `given` is not one of `choices`"
     if given not in choices:
         raise ValueError(f'{what} is {given!r}, expected {" or ".join(map(repr, choices))}.')
+
+# %% ../nbs/00_core.ipynb #d1d70002
+def did_you_mean(
+    given:object, # What was given as a name
+    names:Iterable, # What there is
+) -> str:
+    "' Did you mean …?' with the name nearest to `given`, for the end of a message; '' if none is near"
+    near = get_close_matches(str(given), names, 1)
+    return f' Did you mean {near[0]!r}?' if near else ''
 
 # %% ../nbs/00_core.ipynb #b12e8a6a
 def check_sparsity(

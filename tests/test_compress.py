@@ -315,7 +315,7 @@ def test_what_is_refused(kwargs, said):
 def test_samples_and_names_that_are_none():
     for n in (0,-5,'x',1.5):
         with pytest.raises(ValueError, match=f'n is {n!r}, expected a whole number'): learner('lenet5').compress_to(macs=.5, n=n)
-    with pytest.raises(TypeError, match='compress_to takes no epochs, nor do distill and fit_one_cycle. Did you mean n_epoch'): learner('lenet5').compress_to(macs=.5, n_epoch=0, epochs=3)
+    with pytest.raises(TypeError, match='compress_to takes no epochs, nor do distill and fit_one_cycle. Did you mean .n_epoch.'): learner('lenet5').compress_to(macs=.5, n_epoch=0, epochs=3)
     with pytest.raises(ValueError, match="fit is 'fit_one', expected the name of a fit method"): learner('lenet5').compress_to(macs=.5, fit='fit_one')
 
 def test_learners_that_cannot(monkeypatch):

@@ -216,7 +216,7 @@ def test_a_width_may_be_a_fraction(name, kw, channels, tmp_path):
     assert net.fc.in_features==channels and torch.equal(load_model(save_model(net, tmp_path/'net'))(x), net(x))
 
 def test_names_that_a_network_does_not_take():
-    with pytest.raises(TypeError, match='resnet8 takes no widht. It takes c, in_shape, kind, width, stem, option. Did you mean width?'): create('resnet8', widht=.5)
+    with pytest.raises(TypeError, match='resnet8 takes no widht. It takes c, in_shape, kind, width, stem, option. Did you mean .width.'): create('resnet8', widht=.5)
     with pytest.raises(TypeError, match="wrn_16_1 has width=1 by its name. For another: create\\('cifar_resnet', width=…"): create('wrn_16_1', width=.5)
 
 def test_a_fixed_argument_is_fixed():

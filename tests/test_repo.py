@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sysconfig.get_path('scripts'))
 
 def _files(pattern, root=ROOT):
-    return {o.relative_to(root).as_posix(): o for o in sorted(root.glob(pattern)) if o.is_file()}
+    "Files below `root`, by name; `.git` is one in a worktree"
+    return {o.relative_to(root).as_posix(): o for o in sorted(root.glob(pattern)) if o.is_file() and o.name!='.git'}
 
 MODULES = {o: p for o,p in _files('kdnb/**/*.py').items() if p.name not in ('__init__.py', '_modidx.py')}
 NOTEBOOKS = {o: json.loads(p.read_text(encoding='utf-8')) for o,p in _files('nbs/**/*.ipynb').items()

@@ -9,7 +9,6 @@ __all__ = ['mix_fresh']
 import inspect,math,re,warnings
 from collections.abc import Callable
 from copy import deepcopy
-from difflib import get_close_matches
 from numbers import Integral,Real
 import pandas as pd, torch
 from torch import nn
@@ -20,7 +19,7 @@ from .cut import cut_to
 from .noise import settled,successor,train_gates
 from .order import hows
 from .result import Compressed,_lost,_metric,_percent
-from ..core import check_choice,inputs,unwrap
+from ..core import check_choice,did_you_mean,inputs,unwrap
 from ..distill.learner import _fit_method
 from ..export.quantize import check_drop
 from ..measure.counts import latency
@@ -63,9 +62,7 @@ def _check_names(learn, fit, given):
     takes = {k for o in methods for k in inspect.signature(o).parameters}
     for k in given:
         if k in takes: continue
-        near = get_close_matches(k, takes, 1)
-        raise TypeError(f'compress_to takes no {k}, nor do distill and {fit}.'
-                        + (f' Did you mean {near[0]}?' if near else ''))
+        raise TypeError(f'compress_to takes no {k}, nor do distill and {fit}.{did_you_mean(k, takes)}')
 
 # %% ../../nbs/45e_compress.learner.ipynb #6e514190
 @torch.no_grad()

@@ -9,7 +9,6 @@ __all__ = ['check_terms', 'teacher_assistant']
 import inspect
 from collections.abc import Callable
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from ..core import as_network,described,inputs,undisturbed
+from ..core import as_network,described,did_you_mean,inputs,undisturbed
 from .callback import KnowledgeDistillation
 from .terms import Term,Terms
 
@@ -28,10 +27,9 @@ def _fit_method(learn, name, kwargs):
     "The method of `learn` called `name`, with `kwargs`; the rate `lr` as it calls it"
     method = getattr(type(learn), name, None) if isinstance(name, str) else None
     if method is None:
-        near = get_close_matches(str(name), [o for o in dir(type(learn)) if o.startswith('fi')], 1)
-        did_you_mean = f' Did you mean {near[0]!r}?' if near else ''
+        fits = [o for o in dir(type(learn)) if o.startswith('fi')]
         raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the '
-                         f'learner.{did_you_mean}')
+                         f'learner.{did_you_mean(name, fits)}')
     takes = inspect.signature(method).parameters
     own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
     if 'lr' in kwargs and 'lr' not in takes and own:

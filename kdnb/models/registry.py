@@ -8,11 +8,11 @@ __all__ = ['architectures', 'architecture', 'check_sizes', 'times_width', 'in_sh
 # %% ../../nbs/03_models.registry.ipynb #da74634b
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial,wraps
 from numbers import Integral,Real
 from torch import nn
 from fastai.data.core import DataLoaders
+from ..core import did_you_mean
 
 # %% ../../nbs/03_models.registry.ipynb #06b92971
 def _refuse_names(name, given, takes, fixed, family):
@@ -21,9 +21,7 @@ def _refuse_names(name, given, takes, fixed, family):
         if k in takes: continue
         if k in fixed:
             raise TypeError(f'{name} has {k}={fixed[k]!r} by its name. For another: create({family!r}, {k}=…).')
-        near = get_close_matches(k, takes, 1)
-        raise TypeError(f'{name} takes no {k}. It takes {", ".join(takes)}.'
-                        + (f' Did you mean {near[0]}?' if near else ''))
+        raise TypeError(f'{name} takes no {k}. It takes {", ".join(takes)}.{did_you_mean(k, takes)}')
 
 # %% ../../nbs/03_models.registry.ipynb #03a00002
 architectures = {}

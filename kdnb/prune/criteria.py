@@ -9,13 +9,12 @@ __all__ = ['criteria', 'criterion', 'check_criterion', 'magnitude', 'random_wort
 # %% ../../nbs/31_prune.criteria.ipynb #2ebb6cf2
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastai.learner import Learner
-from ..core import check_choice,evaluating,get_layer,inputs
+from ..core import check_choice,did_you_mean,evaluating,get_layer,inputs
 from ..masks.model import masks
 from ..measure.outputs import split_batch
 from .scoring import add_up,Scoring
@@ -48,9 +47,8 @@ def check_criterion(
     f = criterion
     if not callable(f): f = criteria.get(f) if isinstance(f, str) else None
     if f is None:
-        near = get_close_matches(str(criterion), criteria, 1)
         raise ValueError(f'criterion is {criterion!r}, expected one of {", ".join(criteria)}, or a '
-                         f'function of a `Scoring`.{f" Did you mean {near[0]!r}?" if near else ""}')
+                         f'function of a `Scoring`.{did_you_mean(criterion, criteria)}')
     inner = getattr(f, 'func', None)      # of a `partial`
     only = getattr(f, 'by', None) or getattr(inner, 'by', None)
     if by and only and by!=only:

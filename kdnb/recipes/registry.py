@@ -11,8 +11,8 @@ import ast,hashlib,importlib.util,inspect,sys
 from collections import ChainMap
 from collections.abc import Callable,Iterator,Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
+from ..core import did_you_mean
 
 # %% ../../nbs/50a_recipes.registry.ipynb #42d33c1c
 @dataclass
@@ -192,9 +192,7 @@ def find_recipe(
     if callable(where): return where
     module,_,f = where.rpartition(':')
     if not module:
-        near = get_close_matches(name, recipes, 1)
-        hint = f' Did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'there is no recipe {name!r}.{hint} There are {", ".join(recipes)}; '
+        raise ValueError(f'there is no recipe {name!r}.{did_you_mean(name, recipes)} There are {", ".join(recipes)}; '
                          "one of your own is 'module:function'.")
     if callable(found := getattr(bring(module), f, None)): return found
     raise ValueError(f'there is no recipe {where}: {module} has no function {f!r}.')
