@@ -147,15 +147,15 @@ def task_of(
                          'acts on logits. Leave the sigmoid out of student and teacher, and train '
                          'with BCEWithLogitsLossFlat.')
     if kind: return kind
-    said = _uncertain.format(getattr(loss, '__name__', type(loss).__name__))
+    problem = _uncertain.format(getattr(loss, '__name__', type(loss).__name__))
     try: z,yb = ask()
     except Exception as e:
-        raise ValueError(f'{said}, and no batch could be looked at ({e}). Name the terms, '
+        raise ValueError(f'{problem}, and no batch could be looked at ({e}). Name the terms, '
                          f'{_terms}.') from e
     yb = tuple(o.to(z.device) if isinstance(o, torch.Tensor) else o for o in yb)
     y = yb[0] if yb and isinstance(yb[0], torch.Tensor) else torch.zeros(0)
     if kind := _kind_of(loss, z, y, yb): return kind
-    raise ValueError(f'{said}: targets are {y.dtype} of shape {tuple(y.shape)}, outputs of shape '
+    raise ValueError(f'{problem}: targets are {y.dtype} of shape {tuple(y.shape)}, outputs of shape '
                      f'{tuple(z.shape)}. Name the terms, {_terms}.')
 
 # %% ../../nbs/11j_distill.task.ipynb #cb10b2f2
@@ -195,7 +195,7 @@ def check_classes(
     "ValueError, if the targets of `dls` are not one class number for each sample"
     y = next(iter(targets(dls)), None)
     if isinstance(y, torch.Tensor) and not y.is_floating_point() and y.numel()==len(y): return
-    said = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, torch.Tensor) else type(y).__name__
-    raise ValueError(f'targets are {said}, and a recipe trains classifiers: it needs one class '
+    found = f'{y.dtype} of shape {tuple(y.shape)}' if isinstance(y, torch.Tensor) else type(y).__name__
+    raise ValueError(f'targets are {found}, and a recipe trains classifiers: it needs one class '
                      'number for each sample. '
                      'learn.distill knows other tasks, such as several labels or numbers.')

@@ -143,9 +143,9 @@ def budget_table(
 # %% ../../nbs/56_recipes.budget.ipynb #9f7d42cd
 def _show(run, sensitivities):
     t,first = budget_table(run),run.settings['ways'][0]
-    said = [f'{name}: {o["accuracy (%)"]:.2f} %' for name,o in t.iterrows()
-            if name=='dense' or name.startswith(f'{first},')]
-    run.verdict = f'Test accuracy {", ".join(said)}.'
+    accuracies = [f'{name}: {o["accuracy (%)"]:.2f} %' for name,o in t.iterrows()
+                  if name=='dense' or name.startswith(f'{first},')]
+    run.verdict = f'Test accuracy {", ".join(accuracies)}.'
     run.exhibit('budgets', 'table', t, 'The same budget in several ways',
                 f'Each has been distilled for the same epochs. {run.verdict} Differences are those within a seed.')
     df = pd.DataFrame(run.stages)
