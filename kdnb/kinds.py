@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from .layers import ConvKind,kind_of,layer_kind,makers,MakesKind,over_weight,spanned_axis,weighted
+from .layers import ConvKind,kind_of,layer_kind,makers,MakesKind,over_weight,weighted
 
 # %% ../nbs/00b_kinds.ipynb #19dad9be
 @layer_kind(nn.RNNBase, nn.RNNCellBase)
@@ -48,6 +48,7 @@ def places(self:RecurrentKind, m:nn.Module, name:str) -> dict[int,tuple]:
     below = m.input_size+(layer-1)*ways*n if layer else 0
     return res | {1: (1, torch.arange(t.shape[1], device='cpu')+below)}
 
+# %% ../nbs/00b_kinds.ipynb #c90a887f
 @patch
 def outputs(self:RecurrentKind, m:nn.Module, out:object) -> list[tuple]:
     "Units of the last layer in the output, those of all in the last states"
@@ -56,7 +57,6 @@ def outputs(self:RecurrentKind, m:nn.Module, out:object) -> list[tuple]:
     def states(o): return every.view(self.runs(m), *[1]*(o.ndim-2), -1)
     y = out[0].data if isinstance(out[0], PackedSequence) else out[0]
     return [(y, every[self.inner(m):]), *((o, states(o)) for o in tree_leaves(out[1]))]
-
 
 # %% ../nbs/00b_kinds.ipynb #efdc13e1
 @layer_kind(nn.Embedding)
@@ -122,5 +122,7 @@ def table_axis(
     """The axis of `t` that may be one of channels, or None
 
     The only one, the last of a table of parameters, the second of a map."""
-    if (d := spanned_axis(t)) is not None or not isinstance(t, nn.Parameter) or t.ndim not in (2,3,4): return d
+    axes = [d for d,n in enumerate(t.shape) if n>1]
+    if len(axes)==1: return axes[0]
+    if not isinstance(t, nn.Parameter) or t.ndim not in (2,3,4): return None
     return 1 if t.ndim==4 else t.ndim-1

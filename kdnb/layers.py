@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['weighted', 'norms', 'makers', 'LayerKind', 'layer_kind', 'kind_of', 'MakesKind', 'LinearKind', 'is_depthwise',
-           'is_spread', 'ConvKind', 'holds', 'Scales', 'Makes', 'n_channels', 'channel_axis', 'spanned_axis',
-           'over_weight', 'computes_weight', 'own_axes', 'weight_names']
+           'is_spread', 'ConvKind', 'holds', 'Scales', 'Makes', 'n_channels', 'channel_axis', 'over_weight',
+           'computes_weight', 'own_axes', 'weight_names']
 
 # %% ../nbs/00a_layers.ipynb #dd57142f
 from collections.abc import Callable
@@ -216,14 +216,6 @@ def channel_axis(
     "The axis of channels in what layer `m` reads and makes"
     return kind_of(m).axis(m)
 
-# %% ../nbs/00a_layers.ipynb #8e94f05c
-def spanned_axis(
-    t:torch.Tensor, # Any tensor
-) -> int|None:
-    "The only axis along which tensor `t` is longer than 1, or None"
-    axes = [d for d,n in enumerate(t.shape) if n>1]
-    return axes[0] if len(axes)==1 else None
-
 # %% ../nbs/00a_layers.ipynb #48614f23
 def over_weight(
     mask:torch.Tensor, # One entry a channel (n,)
@@ -238,7 +230,7 @@ def over_weight(
 
 # %% ../nbs/00a_layers.ipynb #7d576f29
 def computes_weight(m, x, *args, **kwargs):
-    "Does a subclass of torch's layers look at inputs for which its weight is zero, as one that standardises it does?"
+    "Does a subclass of torch's layers look at inputs for which its weight is zero?"
     if not isinstance(m, weighted): return False
     base = next(k for k in type(m).__mro__ if k.__module__.startswith('torch.nn'))
     if all(getattr(type(m), f, None) is getattr(base, f, None) for f in ('forward','_conv_forward')): return False

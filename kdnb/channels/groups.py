@@ -6,14 +6,14 @@
 __all__ = ['Part', 'Product', 'ChannelGroup', 'ChannelGroups']
 
 # %% ../../nbs/08f_channels.groups.ipynb #714cdee0
-import math
 from collections import Counter,namedtuple
 from dataclasses import dataclass,field
 import pandas as pd, torch
-from .layers import _narrow_layer,_narrow_tensor,note_attributes
+from .layers import _narrow_layer,_narrow_tensor,note_attributes,_tensor_length
 from .labels import components
-from ..kinds import masks_over,table_axis
-from ..layers import is_depthwise,is_spread,kind_of,n_channels,own_axes,_usual
+from .sizes import _resize
+from ..kinds import masks_over
+from ..layers import is_depthwise,is_spread,n_channels
 
 # %% ../../nbs/08f_channels.groups.ipynb #f5600e08
 Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, and the group's channel at each position
@@ -64,29 +64,6 @@ class ChannelGroups(list):
     def __getitem__(self, i):
         if isinstance(i, str): i = [g.name for g in self].index(i)
         return super().__getitem__(i)
-
-# %% ../../nbs/08f_channels.groups.ipynb #a043b060
-def _sharing(model, **kwargs):
-    "Paths of layers whose parameters other layers hold too"
-    owners = {}
-    for path,m in model.named_modules(**kwargs):
-        for p in m._parameters.values():
-            if p is not None: owners.setdefault(id(p), set()).add(path)
-    return {p for ps in owners.values() if len(ps)>1 for p in ps}
-
-# %% ../../nbs/08f_channels.groups.ipynb #2c24ad04
-def _hold_odd(t, model):
-    "Hold in trace `t` what cannot be cut"
-    shared = _sharing(model)
-    for (kind,path),labels in t.parts.items():
-        if kind in ('tensors','sizes'): continue
-        m = model.get_submodule(path)
-        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items())
-                    if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
-        if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
-        elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
-        elif odd:
-            t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
 
 # %% ../../nbs/08f_channels.groups.ipynb #c3d5e7f7
 def _in_all(cls, blocks):
@@ -217,14 +194,6 @@ def _removable(g, found, first=None):
         if res[p.unit].all(): res[p.unit[~first[p.unit]][:1]] = False
     return res
 
-# %% ../../nbs/08f_channels.groups.ipynb #a9a0dfc4
-def _tensor_length(model, name):
-    "How many channels the parameter or buffer called `name` has"
-    path,_,name = name.rpartition('.')
-    t = (model.get_submodule(path)._parameters | model.get_submodule(path)._buffers)[name]
-    return t.shape[table_axis(t)]
-
-
 # %% ../../nbs/08f_channels.groups.ipynb #0f890ca4
 def _kept(model, gone):
     "`{path: (rows, cols)}` that stay in each layer touched, when the channels `gone`, pairs of group and mask, go"
@@ -238,31 +207,6 @@ def _kept(model, gone):
                 sides = both if m is None or kind=='norms' or is_depthwise(m) else both[kind=='readers':][:1]
                 for o in sides: o[p.at[dead[p.unit]]] = False
     return {p: tuple(o.nonzero().flatten() for o in both) for p,both in alive.items()}
-
-# %% ../../nbs/08f_channels.groups.ipynb #c52e8a97
-def _lengths_left(gone):
-    "`{size: length}` of what attributes count, when the channels `gone`, pairs of group and mask, go"
-    alive = {}
-    for g,dead in gone:
-        for p in g.sizes:
-            alive.setdefault(p.path, torch.ones(math.prod(p.path.shape), dtype=torch.bool, device='cpu')
-                             )[p.at[dead[p.unit]]] = False
-    def left(size, there):
-        there = there.view(size.shape)
-        inner = math.prod(size.shape[size.axis+1:])==1      # within each row
-        return int(there.sum(size.axis).max()) if inner else int(there.movedim(size.axis, 0).flatten(1).any(1).sum())
-    return {size: left(size, there) for size,there in alive.items()}
-
-# %% ../../nbs/08f_channels.groups.ipynb #04fb6d2c
-def _resize(model, gone):
-    "Let attributes follow that count the channels `gone`; a module with such notes their names in `resized`"
-    for size,n in _lengths_left(gone).items():
-        if n==size.shape[size.axis]: continue
-        m = model.get_submodule(size.path)
-        old = vars(m)[size.name]
-        new = n if size.index is None else type(old)(n if i==size.index else o for i,o in enumerate(old))
-        m.__dict__[size.name] = new
-        note_attributes(m, size.name)
 
 # %% ../../nbs/08f_channels.groups.ipynb #5d1c0f03
 class _Kept(dict): factors = {}      # `{path of a layer: factor of each channel that it made}`

@@ -185,12 +185,23 @@ def fold_noted(
         m = modules.get(path)
         if isinstance(values, dict) and 'folded' in values and (kind := kind_of(m)): kind.fold(m)
 
+# %% ../../nbs/08_channels.layers.ipynb #5a8c1302
+def _holder(model, name):
+    "The dict of parameters or of buffers in which the tensor called `name` stands, and its name there"
+    path,_,name = name.rpartition('.')
+    m = model.get_submodule(path)
+    return (m._parameters if name in m._parameters else m._buffers),name
+
+# %% ../../nbs/08_channels.layers.ipynb #1115babc
+def _tensor_length(model, name):
+    "How many channels the parameter or buffer called `name` has"
+    ts,name = _holder(model, name)
+    return ts[name].shape[table_axis(ts[name])]
+
 # %% ../../nbs/08_channels.layers.ipynb #5e7db903
 def _narrow_tensor(model, name, stay):
     "Cut a parameter or buffer that belongs to no layer along its one axis"
-    path,_,name = name.rpartition('.')
-    m = model.get_submodule(path)
-    for ts in (m._parameters,m._buffers):
-        if (t := ts.get(name)) is None: continue
-        new = t.detach().index_select(table_axis(t), stay.to(t.device)).contiguous()
-        ts[name] = nn.Parameter(new, t.requires_grad) if ts is m._parameters else new
+    ts,name = _holder(model, name)
+    t = ts[name]
+    new = t.detach().index_select(table_axis(t), stay.to(t.device)).contiguous()
+    ts[name] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new

@@ -13,12 +13,13 @@ import torch
 from torch import fx,nn
 from torch.optim.swa_utils import update_bn as estimate_bn
 from fastai.data.core import DataLoaders
-from .dead import _dead,_speaks
-from .groups import _remove,_sharing
+from .dead import _dead,_nonzero
+from .groups import _remove
 from .layers import index_layer,keep_inputs,plain_copy
 from .sizes import output_tensors
+from .trace import _sharing
 from .trial import _cast,constant_draws,_first_difference,_groups,layer_outputs
-from .trial import relative_difference,_said
+from .trial import _first_line,relative_difference
 from ..core import evaluating,first_samples,get_layer,inputs,set_layer
 from ..features.capture import layer_shapes
 from ..layers import n_channels
@@ -29,7 +30,7 @@ def _cut_positions(model, xb):
     ran,cut,shared = layer_shapes(model, xb).index,{},_sharing(model, remove_duplicate=False)
     linears = {p: m for p,m in model.named_modules() if type(m) is nn.Linear and p in ran and p not in shared}
     for path,m in linears.items():
-        alive = _speaks(m, reads=True)
+        alive = _nonzero(m, reads=True)
         if not alive.any(): alive[0] = True      # a layer is never emptied
         if alive.all(): continue
         parent,_,name = path.rpartition('.')
@@ -117,7 +118,7 @@ def _check_training(model, small, xb):
         except Exception: return
         try: small.train()(*xb)
         except Exception as e:
-            raise ValueError(f'the shrunken network does not run in training mode ({_said(e)}). Please report the '
+            raise ValueError(f'the shrunken network does not run in training mode ({_first_line(e)}). Please report the '
                              'architecture; the masked network itself is unchanged and can be used.') from e
 
 # %% ../../nbs/08j_channels.shrink.ipynb #472c5d51

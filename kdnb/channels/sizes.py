@@ -6,7 +6,7 @@
 __all__ = ['Size', 'output_tensors']
 
 # %% ../../nbs/08b_channels.sizes.ipynb #037d0974
-import dataclasses
+import dataclasses,math
 from collections import deque,namedtuple
 from copy import deepcopy
 from itertools import chain
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .labels import Trace,varies
+from .layers import note_attributes
 from ..core import evaluating
 
 # %% ../../nbs/08b_channels.sizes.ipynb #d4e1f06b
@@ -190,3 +191,28 @@ def settle_sizes(self:Trace) -> None:
     for keys,labels in self._needs:
         if not any(used.get(k) for k in keys): self.hold(labels, 'the code picks them by number')
 
+
+# %% ../../nbs/08b_channels.sizes.ipynb #c52e8a97
+def _lengths_left(gone):
+    "`{size: length}` of what attributes count, when the channels `gone`, pairs of group and mask, go"
+    alive = {}
+    for g,dead in gone:
+        for p in g.sizes:
+            alive.setdefault(p.path, torch.ones(math.prod(p.path.shape), dtype=torch.bool, device='cpu')
+                             )[p.at[dead[p.unit]]] = False
+    def left(size, there):
+        there = there.view(size.shape)
+        inner = math.prod(size.shape[size.axis+1:])==1      # within each row
+        return int(there.sum(size.axis).max()) if inner else int(there.movedim(size.axis, 0).flatten(1).any(1).sum())
+    return {size: left(size, there) for size,there in alive.items()}
+
+# %% ../../nbs/08b_channels.sizes.ipynb #04fb6d2c
+def _resize(model, gone):
+    "Let attributes follow that count the channels `gone`; a module with such notes their names in `resized`"
+    for size,n in _lengths_left(gone).items():
+        if n==size.shape[size.axis]: continue
+        m = model.get_submodule(size.path)
+        old = vars(m)[size.name]
+        new = n if size.index is None else type(old)(n if i==size.index else o for i,o in enumerate(old))
+        m.__dict__[size.name] = new
+        note_attributes(m, size.name)

@@ -16,7 +16,8 @@ from .labels import _labelled,labels_of,LOST,OUTPUT,Trace,WIDTHS
 from .sizes import output_tensors
 import kdnb.channels.arithmetic     # its rules
 from ..core import evaluating,first_samples
-from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers,n_channels,norms,weighted
+from ..layers import channel_axis,computes_weight,holds,is_depthwise,is_spread,kind_of,makers
+from ..layers import n_channels,norms,own_axes,_usual,weighted
 from ..kinds import table_axis
 
 # %% ../../nbs/08e_channels.trace.ipynb #d01ffd99
@@ -167,6 +168,29 @@ def hold_unseen(self:Trace) -> None:
             or isinstance(m, norms) and n_channels(m)[0]==1): continue
         for labels in [l for l in self.parts.values() if len(l)==n_channels(m)[1]]:
             self.hold(labels, f'{path} did not run, and may read them')
+
+# %% ../../nbs/08e_channels.trace.ipynb #a043b060
+def _sharing(model, **kwargs):
+    "Paths of layers whose parameters other layers hold too"
+    owners = {}
+    for path,m in model.named_modules(**kwargs):
+        for p in m._parameters.values():
+            if p is not None: owners.setdefault(id(p), set()).add(path)
+    return {p for ps in owners.values() if len(ps)>1 for p in ps}
+
+# %% ../../nbs/08e_channels.trace.ipynb #2c24ad04
+def _hold_odd(t, model):
+    "Hold in trace `t` what cannot be cut"
+    shared = _sharing(model)
+    for (kind,path),labels in t.parts.items():
+        if kind in ('tensors','sizes'): continue
+        m = model.get_submodule(path)
+        odd = next((n for n,o in (*m._parameters.items(),*m._buffers.items())
+                    if o is not None and o.ndim and n not in _usual and own_axes(m, n) is None), None)
+        if path in shared: t.hold(labels, f'{path} shares its weight with another layer')
+        elif kind_of(m).weights(m)[0] not in m._parameters: t.hold(labels, f'{path} computes its weight')
+        elif odd:
+            t.hold(labels, f'{type(m).__name__} {path} may have its {odd} for what it makes or for what it reads')
 
 # %% ../../nbs/08e_channels.trace.ipynb #7fb01271
 @torch.no_grad()

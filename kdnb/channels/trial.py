@@ -13,11 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from fastcore.basics import patch
-from .groups import ChannelGroup,ChannelGroups,_collect,_hold_odd,_others,_remove
+from .groups import ChannelGroup,ChannelGroups,_collect,_others,_remove
 from .labels import LOST
 from .layers import copy_network,plain_copy
 from .sizes import output_tensors
-from .trace import trace_channels
+from .trace import _hold_odd,trace_channels
 from ..core import evaluating,first_samples,inputs
 from ..kinds import masks_over
 from ..layers import channel_axis,kind_of,makers,n_channels,norms
@@ -47,6 +47,7 @@ def _undropped(func, args, kwargs):
         else: kwargs = {**kwargs, o.name: 0.}
     return func(*args, **kwargs)
 
+# %% ../../nbs/08g_channels.trial.ipynb #c42f8fcf
 class _Constant(TorchDispatchMode):
     "Random numbers are all one half, and dropout drops nothing"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -57,7 +58,6 @@ class _Constant(TorchDispatchMode):
         if name=='native_dropout': return args[0].clone(),torch.ones_like(args[0], dtype=torch.bool)
         if name=='randperm': return out.sort().values
         return tree_map_only(torch.Tensor, lambda o: o.fill_(.5 if o.is_floating_point() else 0), out)
-
 
 # %% ../../nbs/08g_channels.trial.ipynb #f722e68b
 @contextmanager
@@ -91,14 +91,7 @@ def relative_difference(a, b):
     diff,finite = (a-b).abs().masked_fill(a==b, 0).max().item(),b[b.isfinite()].abs()
     return diff/size if len(finite) and (size := finite.max().item())>0 else diff
 
-# %% ../../nbs/08g_channels.trial.ipynb #6307d08e
-def _first_difference(a, b, model, kept, tol, paths={}):
-    "First layer where the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
-    old = {new: path for path,new in paths.items()}
-    for (p,x),(q,y) in zip(a, [(old.get(q, q), y) for q,y in b]):
-        if p and p in kept: x = _as_kept(x, model.get_submodule(p), p, kept)
-        if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
-    return None if len(a)==len(b) else ''
+# %% ../../nbs/08g_channels.trial.ipynb #bc7b2da8
 def _as_kept(x, m, path, kept):
     "The channels of the output `x` of layer `m` that are kept, on the scale that they have then"
     axis,inner = channel_axis(m),kind_of(m).inner(m)
@@ -107,6 +100,14 @@ def _as_kept(x, m, path, kept):
     if path not in getattr(kept, 'factors', {}): return x
     return x*kept.factors[path][rows].to(x).view(-1, *[1]*(-1-axis if axis<0 else x.ndim-1-axis))
 
+# %% ../../nbs/08g_channels.trial.ipynb #6307d08e
+def _first_difference(a, b, model, kept, tol, paths={}):
+    "First layer where the outputs `a` of `model` and those of its smaller copy `b` differ ('' is the end), or None"
+    old = {new: path for path,new in paths.items()}
+    for (p,x),(q,y) in zip(a, [(old.get(q, q), y) for q,y in b]):
+        if p and p in kept: x = _as_kept(x, model.get_submodule(p), p, kept)
+        if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
+    return None if len(a)==len(b) else ''
 
 # %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
 @patch
@@ -140,7 +141,8 @@ def _some(g, order):
         dead[torch.cat([ends, rest])[:n]] = True
     return dead
 
-def _said(error):
+# %% ../../nbs/08g_channels.trial.ipynb #3d131922
+def _first_line(error):
     "The first line of an error, for a message"
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
@@ -163,6 +165,7 @@ def _difference(model, xb, groups):
     finally:
         for n,t in old.items(): model.get_parameter(n).copy_(t)
 
+# %% ../../nbs/08g_channels.trial.ipynb #442a9e46
 def _differs_without(model, xb, gone):
     "Where `model` differs from a copy without the channels `gone`, which are silenced, and why; or None"
     small = deepcopy(model)
@@ -171,7 +174,7 @@ def _differs_without(model, xb, gone):
         # torch.fx prints the errors of its modules
         with redirect_stderr(io.StringIO()): small = layer_outputs(small, xb)
     except Exception as e:
-        return f"the network's code counts on their number ({_said(e)})",getattr(e, 'where', '')
+        return f"the network's code counts on their number ({_first_line(e)})",getattr(e, 'where', '')
     tol = 1e-6 if next(model.parameters()).dtype==torch.float64 else 1e-3
     where = _first_difference(layer_outputs(model, xb), small, model, kept, tol)
     return None if where is None else (LOST,where)
@@ -218,6 +221,14 @@ def _probes(model, xb):
             yield lambda device=device,dtype=dtype: (
                 _randomise(copy_network(model).to(device, dtype).requires_grad_()),_cast(xb, device, dtype))
 
+# %% ../../nbs/08g_channels.trial.ipynb #f25b7d90
+def _rowwise_in(t, groups):
+    "Paths of modules in which trace `t` let rows of channels of `groups` live and die as a whole"
+    of = t.classes
+    classes = [of[t.parts['makers',p.path][p.at].long()] for g in groups for p in g.makers]
+    if not classes: return set()
+    return {path for path,ids in t.rowwise if torch.isin(of[ids[ids>0].long()], torch.cat(classes)).any()}
+
 # %% ../../nbs/08g_channels.trial.ipynb #6a9f41c8
 def _tried(model, t, x, until):
     """Groups of `model` by trace `t` of a copy of it, tried there
@@ -236,14 +247,6 @@ def _tried(model, t, x, until):
     groups += [*_others(groups, probe, [p for p in order if isinstance(probe.get_submodule(p), makers)], LOST)]
     return ChannelGroups(sorted(groups, key=lambda g: order[g.name]))
 
-# %% ../../nbs/08g_channels.trial.ipynb #f25b7d90
-def _rowwise_in(t, groups):
-    "Paths of modules in which trace `t` let rows of channels of `groups` live and die as a whole"
-    of = t.classes
-    classes = [of[t.parts['makers',p.path][p.at].long()] for g in groups for p in g.makers]
-    if not classes: return set()
-    return {path for path,ids in t.rowwise if torch.isin(of[ids[ids>0].long()], torch.cat(classes)).any()}
-
 # %% ../../nbs/08g_channels.trial.ipynb #34b319c3
 def _groups(model, xb, seconds=60):
     "`channel_groups` of a network without parametrizations"
@@ -256,7 +259,7 @@ def _groups(model, xb, seconds=60):
         except Exception as e: fault = fault or e
     else:
         layers = [p for p,m in model.named_modules() if isinstance(m, makers)]
-        why = f'{type(model).__name__} cannot be followed ({_said(fault)})'
+        why = f'{type(model).__name__} cannot be followed ({_first_line(fault)})'
         return ChannelGroups(_others([], model, layers, why))
     return _tried(model, t, x, until)
 
