@@ -115,9 +115,12 @@ def _partitions(t, model):
         if not (whole and _whole(cls, blocks)): yield cls,blocks,why
 
 # %% ../../nbs/08f_channels.groups.ipynb #fc9db497
+def _widths(m, ls): return ls.split(kind_of(m).widths(m))
+
 def _meeting(t):
     "`{class: number of its component}`: makers whose classes meet are one component"
-    of,made = t.classes,[l for (kind,_),l in t.parts.items() if kind=='makers']
+    of,made = t.classes,[l for (kind,path),ls in t.parts.items() if kind=='makers'
+                         for l in _widths(t.model.get_submodule(path), ls)]
     n = int(of.max())+1
     pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')])
              for i,l in enumerate(made)]
@@ -169,7 +172,8 @@ def _collect(t, model):
     "The `ChannelGroup`s of trace `t`; those of a component that stay are a group of their own"
     comp,stays,blocks = _settled(t, model)
     of,members = t.classes,{}
-    made = [of[l.long()].tolist() for (kind,_),l in t.parts.items() if kind=='makers' and (l>0).any()]
+    made = [of[l.long()].tolist() for (kind,path),ls in t.parts.items() if kind=='makers'
+            for l in _widths(t.model.get_submodule(path), ls) if (l>0).any()]
     whole = {cs[0] for cs in made if len({*cs})==1}     # all channels of a layer are one: it cannot be emptied
     for cs in made:
         for c in cs:
