@@ -17,19 +17,21 @@ from .layers import ConvKind,kind_of,layer_kind,makers,MakesKind,over_weight,wei
 # %% ../nbs/00b_kinds.ipynb #19dad9be
 @layer_kind(nn.RNNBase, nn.RNNCellBase)
 class RecurrentKind(MakesKind):
-    "LSTM, GRU, RNN and their cells: hidden units of all layers and directions, and inputs"
+    "LSTM, GRU, RNN and their cells: hidden units of all layers and directions, what is projected, and inputs"
     recurs = True
     def runs(self, m): return getattr(m, 'num_layers', 1)*self.ways(m)
     def ways(self, m): return 1+getattr(m, 'bidirectional', False)
-    def sizes(self, m): return self.runs(m)*m.hidden_size,m.input_size+self.runs(m)*m.hidden_size
-    def inner(self, m): return (self.runs(m)-self.ways(m))*m.hidden_size
+    def widths(self, m): return tuple(self.runs(m)*n for n in (m.hidden_size, getattr(m, 'proj_size', 0)) if n)
+    def sizes(self, m): return sum(self.widths(m)),m.input_size+sum(self.widths(m))
+    def inner(self, m): return self.sizes(m)[0]-self.widths(m)[-1]//self.runs(m)*self.ways(m)
     def weights(self, m): return tuple(m._parameters)
-    def noted(self, m): return 'hidden_size','input_size'
+    def noted(self, m): return 'hidden_size','input_size',*(['proj_size'] if len(self.widths(m))>1 else [])
     def resize(self, m, made, read):
-        m.hidden_size,m.input_size = made//self.runs(m),read-made
+        m.input_size = read-made
+        if len(self.widths(m))>1: m.proj_size,m.hidden_size = m.weight_hr_l0.shape
+        else: m.hidden_size = made//self.runs(m)
         if hasattr(m, '_flat_weights_names'): m._flat_weights = [getattr(m, n) for n in m._flat_weights_names]
     def holds(self, m):
-        if getattr(m, 'proj_size', 0): return '{} has a projection'
         names = getattr(m, '_flat_weights_names', ['weight_hh'])
         if not {n for n in names if n.startswith('weight')}<=m._parameters.keys(): return '{} computes its weight'
 
@@ -40,23 +42,36 @@ def places(self:RecurrentKind, m:nn.Module, name:str) -> dict[int,tuple]:
     "`{axis: (side, channel of each position)}` of the tensor `name` of `m`"
     t,n,ways = m._parameters[name],m.hidden_size,self.ways(m)
     layer = int(name.removesuffix('_reverse').rpartition('_l')[2]) if '_l' in name else 0
-    first = (layer*ways + name.endswith('_reverse'))*n      # of its units
-    units = torch.arange(n, device='cpu')+first
+    every,*rest = torch.arange(self.sizes(m)[0], device='cpu').split(self.widths(m))
+    units,out = (o.chunk(self.runs(m))[layer*ways + name.endswith('_reverse')] for o in (every, (rest or [every])[0]))
+    if '_hr' in name: return {0: (0, out), 1: (1, m.input_size+units)}
     res = {0: (0, units.repeat(len(t)//n))}
     if t.ndim==1: return res
-    if '_hh' in name: return res | {1: (1, m.input_size+units)}
-    below = m.input_size+(layer-1)*ways*n if layer else 0
-    return res | {1: (1, torch.arange(t.shape[1], device='cpu')+below)}
+    if '_hh' in name: return res | {1: (1, m.input_size+out)}
+    if not layer: return res | {1: (1, torch.arange(t.shape[1], device='cpu'))}
+    below = (rest or [every])[0].chunk(self.runs(m)//ways)[layer-1]
+    return res | {1: (1, m.input_size+below)}
+
+# %% ../nbs/00b_kinds.ipynb #5d1c0b13
+@patch
+def states(self:RecurrentKind,
+    m:nn.Module, # Recurrent layer
+    made:torch.Tensor, # Something for each channel that it makes (n,)
+    states:list, # Tensors: its last output, and for an LSTM its cells
+) -> list[torch.Tensor]:
+    "Which of `made` the numbers of each of its `states` are; broadcasts"
+    parts = made.split(self.widths(m))
+    return [l.view(self.runs(m), *[1]*(o.ndim-2), -1) for o,l in zip(states, (parts[-1], parts[0]))]
+
 
 # %% ../nbs/00b_kinds.ipynb #c90a887f
 @patch
 def outputs(self:RecurrentKind, m:nn.Module, out:object) -> list[tuple]:
-    "Units of the last layer in the output, those of all in the last states"
-    if self.runs(m)==1: return super(RecurrentKind, self).outputs(m, out)
+    "Units of the last layer in the output, or their sums, those of all in the last states"
+    if self.sizes(m)[0]==m.hidden_size: return super(RecurrentKind, self).outputs(m, out)
     every = torch.arange(self.sizes(m)[0], device='cpu')
-    def states(o): return every.view(self.runs(m), *[1]*(o.ndim-2), -1)
     y = out[0].data if isinstance(out[0], PackedSequence) else out[0]
-    return [(y, every[self.inner(m):]), *((o, states(o)) for o in tree_leaves(out[1]))]
+    return [(y, every[self.inner(m):]), *zip(tree_leaves(out[1]), self.states(m, every, tree_leaves(out[1])))]
 
 # %% ../nbs/00b_kinds.ipynb #efdc13e1
 @layer_kind(nn.Embedding)

@@ -41,6 +41,9 @@ class LayerKind:
     def rescale(self, m:nn.Module, before:int) -> None:
         "Make up in `m` for channels of zeros that are gone: there were `before`"
     def inner(self, m:nn.Module) -> int: "How many of the channels that `m` makes come before those of its output"; return 0
+    def widths(self, m:nn.Module) -> tuple[int,...]:
+        "The channels that `m` makes, in parts of which each is a width of its own"
+        return self.sizes(m)[:1]
     def noted(self, m:nn.Module) -> tuple:
         "Attributes that a saved network cannot tell from the shapes of its tensors"
         return ()

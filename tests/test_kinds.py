@@ -361,10 +361,58 @@ class Stays(Recurrent):
         y = self.rnn(self.a(x))[0].unflatten(2, (2,12))
         return self.b(torch.cat([self.n(y[:,:,0]), y[:,:,1]], 2)[:,-1])
 
-def test_a_projection_holds_units():
-    m = Recurrent()
-    m.rnn = nn.LSTM(16, 14, proj_size=12, batch_first=True)
-    assert 'projection' in channel_groups(m, torch.randn(TOKENS))['a'].stays
+class Projected(Recurrent):
+    "An LSTM that puts out sums of its units; its cells are looked at, too, or its states are given"
+    def __init__(self, cells=False, given=False, **kwargs):
+        super().__init__(**kwargs)
+        self.cells,self.given = cells,given
+        runs,ways = self.rnn.num_layers,1+self.rnn.bidirectional
+        self.rnn = nn.LSTM(16, 12, proj_size=8, num_layers=runs, bidirectional=ways>1, batch_first=True)
+        self.b = nn.Linear(ways*8, 5)
+        if cells: self.c = nn.Linear(12, 5)
+        if given: self.h0,self.c0 = nn.Linear(16, 8),nn.Linear(16, 12)
+    def forward(self, x):
+        x = self.a(x)
+        h0 = (self.h0(x[:,0])[None],self.c0(x[:,1])[None]) if self.given else None
+        y,(h,c) = self.rnn(x, hx=h0) if self.given=='hx' else self.rnn(x, h0)
+        return self.b(y[:,-1])+(self.c(c[-1]) if self.cells else 0)
+
+@pytest.mark.parametrize('kwargs,rows', [
+    (dict(), {}), (dict(cells=True), {}), (dict(given=True), dict(h0=4, c0=6)), (dict(given='hx'), dict(h0=4, c0=6)),
+    (dict(num_layers=2), {}), (dict(num_layers=2, bidirectional=True), {})])
+def test_units_and_their_projection_go(kwargs, rows, tmp_path):
+    set_seed(0)
+    def make(): return Projected(**kwargs).double().eval()
+    m = make()
+    groups = [g for g in channel_groups(m, torch.randn(TOKENS).double()) if g.makers[0].path=='rnn']
+    runs = len(m.rnn.all_weights)
+    assert sorted(g.n for g in groups if not g.stays)==[8*runs,12*runs] or rows
+    small,x = halved(m, TOKENS)
+    sizes = dict(a=8, b=5) | rows
+    assert {p: len(small.get_submodule(p).weight) for p in sizes}==sizes
+    assert attributes_of(small)=={'rnn': dict(hidden_size=6, input_size=8, proj_size=4)}
+    again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), make)
+    assert torch.equal(again(x), small(x)) and macs(small, x)['']<macs(m, x)['']/2
+    small.train()(x).square().sum().backward()
+    assert all(p.grad.shape==p.shape for p in small.parameters())
+
+def test_units_behind_a_projection_that_are_zero_go():
+    set_seed(0)
+    m,x = Projected().double().eval(),torch.randn(TOKENS).double()
+    with torch.no_grad(): m.rnn.weight_hr_l0[:,[2,5]] = 0               # nobody sums these units
+    small = shrink(m, x)
+    assert (small.rnn.hidden_size, small.rnn.proj_size)==(10,8) and max_difference(small, m, x)<1e-14
+    with torch.no_grad(): m.rnn.weight_hr_l0[3] = 0                     # a sum of nothing
+    small = shrink(m, x)
+    assert (small.rnn.hidden_size, small.rnn.proj_size, small.b.in_features)==(10,7,7) and max_difference(small, m, x)<1e-14
+    with torch.no_grad():
+        for p in (getattr(m.rnn, f'{n}_l0') for n in ('weight_ih','weight_hh','bias_ih','bias_hh')): p.view(4, 12, -1)[:,7] = 0
+    assert shrink(m, x).rnn.hidden_size==9                              # a unit of zeros
+    seen = Projected(cells=True).double().eval()
+    seen.rnn.weight_hr_l0.data[:,2] = 0
+    assert shrink(seen, x).rnn.hidden_size==12                          # its cell is looked at
+    alone = remove_channels(m, x, {'rnn': [0,1,12]})                    # units first, what comes out last
+    assert (alone.rnn.hidden_size, alone.rnn.proj_size)==(10,7)
 
 def test_packed_sequences_stay():
     class Packed(Recurrent):

@@ -13,7 +13,7 @@ from .layers import _narrow_layer,_narrow_tensor,note_attributes,_tensor_length
 from .labels import components
 from .sizes import _resize
 from ..kinds import masks_over
-from ..layers import is_depthwise,is_spread,n_channels
+from ..layers import is_depthwise,is_spread,kind_of,n_channels
 
 # %% ../../nbs/08f_channels.groups.ipynb #f5600e08
 Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, and the group's channel at each position
@@ -92,9 +92,12 @@ def _partitions(t, model):
         if not (whole and _whole(cls, blocks)): yield cls,blocks,why
 
 # %% ../../nbs/08f_channels.groups.ipynb #fc9db497
+def _widths(m, ls): return ls.split(kind_of(m).widths(m))
+
 def _meeting(t):
     "`{class: number of its component}`: makers whose classes meet are one component"
-    of,made = t.classes,[l for (kind,_),l in t.parts.items() if kind=='makers']
+    of,made = t.classes,[l for (kind,path),ls in t.parts.items() if kind=='makers'
+                         for l in _widths(t.model.get_submodule(path), ls)]
     n = int(of.max())+1
     pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')])
              for i,l in enumerate(made)]
@@ -146,7 +149,8 @@ def _collect(t, model):
     "The `ChannelGroup`s of trace `t`; those of a component that stay are a group of their own"
     comp,stays,blocks = _settled(t, model)
     of,members = t.classes,{}
-    made = [of[l.long()].tolist() for (kind,_),l in t.parts.items() if kind=='makers' and (l>0).any()]
+    made = [of[l.long()].tolist() for (kind,path),ls in t.parts.items() if kind=='makers'
+            for l in _widths(t.model.get_submodule(path), ls) if (l>0).any()]
     whole = {cs[0] for cs in made if len({*cs})==1}     # all channels of a layer are one: it cannot be emptied
     for cs in made:
         for c in cs:

@@ -43,16 +43,15 @@ def remove_channels(model, # Any module; masks are multiplied in
         for g,mask in _asked(groups, path, idxs):
             if g.stays: raise ValueError(f'the channels of layer {path!r} cannot be removed exactly: {g.stays}. '
                                          'Set their weights to zero instead.')
-            dead[g.name] = g,mask | dead.get(g.name, (g,torch.zeros_like(mask)))[1]
-    for name,(g,asked) in dead.items():
-        mask = _removable(g, asked)
-        dead[name] = g,mask
+            dead[g] = mask | dead.get(g, torch.zeros_like(mask))
+    for g,asked in dead.items():
+        mask = dead[g] = _removable(g, asked)
         if torch.equal(mask, asked): continue
         if g.blocks is not None and not asked.all():
             counts = g.blocks[asked].bincount(minlength=int(g.blocks.max())+1)
-            raise ValueError(f'the channels of {name!r} meet a grouped convolution, which must lose the same number in '
+            raise ValueError(f'the channels of {g.name!r} meet a grouped convolution, which must lose the same number in '
                              f'each of its {len(counts)} blocks; asked for {counts.min()} to {counts.max()} a block.')
-        warnings.warn(f'{asked.sum()} of the {g.n} channels of {name!r} were to go; kept: {g.n-mask.sum()}, '
+        warnings.warn(f'{asked.sum()} of the {g.n} channels of {g.name!r} were to go; kept: {g.n-mask.sum()}, '
                       'since no layer may be emptied.')
-    with torch.no_grad(): _remove(model, dead.values())
+    with torch.no_grad(): _remove(model, dead.items())
     return model

@@ -32,11 +32,11 @@ def came(self:Trace, kind, x, axis, read):
     return zeros
 
 @patch
-def again(self:Trace, came, labels, states, runs):
+def again(self:Trace, kind, m, came, labels, given):
     "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
-    for o in tree_leaves(states):
-        if isinstance(o, torch.Tensor) and _labelled(labels_of(o)):
-            self.join(labels.view(runs, *[1]*(o.ndim-2), -1).expand(o.shape), labels_of(o))
+    given = [o for o in tree_leaves(given) if isinstance(o, torch.Tensor)]
+    for o,l in zip(given, kind.states(m, labels, given)):
+        if _labelled(labels_of(o)): self.join(l.expand(o.shape), labels_of(o))
     return torch.cat([came, labels])
 
 # %% ../../nbs/08e_channels.trace.ipynb #50e389c9
@@ -57,9 +57,10 @@ def layer(self:Trace,
         came = self.hold(came, f'{type(m).__name__} {path} computes its weight from all of them')
     labels = came.repeat_interleave(made//read) if is_spread(m) else self.new_labels(path, made) if makes else came
     if kind.recurs:
-        came = self.again(came, labels, args, runs := kind.runs(m))
-        at = torch.arange(runs, dtype=torch.int32, device='cpu').repeat_interleave(made//runs)
-        if runs>1: self.balance(labels, at, f'{path} has as many in each layer and direction')
+        came,runs = self.again(kind, m, came, labels, (args,kwargs)),kind.runs(m)
+        for l in labels.split(kind.widths(m)) if runs>1 else ():
+            at = torch.arange(runs, dtype=torch.int32, device='cpu').repeat_interleave(len(l)//runs)
+            self.balance(l, at, f'{path} has as many in each layer and direction')
     self.note('readers' if makes else 'makers' if isinstance(m, makers) else 'norms', path, came)
     if (n := kind.together(m))>1:
         rows = came.view(-1, n)
