@@ -12,34 +12,6 @@ from fastcore.basics import patch
 from .labels import _labelled,labels_of,LOST,_small,_spans,Trace,varies,WIDTHS
 from .operations import follows,_inputs,_sliced
 
-# %% ../../nbs/08d_channels.arithmetic.ipynb #5c1d90e2
-@patch
-def in_rows(self:Trace,
-    l:torch.Tensor, # Labels of a tensor, of its shape
-    dims:list, # Axes over which something is computed
-) -> bool:
-    "Do labels `l` change along other axes than `dims`, too, so that a row of them may go as a whole?"
-    if self._running and self._running[-1][0] in self.inside: return False
-    # a class token's labels are others than those of the patches, until they are joined
-    of = self.classes[_small(l).long()]
-    return any(varies(of, d) for d in range(l.ndim) if d not in dims)
-
-@patch
-def mixed(self:Trace,
-    l:torch.Tensor, # Labels of a tensor, of its shape
-    dims:list, # Axes over which something is computed
-    why:str, # What is said of those that stay
-) -> torch.Tensor:
-    "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
-    if not (dims := [d for d in dims if varies(l, d)]): return l
-    if not self.in_rows(l, dims): return self.hold(l, why)
-    first = l
-    for d in dims: first = first.narrow(d, 0, 1)
-    self.join(first.expand(l.shape), l, why)
-    self.rowwise.append((self._running[-1][0] if self._running else '', _small(l).unique()))
-    return first.expand(l.shape)
-
-
 # %% ../../nbs/08d_channels.arithmetic.ipynb #f6268af5
 @patch
 def _why(self:Trace, t):
@@ -100,6 +72,34 @@ def _new(trace, func, named, out):
 def _copy(trace, func, named, out):
     l = labels_of(named['src']).expand(out.shape)
     return trace.hold(l, LOST) if out._base is not None else l
+
+# %% ../../nbs/08d_channels.arithmetic.ipynb #5c1d90e2
+@patch
+def in_rows(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    dims:list, # Axes over which something is computed
+) -> bool:
+    "Do labels `l` change along other axes than `dims`, too, so that a row of them may go as a whole?"
+    if self._running and self._running[-1][0] in self.inside: return False
+    # a class token's labels are others than those of the patches, until they are joined
+    of = self.classes[_small(l).long()]
+    return any(varies(of, d) for d in range(l.ndim) if d not in dims)
+
+# %% ../../nbs/08d_channels.arithmetic.ipynb #90075351
+@patch
+def mixed(self:Trace,
+    l:torch.Tensor, # Labels of a tensor, of its shape
+    dims:list, # Axes over which something is computed
+    why:str, # What is said of those that stay
+) -> torch.Tensor:
+    "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
+    if not (dims := [d for d in dims if varies(l, d)]): return l
+    if not self.in_rows(l, dims): return self.hold(l, why)
+    first = l
+    for d in dims: first = first.narrow(d, 0, 1)
+    self.join(first.expand(l.shape), l, why)
+    self.rowwise.append((self._running[-1][0] if self._running else '', _small(l).unique()))
+    return first.expand(l.shape)
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #20860d25
 @follows('mean','sum','amax','amin','max','min','prod','std','var','var_mean','std_mean','any','all',
