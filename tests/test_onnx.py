@@ -91,19 +91,27 @@ def test_heads_of_a_distillation_stay_behind(path):
     learn.to_onnx(path)
     assert len(onnx.load(path).graph.initializer)<=7 and path.stat().st_size<4*n_params(lenet300(in_shape=SHAPE))+3000
 
-@pytest.mark.parametrize('layer,named', [('conv','bn'), ('fc','fc')])
-def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named):
+def break_weights(monkeypatch, layer):
+    "Let the exporter write other numbers into the weights of `layer`"
     whole = graph._translated
     def broken(*args, **kwargs):
         g = whole(*args, **kwargs)
         w, = (o for o in g.graph.initializer if o.name==f'{layer}.weight')
-        a = onnx.numpy_helper.to_array(w).copy()
-        a.flat[7] += .01
+        a = onnx.numpy_helper.to_array(w)+.01
         w.CopyFrom(onnx.numpy_helper.from_array(a, w.name))
         return g
     monkeypatch.setattr(graph, '_translated', broken)
+
+@pytest.mark.parametrize('layer,named', [('conv','bn'), ('fc','fc')])
+def test_the_layer_that_differs_is_named(learn, path, monkeypatch, layer, named):
+    break_weights(monkeypatch, layer)
     with pytest.raises(ValueError, match=f'differs from torch .* first at layer {named}\\. Nothing was written'): learn.to_onnx(path)
     assert not [*path.parent.iterdir()]
+
+def test_a_sum_within_a_stage_is_not_its_output(path, monkeypatch):
+    "The stages of a ResNet end with an activation behind their sum; none of them is blamed for the last layer"
+    break_weights(monkeypatch, 'fc')
+    with pytest.raises(ValueError, match='first at layer fc\\.'): to_onnx(cifar_resnet(in_shape=SHAPE, depth=8), torch.randn(2,*SHAPE), path)
 
 class Noise(nn.Module):
     def forward(self, x): return F.dropout(x, .5, training=True)

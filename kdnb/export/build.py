@@ -17,10 +17,12 @@ from ..core import set_layer
 from ..layers import makers,weighted
 
 # %% ../../nbs/40b_export.build.ipynb #a4c9e4ae
+_draws = torch.Tensor.normal_,torch.Tensor.uniform_,nn.init.kaiming_uniform_,nn.init.normal_,nn.init.uniform_
+
 class _NoDraws(TorchFunctionMode):
     "Meta tensors are not filled with random numbers"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.normal_,torch.Tensor.uniform_) and args[0].is_meta: return args[0]
+        if func in _draws and (t := args[0] if args else kwargs['tensor']).is_meta: return t
         return func(*args, **kwargs or {})
 
 # %% ../../nbs/40b_export.build.ipynb #c41f7a02

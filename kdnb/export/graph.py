@@ -164,14 +164,16 @@ def _bare(o):
 
 # %% ../../nbs/41_export.graph.ipynb #cd3fab45
 def _layers(graph):
-    """`{path of a layer: name of what it says}`, in the order of running
+    """`{path of a layer: name of its output}`, in the order in which they end, inner layers first
 
     A convolution that was merged with its norm has none."""
-    said = {}
+    ends = {}
     for n in graph.node:
-        noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes')
-        if noted: said[(['']+ast.literal_eval(noted))[-2]] = n.output[0]
-    return said
+        noted = {o.key: o.value for o in n.metadata_props}.get('pkg.torch.onnx.name_scopes', '[]')
+        for path in filter(None, reversed(ast.literal_eval(noted)[:-1])):
+            ends.pop(path, None)      # the last node of a layer is its output
+            ends[path] = n.output[0]
+    return ends
 
 # %% ../../nbs/41_export.graph.ipynb #a39c9b69
 def _met(n, k, stride, before, after, dilation):

@@ -104,8 +104,8 @@ def _compare(model, net, batches, logits=None):
 
 # %% ../../nbs/41a_export.session.ipynb #97245096
 @torch.no_grad()
-def _first_difference(model, graph, layers, xb, tol):
-    "Path of the first layer of `model` whose output differs in onnxruntime, or ''"
+def _differences(model, graph, layers, xb):
+    "`{path of a layer: relative difference of its output in onnxruntime}`, in the order of running"
     onnx,probed,kept = _onnx()[0],type(graph)(),{}
     probed.CopyFrom(graph)
     there = {o.name for o in probed.graph.output}
@@ -118,8 +118,8 @@ def _first_difference(model, graph, layers, xb, tol):
     try: model(*xb)
     finally:
         for h in hooks: h.remove()
-    def differs(a, b): return a is not None and a.shape==b.shape and not relative_difference(b, a)<=tol
-    return next((p for p,name in layers.items() if differs(kept.get(p), theirs[name])), '')
+    both = {p: (kept.get(p),theirs[name]) for p,name in layers.items()}
+    return {p: relative_difference(b, a) for p,(a,b) in both.items() if a is not None and a.shape==b.shape}
 
 # %% ../../nbs/41a_export.session.ipynb #b69d5f2f
 def _prove(model, graph, layers, logits, batches, tol):
@@ -128,7 +128,8 @@ def _prove(model, graph, layers, logits, batches, tol):
     Raises `ValueError` if onnxruntime does not say what `model` says."""
     diff,same,n = _compare(model, OnnxNetwork(graph.SerializeToString()), batches, logits)
     if diff<=tol and (logits is None or same==n): return diff,n,None if logits is None else same
-    where = _first_difference(model, graph, layers, batches[-1], tol)
+    found = _differences(model, graph, layers, batches[-1])
+    where = next((p for p,d in found.items() if not d<=tol), '')
     what = (f'by {diff:.2g} of the largest output (allowed: {tol:g})' if not diff<=tol
             else f'in {n-same} of {n} predictions')
     where = f'layer {where}' if where else 'the output'
