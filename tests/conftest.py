@@ -1,18 +1,21 @@
-import os
+import gc, os
 from pathlib import Path
 
 DEVICE = os.environ.get('KDNB_DEVICE', 'cpu')
 if DEVICE=='cpu': os.environ['CUDA_VISIBLE_DEVICES'] = ''     # before torch looks: processes that a test starts follow
 
-import matplotlib
 import pytest
-import torch
 from filelock import FileLock
-from fastai.torch_core import default_device, set_seed
+from xdist import is_xdist_controller
 
-matplotlib.use('Agg')
-torch.set_num_threads(1)
-default_device(DEVICE!='cpu')     # where loaders put their batches, and learners their networks
+def pytest_sessionstart(session):
+    "Where tests run; xdist's first process only deals them out, and its workers wait for it"
+    if is_xdist_controller(session): return
+    import matplotlib, torch
+    from fastai.torch_core import default_device
+    matplotlib.use('Agg')
+    torch.set_num_threads(1)
+    default_device(DEVICE!='cpu')     # where loaders put their batches, and learners their networks
 
 @pytest.fixture
 def data_dir():
@@ -32,10 +35,17 @@ def two_processes(tmp_path_factory):
 @pytest.fixture(scope='session')
 def two_ranks(two_processes):
     "What distillation, variational training and pruning end with in each of the two: `{name: state}`"
+    import torch
     return [torch.load(two_processes/f'{i}.pth', weights_only=True) for i in (0,1)]
+
+def pytest_collection_finish():
+    "What is imported and collected by now stays: garbage is not looked for among it again and again"
+    gc.collect()
+    gc.freeze()
 
 def pytest_runtest_setup():
     "A test draws the same numbers whatever ran before it in its process"
+    from fastai.torch_core import set_seed
     set_seed(0)
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,10 @@
 "Evidence: grids, rows and the tables that are computed from them"
 import json, os, shutil, time
 from pathlib import Path
-import matplotlib.pyplot as plt, nbformat, numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from execnb.shell import CaptureShell
+from fastcore.nbio import read_nb
+from fastcore.xtras import dict2obj
 from elsewhere import elsewhere,start
 from kdnb.evidence import MissingRows
 from kdnb.evidence.tables import Verdict,printed,read_rows,spread,verdict,with_rows
@@ -208,13 +210,13 @@ def _run(folder, sources):
     shell = CaptureShell()
     res = []
     for o in sources:
-        res.append([nbformat.from_dict(out) for out in shell.run(o)])
+        res.append(dict2obj(shell.run(o)))
         if shell.exc: raise shell.exc
     return res
 
 @pytest.mark.parametrize('name', sorted(str(f.relative_to(ROOT)) for f in (ROOT/'nbs').rglob('*.ipynb') if has_rows(f)))
 def test_a_stored_table_is_what_its_rows_say(name):
-    nb = nbformat.read(ROOT/name, 4)
+    nb = read_nb(ROOT/name)
     code = [c for c in nb.cells if c.cell_type=='code']
     first = next(i for i,c in enumerate(code) if c.source.startswith('#| rows'))
     imports = [c for c in code[:first] if 'import *' in c.source]

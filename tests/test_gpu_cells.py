@@ -2,8 +2,9 @@
 import importlib, time
 from pathlib import Path
 
-import nbformat
 import pytest
+from fastcore.nbio import mk_cell, mk_stream, new_nb, read_nb, write_nb
+from kdnb.data.readers import _cifar10_jpeg, data_path
 from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,9 +25,14 @@ def test_what_is_stored_was_made_by_the_runner(fn, runner):
 
 def test_they_run_only_when_asked_for(): assert 'gpu' in get_config().tst_flags.split()
 
+@pytest.fixture(scope='module')
+def decoded():
+    "Once on a machine all its images are decoded: no cell's time"
+    _cifar10_jpeg(data_path())
+
 @each
 @pytest.mark.mnist
-def test_the_first_cell_runs_in_small(fn, runner, data_dir, monkeypatch, tmp_path):
+def test_the_first_cell_runs_in_small(fn, runner, data_dir, decoded, monkeypatch, tmp_path):
     monkeypatch.setenv('KDNB_TINY', '1')
     monkeypatch.chdir(tmp_path)
     _,imports,gpu = runner.parts(fn)
@@ -35,12 +41,11 @@ def test_the_first_cell_runs_in_small(fn, runner, data_dir, monkeypatch, tmp_pat
     assert time.process_time()-start<30
 
 def _notebook(fn, *sources):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in sources], metadata=dict(
-        kernelspec=dict(name='python3', display_name='python3', language='python')))
-    nbformat.write(nb, fn)
+    kernel = dict(name='python3', display_name='python3', language='python')
+    write_nb(new_nb(sources, dict(kernelspec=kernel)), fn)
     return fn
 
-def _texts(fn): return [''.join(o.text for o in c.outputs if 'text' in o) for c in nbformat.read(fn, 4).cells]
+def _texts(fn): return [''.join(o.text for o in c.outputs if 'text' in o) for c in read_nb(fn).cells]
 
 IMPORT,OTHER,A,B = 'from math import *','1/0','#| gpu\nx = pi\nprint("a")','#| gpu\nprint(round(x, 2))'
 
@@ -57,16 +62,16 @@ def test_a_run_is_stored_below_its_line_and_not_repeated(runner, tmp_path, capfd
 
     runner.execute(fn, None)     # without a GPU nothing changes
     assert fn.read_bytes()==before
-    nb = nbformat.read(fn, 4)
+    nb = read_nb(fn)
     nb.cells[4].source += '\n'+OTHER.replace('0', '2')
-    nbformat.write(nb, fn)
+    write_nb(nb, fn)
     assert [c.source for c in runner.lacking(fn)]==[nb.cells[4].source]
     runner.execute(fn, None)
     assert _texts(fn)==texts[:4]+['not run yet\n']
 
 def test_in_small_nothing_is_stored_and_faults_are_faults(runner, tmp_path, capfd):
     good,bad = _notebook(tmp_path/'good.ipynb', IMPORT, A, B),_notebook(tmp_path/'bad.ipynb', A)
-    assert not runner.run([good,bad], None, 1, 2)
+    assert not runner.run([good,bad], None, 5, 2)
     assert _texts(good)==['','not run yet\n','not run yet\n'] and _texts(bad)==['']
     out,err = capfd.readouterr()
     assert 'good.ipynb run in' in out and 'in small' in out and 'bad.ipynb FAILED' in out and "name 'pi' is not defined" in err
@@ -79,7 +84,7 @@ def test_it_stops_when_the_time_is_over(runner, tmp_path, capfd):
     assert 'a.ipynb not finished' in out and 'b.ipynb not begun' in out and [o.read_bytes() for o in (first,second)]==before
 
 def test_an_output_of_another_hand_is_seen(runner):
-    def cell(*texts): return nbformat.v4.new_code_cell('#| gpu', outputs=[nbformat.v4.new_output('stream', text=o) for o in texts])
+    def cell(*texts): return mk_cell('#| gpu', outputs=[mk_stream('stdout', o) for o in texts])
     line = 'Run on NVIDIA H100 (torch 2.11.0) on 2026-11-27, 31 s, cells 0123abcd\n'
     assert [runner.stored(o) for o in (cell('not run yet\n'), cell(line, 'x'), cell(line+'x'), cell(), cell('x'), cell('x', line), cell('not run yet\n', 'x'))] \
         ==['','0123abcd','0123abcd',None,None,None,None]

@@ -1,9 +1,10 @@
 "Sweeps: nothing runs twice and nothing gets lost, whoever dies; wrong grids are refused; the Pareto front is exact."
-import multiprocessing, os, random, signal, sys, threading, time
+import multiprocessing, os, random, signal, subprocess, sys, threading, time
 from collections import Counter
 
 import kdnb.sweep.storage as shared, kdnb.sweep.trial as trial, kdnb.sweep.worker as sw
 import pytest
+from elsewhere import Worker
 from kdnb.all import *
 from kdnb.sweep import *
 from optuna.trial import TrialState
@@ -163,7 +164,7 @@ def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage,
 def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, '_every', .1)
     monkeypatch.setattr(sw, '_patience', 2.)
-    g,storage = grid(lams=[.5], seeds=[0], steps=120),tmp_path/'journal.log'
+    g,storage = grid(lams=[.5], seeds=[0], steps=90),tmp_path/'journal.log'
     here,there = tmp_path/'here',tmp_path/'there'
     a = start(g, storage, here)
     until(lambda: counts(here, 'step').total()>2)
@@ -375,6 +376,7 @@ def test_pareto_is_exact(seed):
     assert pareto(df).tolist()==want
 
 def test_processes_of_their_own_train_and_one_is_killed(tmp_path, monkeypatch, capsys):
+    "Those of which one is killed are forks, which need not import anything; then one begins as `kdnb sweep` starts it"
     started,spawn = [],sw._Worker.spawn
     def spawned(self, i): started.append(p := spawn(self, i)); return p
     monkeypatch.setattr(sw._Worker, 'spawn', spawned)
@@ -383,8 +385,10 @@ def test_processes_of_their_own_train_and_one_is_killed(tmp_path, monkeypatch, c
         started[0].kill()
     killer = threading.Thread(target=kill)
     killer.start()
-    r = sweep(dict(recipe='vbgs-kd', data='digits', settings=dict(teacher='lenet300', epochs=[1,1,2]), grid=dict(gamma_weight=[3,30,100])),
-              tmp_path/'journal.log', tmp_path, workers=2)
+    g = dict(recipe='vbgs-kd', data='digits', settings=dict(teacher='lenet300', epochs=[1,1,2]), grid=dict(gamma_weight=[3,30,100]))
+    with monkeypatch.context() as m:
+        m.setattr(sw, 'worker_process', Worker)
+        r = sweep(g, tmp_path/'journal.log', tmp_path, workers=2)
     killer.join()
     assert len(started)==3 and [p.wait() for p in started]==[-9,0,0]
     assert '3/3 gamma_weight=' in capsys.readouterr().out and (r.trials.state=='finished').all()
@@ -393,6 +397,11 @@ def test_processes_of_their_own_train_and_one_is_killed(tmp_path, monkeypatch, c
     assert end[TrialState.COMPLETE]==3 and end[TrialState.FAIL]<=1 and end.total()==3+end[TrialState.FAIL]    # killed in a trial, or between two
     assert {o['name'] for n in r.trials['name'] for o in Record(tmp_path/n).stages}=={'teacher','student','sparse','small'}
     r.plot(size='latency_ms')
+
+    g['grid']['gamma_weight'].append(10)
+    sw._Worker(Grid(g), tmp_path/'journal.log', tmp_path).supervise(1)
+    assert isinstance(started[3], subprocess.Popen) and '4/4 gamma_weight=' in capsys.readouterr().out
+    assert (sweep(g, tmp_path/'journal.log', tmp_path, workers=0).trials.state=='finished').all()
 
 def test_a_gpu_for_each_worker(quick, tmp_path, monkeypatch):
     seen = []

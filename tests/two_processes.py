@@ -1,11 +1,13 @@
 """Distillation, variational training, pruning and recipes where each of two processes sees its part of every batch
 (gloo, no GPU). torchrun starts this file once for all tests: two_processes.py folder"""
-import os, subprocess, sys, warnings
+import signal, sys, warnings
 
 warnings.filterwarnings('ignore')
 from common import data, quiet, still
+from elsewhere import elsewhere
 from kdnb.all import *
 from kdnb.training.processes import alone, join_processes
+from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 TERMS = dict(fitnet=FitNet(['conv1','conv2'], norm=False)*10, vid=VID(['conv1','conv2'], norm=False), crd=CRD({'fc2': 'fc1'}, K=None, T=.5),
@@ -53,11 +55,14 @@ def other_runs(path):
     distill_then_prune(teacher='lenet5_caffe', student='lenet5', path=path/'sequential', epochs=(1,1,1), levels=(0,.5), sweep_epochs=1, **kwargs)
     vid(teacher='resnet8', student='resnet8', path=path/'vid', epochs=(1,1,1,1), experiments='maps', quick=True, **kwargs)
 
+def _both(folder):
+    signal.alarm(400)     # if they wait for each other in vain
+    # forked and not started anew, they need not import what is imported here
+    torchrun(['--standalone','--nproc_per_node','2','--start_method','fork','--run_path',__file__,str(folder)])
+
 def both(folder):
     "Start two processes: the folder then holds their runs, and of each what every training ended with"
-    argv = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2',__file__,folder]
-    done = subprocess.run(argv, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True, timeout=400)
-    assert done.returncode==0, done.stderr[-3000:]
+    elsewhere(_both, folder)
 
 if __name__=='__main__':
     folder = Path(sys.argv[1])
