@@ -140,9 +140,12 @@ def _silent(model, groups, xb):
         for x in _other_inputs(xb):
             for p,zero in _hear_zeros(loud, paths, x).items(): silent[p] = silent[p] & zero if p in silent else zero
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
-    return [(g, c & _every(g.readers+_summing(model, g), g.n, lambda p: silent.get(
-                p, torch.zeros(n_channels(model.get_submodule(p))[1], dtype=torch.bool, device='cpu'))))
-            for g,c in asked]
+    def gone(p):
+        m = model.get_submodule(p)
+        zero = silent.get(p, torch.zeros(n_channels(m)[1], dtype=torch.bool)).cpu()
+        ignored = isinstance(m, makers) and not kind_of(m).sums      # a column of zeros takes what it likes
+        return zero | ~_speaks(m, reads=True).cpu() if ignored else zero
+    return [(g, c & _every(g.readers+_summing(model, g), g.n, gone)) for g,c in asked]
 
 # %% ../../nbs/08i_channels.dead.ipynb #5d1c0902
 def _mute(model, parts, n):
