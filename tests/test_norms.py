@@ -160,3 +160,18 @@ def test_onnx(tmp_path):
     set_seed(0)
     small,x = halved(open_norms(of_torchvision()).eval(), (2,3,32,32))
     assert to_onnx(small, x, tmp_path/'small.onnx').difference<=1e-5
+
+def test_a_learner_goes_on_without_half_of_the_width():
+    set_seed(0)
+    items = [(torch.randn(6,3), torch.tensor(i%5)) for i in range(16)]
+    dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu')
+    learn = Learner(dls, open_norms(Tokens()), loss_func=nn.CrossEntropyLoss())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        groups = [g for g in channel_groups(learn.model, dls) if not g.stays]
+        mask_model(learn.model, channel_masks(learn.model, {g.name: torch.arange(g.n)>=g.n//2 for g in groups}, groups))
+        learn.shrink()
+        state = {p: learn.opt.state[p] for p in learn.model.parameters()}
+        assert learn.model.pos.shape==(1,7,6) and all(s['grad_avg'].shape==p.shape for p,s in state.items() if 'grad_avg' in s)
+        learn.fit(1)
+    assert all(p.isfinite().all() for p in learn.model.parameters())

@@ -49,7 +49,8 @@ class OpenNormKind(LayerKind):
     "A norm that `open_norms` opened"
     sums = True
     def fits(self, m):
-        return 'weight' in m._parameters and any(n.target is torch.var_mean for n in m.graph.nodes)
+        own = 'weight' in m._parameters and m._parameters.keys()<={'weight','bias'} and not m._modules
+        return own and any(n.target is torch.var_mean for n in m.graph.nodes)
     def axis(self, m): return -1 if any(n.target=='size' and n.args[1]==-1 for n in m.graph.nodes) else 1
 
 
