@@ -145,9 +145,9 @@ def traces(self:ChannelGroup,
 
 # %% ../../nbs/08g_channels.trial.ipynb #5ab4746f
 @torch.no_grad()
-def _silence(model, g, dead, **kwargs):
+def _silence(model, g, dead, *kinds):
     "Set the weights to zero with which layers make, scale or read the channels `dead` of group `g`"
-    for name,there in g.traces(model, dead, **kwargs): model.get_parameter(name).masked_fill_(there, 0)
+    for name,there in g.traces(model, dead, *kinds): model.get_parameter(name).masked_fill_(there, 0)
 
 # %% ../../nbs/08g_channels.trial.ipynb #96f7701a
 def _some(g, order):
@@ -170,9 +170,9 @@ def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` that nobody reads, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
-    def asked(g): return {} if _summing(model, g) or g.products else dict(kinds=['readers'])
-    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, **asked(g))}
-    for g,dead in gone: _silence(model, g, dead, **asked(g))
+    def asked(g): return [] if _summing(model, g) or g.products else [['readers']]
+    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, *asked(g))}
+    for g,dead in gone: _silence(model, g, dead, *asked(g))
     try: return _differs_without(model, xb, gone)
     finally:
         for n,t in old.items(): model.get_parameter(n).copy_(t)
