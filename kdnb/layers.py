@@ -33,6 +33,7 @@ class LayerKind:
     sums = False     # Does it compute across channels, so that one that goes must come in as zero?
     reads = True     # Does it read channels at all? An embedding reads numbers of words
     recurs = False   # Does it read, behind its inputs, what it made at the step before?
+    def fits(self, m:nn.Module) -> bool: "Is `m`, of a class of this kind, one of them?"; return True
     def sizes(self, m:nn.Module) -> tuple[int,int]: "Channels that `m` makes and reads"; return (len(m.weight),)*2
     def resize(self, m:nn.Module, made:int, read:int) -> None: "Note in `m` how many it makes and reads"
     def axis(self, m:nn.Module) -> int: "The axis of channels in what `m` reads and makes"; return 1
@@ -101,7 +102,8 @@ def kind_of(
 ) -> LayerKind|None:
     "The kind of layer `m`, by the nearest of its classes that has one; or None"
     for c in type(m).__mro__:
-        if (k := _kinds.get(c) or _kinds.get(f'{c.__module__}.{c.__qualname__}')): return k
+        if (k := _kinds.get(c) or _kinds.get(f'{c.__module__}.{c.__qualname__}')) and k.fits(m): return k
+
 
 # %% ../nbs/00a_layers.ipynb #471352cb
 class MakesKind(LayerKind):
@@ -174,6 +176,22 @@ class _GlobalResponse(LayerKind):
         m.weight.data.mul_(before/len(m.weight))
         m.eps *= before/len(m.weight)
     def noted(self, m): return ('eps',)
+
+# %% ../nbs/00a_layers.ipynb #5d1c0011
+@layer_kind(nn.RMSNorm, 'timm.layers.norm.RmsNorm', 'timm.layers.norm.RmsNorm2d')
+class _RootMeanSquare(LayerKind):
+    "Divides by a mean of squares: a channel of zeros goes if the mean's share is made up for"
+    sums = True
+    def axis(self, m): return 1 if type(m).__name__=='RmsNorm2d' else -1
+    def resize(self, m, made, read): m.normalized_shape = (made,)
+    def rescale(self, m, before):
+        m.weight.data.mul_((before/len(m.weight))**.5)
+        m.eps *= before/len(m.weight)
+    def noted(self, m): return ('eps',)
+    def holds(self, m):
+        if m.weight is None or m.weight.ndim>1: return '{} normalises over them'
+        if m.eps is None: return '{} takes eps from its dtype: give it one, such as 1e-6'
+
 
 # %% ../nbs/00a_layers.ipynb #97d1e046
 def _holding(why, *classes):

@@ -148,8 +148,10 @@ def _arrive_as_zero(model, groups, xb):
             for p,found in _zero_inputs(other, paths, x).items(): zero[p] = zero.get(p, True) & found
         for t,at in drawn: t.copy_(torch.where(at, -t, t))
     def arrives(path):
-        n = n_channels(model.get_submodule(path))[1]
-        return zero.get(path, torch.zeros(n, dtype=torch.bool, device='cpu'))
+        m = model.get_submodule(path)
+        known = zero.get(path, torch.zeros(n_channels(m)[1], dtype=torch.bool)).cpu()
+        ignored = isinstance(m, makers) and not kind_of(m).sums      # a column of zeros takes what it likes
+        return known | ~_nonzero(m, reads=True).cpu() if ignored else known
     return [(g, c & _everywhere(g.readers+_summing(model, g), g.n, arrives)) for g,c in asked]
 
 # %% ../../nbs/08i_channels.dead.ipynb #5d1c0902

@@ -16,12 +16,16 @@ from fastai.optimizer import OptimWrapper
 from .layers import _narrow
 from .shrink import _checked
 from ..core import inputs,unwrap
+from ..kinds import table_axis
 
 # %% ../../nbs/08k_channels.learner.ipynb #6657adf2
 def _left(t, model, path, name, kept):
     "What is left of the tensor `t`, shaped like the one called `name` of the layer at `path`"
+    m,whole = model.get_submodule(path),f'{path}.{name}'.lstrip('.')
+    if whole in kept:      # a layer scale, or a table of positions
+        return t.index_select(table_axis((m._parameters | m._buffers)[name]), kept[whole][0].to(t.device))
     if path not in kept: return t.clone()
-    return _narrow(t, model.get_submodule(path), name, *(o.to(t.device) for o in kept[path])).contiguous()
+    return _narrow(t, m, name, *(o.to(t.device) for o in kept[path])).contiguous()
 
 # %% ../../nbs/08k_channels.learner.ipynb #9f444668
 def _carry_masks(model, small, kept, paths):

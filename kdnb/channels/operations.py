@@ -50,7 +50,7 @@ _rules['unknown'] = _unknown
 def __torch_dispatch__(self:Trace, func, types, args=(), kwargs=None):
     out,kwargs = func(*args, **(kwargs or {})),kwargs or {}
     if self._quiet or not any(hasattr(o, '_labels') for o in tree_leaves((args, kwargs))): return out
-    name,given = func.overloadpacket.__name__,_inputs(dict(args=args, kwargs=kwargs))
+    given = _inputs(dict(args=args, kwargs=kwargs))
     if not all(o.numel() for o in _outputs(out)[:1]):
         # no boxes, say: who would read them is not seen
         for o in given: self.hold(labels_of(o), 'nothing of them was left in this batch')
@@ -166,6 +166,11 @@ def _shuffle(trace, func, named, out):
     rows = _small(l.movedim(1, 0)).flatten(1).unflatten(0, (named['groups'],-1))
     trace.join(rows[:1].expand_as(rows), rows)
     return func(l.contiguous(), named['groups'])
+
+# %% ../../nbs/08c_channels.operations.ipynb #5d1c0c01
+@follows('as_strided_')
+def _restrided(trace, func, named, out): return named['self']._labels      # of one place, say, whose maps lie last
+
 
 # %% ../../nbs/08c_channels.operations.ipynb #0f70e3ee
 @follows('index','index_select','gather')

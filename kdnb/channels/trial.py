@@ -19,7 +19,7 @@ from .layers import copy_network,plain_copy
 from .sizes import output_tensors
 from .trace import _hold_odd,trace_channels
 from ..core import evaluating,first_samples,inputs
-from ..kinds import masks_over
+from ..kinds import masks_over,table_axis
 from ..layers import channel_axis,kind_of,makers,n_channels,norms
 
 # %% ../../nbs/08g_channels.trial.ipynb #1dd75c50
@@ -109,15 +109,35 @@ def _first_difference(a, b, model, kept, tol, paths={}):
         if p!=q or x.shape!=y.shape or not relative_difference(y, x)<=tol: return p
     return None if len(a)==len(b) else ''
 
+# %% ../../nbs/08g_channels.trial.ipynb #80d5e1c7
+def _summing(model, g):
+    "`Part`s of layers that compute across the channels of `g`"
+    return [p for p in g.norms+g.readers if kind_of(model.get_submodule(p.path)).sums]
+
+
+# %% ../../nbs/08g_channels.trial.ipynb #5d1c0812
+def _in_tensor(model, p, dead):
+    "`(name, mask that broadcasts over it)` of the parameter of part `p`, of channels `dead`; nothing if it is a buffer"
+    path,_,name = p.path.rpartition('.')
+    if (t := model.get_submodule(path)._parameters.get(name)) is None: return
+    d = table_axis(t)
+    mask = torch.zeros(t.shape[d], dtype=torch.bool, device='cpu')
+    mask[p.at[dead.cpu()[p.unit]]] = True
+    yield p.path,mask.view(-1, *[1]*(t.ndim-1-d)).to(t.device)
+
+
 # %% ../../nbs/08g_channels.trial.ipynb #de92f4b0
 @patch
 def traces(self:ChannelGroup,
     model, # Network in which the group was found
     dead, # Mask of the group's channels (n,)
-    kinds=('makers','norms','readers')): # Layers that are asked
+    kinds=('makers','norms','readers','tensors')): # Places that are asked; tensors where a layer computes across channels
     "`(name of a parameter, mask that broadcasts over it)` of all that make, scale or read the channels `dead`"
     for kind in kinds:
         for p in getattr(self, kind):
+            if kind=='tensors':
+                if _summing(model, self): yield from _in_tensor(model, p, dead)
+                continue
             m,reads = model.get_submodule(p.path),kind=='readers'
             mask = torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
             mask[p.at[dead.cpu()[p.unit]]] = True
@@ -126,9 +146,9 @@ def traces(self:ChannelGroup,
 
 # %% ../../nbs/08g_channels.trial.ipynb #5ab4746f
 @torch.no_grad()
-def _silence(model, g, dead, kinds=('makers','norms','readers')):
+def _silence(model, g, dead, *kinds):
     "Set the weights to zero with which layers make, scale or read the channels `dead` of group `g`"
-    for name,there in g.traces(model, dead, kinds): model.get_parameter(name).masked_fill_(there, 0)
+    for name,there in g.traces(model, dead, *kinds): model.get_parameter(name).masked_fill_(there, 0)
 
 # %% ../../nbs/08g_channels.trial.ipynb #96f7701a
 def _some(g, order):
@@ -146,21 +166,15 @@ def _first_line(error):
     "The first line of an error, for a message"
     return (str(error).splitlines() or [type(error).__name__])[0][:80]
 
-# %% ../../nbs/08g_channels.trial.ipynb #80d5e1c7
-def _summing(model, g):
-    "`Part`s of layers that compute across the channels of `g`"
-    return [p for p in g.norms+g.readers if kind_of(model.get_submodule(p.path)).sums]
-
-
 # %% ../../nbs/08g_channels.trial.ipynb #264e6a65
 @torch.no_grad()
 def _difference(model, xb, groups):
     "What is wrong with removing a third of the channels of `groups` that nobody reads, and at which layer; or None"
     rng = torch.Generator().manual_seed(0)
     gone = [(g, _some(g, torch.rand(g.n, generator=rng, device='cpu').argsort())) for g in groups]
-    def kinds(g): return ('makers','norms','readers') if _summing(model, g) or g.products else ['readers']
-    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, kinds(g))}
-    for g,dead in gone: _silence(model, g, dead, kinds(g))
+    def asked(g): return [] if _summing(model, g) or g.products else [['readers']]
+    old = {n: model.get_parameter(n).detach().clone() for g,dead in gone for n,_ in g.traces(model, dead, *asked(g))}
+    for g,dead in gone: _silence(model, g, dead, *asked(g))
     try: return _differs_without(model, xb, gone)
     finally:
         for n,t in old.items(): model.get_parameter(n).copy_(t)

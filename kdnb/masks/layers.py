@@ -29,7 +29,7 @@ class Masked:
         return {n: mask for n,mask in found.items() if n in self._masked_names}
 
     def __deepcopy__(self, memo):
-        new = memo[id(self)] = self.__new__(type(self))
+        new = memo[id(self)] = object.__new__(type(self))      # a graph would derive another class
         new.__dict__ = deepcopy({k: _leaf(v) for k,v in self.__dict__.items()}, memo)
         return new
     def __reduce_ex__(self, protocol):

@@ -6,7 +6,7 @@
 __all__ = ['n_params', 'n_bytes', 'n_weights', 'Milliseconds', 'median_ms', 'latency', 'macs', 'cost']
 
 # %% ../../nbs/04_measure.counts.ipynb #f297bdba
-import time
+import math,time
 from collections.abc import Callable
 from functools import partial
 import pandas as pd, torch
@@ -92,8 +92,12 @@ def latency(
     return median_ms([lambda m=m: run(m) for m in models], rounds)
 
 # %% ../../nbs/04_measure.counts.ipynb #86ddc6de
-# Operations of shapes that torch's counter passes over: matrix times vector, a layer of an LSTM
+def _attention_flops(q, k, v, *_, **kwargs): return 2*math.prod(q[:-1])*k[-2]*(q[-1]+v[-1])
+
+# Operations of shapes that torch's counter passes over: matrix times vector, a layer of an LSTM,
+# and before torch 2.15 attention that is fused on a CPU
 _uncounted = {torch.ops.aten.mv: lambda a,*_,**kwargs: 2*a[0]*a[1],
+              torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
               torch.ops.aten.mkldnn_rnn_layer: lambda x,w,u,*_,**kwargs: 2*x[0]*x[1]*(w[0]*w[1]+u[0]*u[1])}
 
 # %% ../../nbs/04_measure.counts.ipynb #709107f2

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from ..core import evaluating,get_layer,inputs
+from ..layers import channel_axis
 from ..measure.outputs import split_batch
 from .criteria import _add,criterion
 from .scoring import add_up,Scoring
@@ -120,29 +121,46 @@ def wanda(
     return {k: ranked(v) for k,v in worth.items()}
 
 # %% ../../nbs/31d_prune.with_data.ipynb #daa32ce6
+class _Means:
+    "Mean over samples of `measure`, which makes (B, K) of tensors (B, K, …), of what passes layers"
+    def __init__(self, measure): self.measure,self.sums,self.counts = measure,{},{}
+    def __call__(self, path, m, x):
+        if channel_axis(m)==-1 and x.ndim>2: x = x.flatten(1, -2).transpose(1, 2)      # tokens
+        self.sums[path] = self.sums.get(path, 0)+self.measure(x).double().sum(0)
+        self.counts[path] = self.counts.get(path, 0)+len(x)
+    def of(self, n, parts):
+        "Of each of `n` channels in the `parts` of a group (n,), and in how many places each was (n,)"
+        means = [(p.unit, self.sums[p.path][p.at.to(self.sums[p.path].device)]/self.counts[p.path])
+                 for p in parts if p.path in self.sums]
+        if not means: return torch.zeros(2, n, dtype=torch.double)
+        times = add_up(n, [(unit, torch.ones_like(v)) for unit,v in means])
+        return add_up(n, means)/times.clamp(min=1),times
+
+
+# %% ../../nbs/31d_prune.with_data.ipynb #5d1c3101
+def _of_pairs(seen, g):
+    "Of each channel of `g` that is multiplied with another of it: the one's mean times the other's (n,)"
+    sides = [(seen.of(g.n, o.left)[0], seen.of(g.n, o.right)[0]) for o in g.products]
+    return sum(a*b for a,b in sides)/max(len(sides), 1)
+
 def _channel_means(s, n_batches, measure, parts, made=False):
     """Mean over samples of `measure` of what channels are at layers, `{group: (n,)}`
 
-    `parts` gives the `Part`s of a group, which take them in, or have `made` them;
-    `measure` makes (B, K) of tensors (B, K, …).
-    Raises `ValueError` where no layer does."""
+    `parts` gives the `Part`s of a group, which take them in, or have `made` them.
+    What nobody takes in, since it is multiplied in pairs, is a product. Raises `ValueError` where it is neither."""
     paths = list(dict.fromkeys(p.path for g in s.groups for p in parts(g)))
-    sums,counts = {},dict.fromkeys(paths, 0)
-    def see(path, m, x):
-        if isinstance(m, nn.Linear) and x.ndim>2: x = x.flatten(1, -2).transpose(1, 2)      # tokens
-        sums[path] = sums.get(path, 0)+measure(x).double().sum(0)
-        counts[path] += len(x)
-    _watch(s, n_batches, see, **{'makers' if made else 'readers': paths})
+    met = dict.fromkeys(p.path for g in s.groups for o in g.products for p in o.left+o.right)
+    seen,put_out = _Means(measure),_Means(measure)
+    with _watching(s.model, put_out, makers=() if made else met):
+        _watch(s, n_batches, seen, **{'makers' if made else 'readers': paths})
     res = {}
     for g in s.groups:
-        def mean(p): return sums[p.path][p.at.to(sums[p.path].device)]/counts[p.path]
-        means = [(p.unit, mean(p)) for p in parts(g) if p.path in sums]
-        if not means:
+        worth,times = seen.of(g.n, parts(g))
+        if not made and g.products: worth = torch.where(times>0, worth, _of_pairs(put_out, g).to(worth))
+        elif not times.any():
             raise ValueError(f'no layer reads the channels of {g.name!r} in training data. '
                              'Use another criterion, or `ignore` them.')
-        times = add_up(g.n, [(unit, torch.ones_like(v)) for unit,v in means])
-        dtype = s.weights[f'{g.name}.weight'].dtype
-        res[g.name] = (add_up(g.n, means)/times.clamp(min=1)).to(dtype)
+        res[g.name] = worth.to(s.weights[f'{g.name}.weight'])
     return res
 
 # %% ../../nbs/31d_prune.with_data.ipynb #faf7492d
