@@ -54,7 +54,7 @@ def test_rows_are_made_once_and_know_where_they_come_from(folder, tmp_path):
     assert rows_file('p', path).read_bytes()==before and not (tmp_path/'elsewhere'/'p'/'a').exists()
 
 def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
-    path = folder('a', [.1,.2,.3,.4], steps=10)
+    path = folder('a', [.1,.2,.3,.4], steps=5)
     a,b = (start(work_through, path, tmp_path/'runs', show=False) for _ in range(2))
     for _ in range(600):
         if stored_rows('p', path): break
@@ -114,7 +114,7 @@ def test_what_a_grid_asks_for_may_change_while_its_runs_stay(folder, tmp_path):
 
 def test_a_folder_copied_in_the_middle_of_a_trial_goes_on(folder, tmp_path, monkeypatch):
     "Nobody runs the trial here, and its lock is not the one that the journal knows"
-    path = folder('a', [.1], steps=60)
+    path = folder('a', [.1], steps=40)
     work_through(path, tmp_path/'runs', until=time.time()+1, show=False)
     journal = tmp_path/'runs'/'p'/'a'/'journal.log'
     begun = journal.read_text().count('"state":0')

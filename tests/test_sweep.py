@@ -259,7 +259,7 @@ def test_a_grid_may_grow_and_shrink(quick, tmp_path):
     run(moved|dict(data='mnist', name='other'))
 
 def test_the_table_is_the_mean_over_seeds(quick, tmp_path):
-    r = sweep(grid(lams=[.5,.6], seeds=(0,1,2)), tmp_path/'journal.log', tmp_path, show=False)
+    r = sweep(grid(lams=[.5,.6], seeds=(0,1,2), pause=0.), tmp_path/'journal.log', tmp_path, show=False)
     t = r.table()
     assert list(t.index)==[(.5,'small'),(.6,'small')] and np.allclose(t.test_accuracy, [.26,.31]) and np.allclose(t.spread, .01)
     assert np.allclose(r.table('big').test_accuracy, [.51,.61]) and len(r.stages)==12
