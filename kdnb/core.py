@@ -12,6 +12,7 @@ from collections.abc import Callable,Iterable,Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from numbers import Real
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -192,7 +193,7 @@ def check_sparsity(
     what:str='sparsity', # What it is called
 ) -> float:
     "`s`, if it is a fraction from 0 to 1. Raises `ValueError` if not."
-    is_number = isinstance(s, (int,float)) and not isinstance(s, bool)
+    is_number = isinstance(s, Real) and not isinstance(s, bool)
     if is_number and 0 <= s <= 1: return s
     hint = f': for {s} % write {s/100:g}.' if is_number and 1<s<=100 else '.'
     raise ValueError(f'{what} is {s!r}, expected a fraction between 0 and 1' + hint)
@@ -204,7 +205,7 @@ def check_weight(
 ) -> float|Callable:
     "`w`, if it is a number that is not negative, or a schedule. Raises `ValueError` if neither."
     if callable(w): return w
-    if not isinstance(w, (int,float)) or not 0 <= w < math.inf:
+    if not isinstance(w, Real) or not 0 <= w < math.inf:
         raise ValueError(f'{what} is {w!r}, expected a number that is not negative, '
                          'or a schedule such as SchedCos(1., .1).')
-    return w
+    return w if isinstance(w, (int,float)) else float(w)

@@ -29,19 +29,32 @@ def named_terms(
     raise ValueError(f'terms is {described(terms)}, expected a term such as KD(T=4)*.9, or a sum '
                      f'of terms. {do}'.strip())
 
+# %% ../../nbs/12b_distill.checks.ipynb #b059752d
+def _shared(teacher, student):
+    "Names of what the student trains and the teacher holds, too: parameters, and statistics of batches"
+    there = {id(o) for o in (*teacher.parameters(),*teacher.buffers())}
+    trained = [n for n,p in student.named_parameters() if p.requires_grad and id(p) in there]
+    seen = [n for n,b in student.named_buffers() if n.endswith('running_mean') and id(b) in there]
+    return trained+seen
+
 # %% ../../nbs/12b_distill.checks.ipynb #9bf0d28d
 def check_networks(
     teacher:nn.Module|None, # Network that is to teach
     student:nn.Module, # Network that is to learn
     placed:bool=False, # Are both where they will train?
 ) -> None:
-    "Raise `ValueError` if `teacher` cannot teach `student`: gone, the same module, another precision or device"
+    """Raise `ValueError` if `teacher` cannot teach `student`
+
+    It is gone, the same module, of another precision or device, or a part of it would be trained."""
     if teacher is None:
         raise ValueError('the teacher was left behind when this learner was exported. '
                          'Attach a new KnowledgeDistillation(teacher, ...).')
     if teacher is student:
         raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the '
                          'teacher.')
+    if shared := _shared(teacher, student):
+        raise ValueError(f'teacher and student share {shared[0]}, and training the student would '
+                         'change the teacher. Pass deepcopy(teacher).')
     t = next(teacher.parameters(), None)
     s = next(student.parameters())
     if t is None: return

@@ -9,6 +9,7 @@ __all__ = ['usual_weights', 'Term', 'term', 'Terms']
 from collections.abc import Callable,MutableMapping
 from copy import copy
 from functools import partial
+from numbers import Integral
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -74,7 +75,7 @@ class Term:
         teacher:int|None=None, # Which of several teachers, from 0; None: the mean of their answers
     ):
         if teacher is None: return
-        if not isinstance(teacher, int) or isinstance(teacher, bool) or teacher<0:
+        if not isinstance(teacher, Integral) or isinstance(teacher, bool) or teacher<0:
             raise ValueError(f'teacher is {described(teacher)}, expected its place in the list of '
                              'teachers, counted from 0.')
         self.teacher = teacher
@@ -84,6 +85,7 @@ class Term:
         if not abstract: _register(cls)
 
     def __add__(self, o): return Terms(self) + o
+    def __radd__(self, o): return Terms() + o + self
     def __repr__(self):
         args = ', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k!='weight')
         return f'{type(self).__name__}({args})' + ('' if self.weight==1. else f'*{self.weight}')
@@ -100,6 +102,9 @@ def __mul__(self:Term, w):
 # %% ../../nbs/11_distill.terms.ipynb #77312f42
 @patch
 def __rmul__(self:Term, w): return self*w
+
+@patch
+def __truediv__(self:Term, w): return self*(1/w)
 
 # %% ../../nbs/11_distill.terms.ipynb #b9f8ed9a
 @patch(as_prop=True)
@@ -212,13 +217,16 @@ class Terms:
     ):
         self.terms = terms
     def __add__(self, o):
+        if isinstance(o, int) and o==0: return self     # `sum` begins with it
         new = o.terms if isinstance(o, Terms) else (o,)
         if bad := [t for t in new if not isinstance(t, Term)]:
             raise ValueError(f'terms is {bad[0]!r}, expected a term such as KD(T=4)*.9, or a sum '
                              'of terms.')
         return Terms(*self.terms, *new)
+    def __radd__(self, o): return Terms() + o + self
     def __mul__(self, w): return Terms(*(t*w for t in self.terms))
     __rmul__ = __mul__
+    def __truediv__(self, w): return self*(1/w)
     def named(self) -> dict[str,Term]:
         "Terms by name; the second of a kind is called `kd_2`"
         names = [t.name for t in self.terms]

@@ -8,6 +8,7 @@ __all__ = ['channel_masks', 'parts_of', 'prune_model']
 # %% ../../nbs/31a_prune.select.ipynb #339bf808
 import math
 from collections.abc import Callable
+from numbers import Integral
 import torch
 from torch import nn
 from fastai.learner import Learner
@@ -174,7 +175,7 @@ def _check_request(sparsity, criterion, by, scope, pattern, cap=None, round_to=N
         raise ValueError('a pattern takes the same of every layer. '
                          'Leave `cap` and fractions of layers out.')
     if round_to is None: return
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to<1:
+    if isinstance(round_to, bool) or not isinstance(round_to, Integral) or round_to<1:
         raise ValueError(f'round_to is {round_to!r}, expected a number of channels such as 8.')
     if by!='channel': raise ValueError("round_to is a number of channels. Use by='channel'.")
 

@@ -106,8 +106,19 @@ class Attached:
         "What happens before the learner is forgotten"
         self.detach()
 
+# %% ../../nbs/06_training.callbacks.ipynb #6ab4b792
+def check_batches(
+    dl:object, # Loader of a training set
+) -> None:
+    "Raise `ValueError` if `dl` has no batch at all: fastai would end as it began, without a word"
+    if len(dl): return
+    n,bs = len(dl.dataset),getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    raise ValueError(f'nothing is trained: the training set has {n} samples, which make no batch of '
+                     f'{bs}, and what is left over is dropped. Take smaller batches, or '
+                     'drop_last=False.')
+
 # %% ../../nbs/06_training.callbacks.ipynb #99164b17
-class TidyCallback(QuickCallback):
+class TidyCallback(Attached, QuickCallback):
     "A callback of training that shows `columns` and leaves the learner as it was, also after an error"
     order = 0
     run_valid = False
@@ -124,7 +135,8 @@ class TidyCallback(QuickCallback):
         self._cols = [ValueMetric(f, k) for k,f in self.columns().items()]
         self.learn.metrics = self.learn.metrics + self._cols
     def before_train(self) -> None:
-        "From now on this is a training"
+        "From now on this is a training. Raises `ValueError` if it has no batch."
+        check_batches(self.learn.dl)
         self._trained = True
     def before_validate(self) -> None:
         "Where nothing is trained, take the columns off again"
@@ -132,6 +144,10 @@ class TidyCallback(QuickCallback):
     def after_fit(self) -> None:
         "Put all back"
         self.put_back()
+    def leave(self) -> None:
+        "Put the learner back as it was found, and `detach`"
+        self.put_back()
+        self.detach()
     def put_back(self) -> None:
         "Leave the learner as it was found"
         restore_method(self.learn, '_with_events')

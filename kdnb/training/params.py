@@ -15,11 +15,11 @@ from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastai.torch_core import join_path_file,norm_bias_params
-from .callbacks import Attached,replace_method,restore_method,TidyCallback
+from .callbacks import replace_method,restore_method,TidyCallback
 from .optimizer import _ids,let_go,param_states,regroup,take_in,TermSplitter
 
 # %% ../../nbs/06c_training.params.ipynb #e8b616a6
-class ParamsCallback(Attached, TidyCallback):
+class ParamsCallback(TidyCallback):
     "A tidy callback whose parameters join the learner's optimiser and leave with the callback"
     own_group = False   # does the optimiser keep `params` in a group of their own?
     _attached = False
@@ -32,10 +32,6 @@ class ParamsCallback(Attached, TidyCallback):
     def tensors(self) -> list[torch.Tensor]:
         "What the callback has learnt; it comes back with a file of the learner that was saved then"
         return list(self.params(self.model))
-    def leave(self) -> None:
-        "Put the learner back as it was found, and `detach`"
-        self.put_back()
-        self.detach()
 
 # %% ../../nbs/06c_training.params.ipynb #fb9ffb3c
 @patch

@@ -8,17 +8,25 @@ __all__ = ['schedules', 'weight_at', 'gradual', 'check_schedule', 'kl_schedule',
 # %% ../../nbs/06a_training.schedules.ipynb #cb7eccc3
 import math
 from collections.abc import Callable
+from numbers import Integral,Real
 import torch
 from fastai.optimizer import OptimWrapper
-from ..core import check_sparsity
+from ..core import check_sparsity,described
 
 # %% ../../nbs/06a_training.schedules.ipynb #421bb87d
 def weight_at(
     w:float|Callable, # Number, or schedule over training progress
     pct:float, # Progress, 0 to 1
 ) -> float:
-    "Weight `w` at training progress `pct`"
-    return float(w(pct)) if callable(w) else w
+    "Weight `w` at training progress `pct`. Raises `ValueError` if a schedule gives none."
+    if not callable(w): return w
+    try: v = float(w(pct))
+    except (TypeError,ValueError) as e:
+        raise ValueError(f'{described(w)} is no schedule ({e}). Expected a function from progress '
+                         'to a number, such as SchedCos(1., .1).') from e
+    if -1e-5 < v < math.inf: return max(v, 0.)      # annealers end beside 0 by rounding
+    raise ValueError(f'a schedule gives {v:g} at progress {pct:.3g}, expected a number that is not '
+                     'negative.')
 
 # %% ../../nbs/06a_training.schedules.ipynb #204cd083
 def _dropped(lr, drops, factor, pct):
@@ -31,6 +39,20 @@ def gradual(
 ) -> float:
     "Part of the sparsity that is reached at `t`: most of it early (Zhu and Gupta 2018)"
     return 1-(1-t)**3
+
+# %% ../../nbs/06a_training.schedules.ipynb #8a9a5ab8
+def _check_course(schedule, rounds):
+    "Refuse a function of progress that is no fraction, that falls, or that does not end at 1"
+    before,at = 0.,0.
+    for t in [i/rounds for i in range(1, rounds)]:
+        s = check_sparsity(float(schedule(t)), f'schedule({t:g})')
+        if s<before-1e-5:
+            raise ValueError(f'schedule falls from {before:g} at {at:g} to {s:g} at {t:g}, and what '
+                             'is pruned does not come back.')
+        before,at = s,t
+    if abs((s := float(schedule(1.)))-1)>1e-3:
+        raise ValueError(f'schedule(1) is {s:g}, expected 1: a schedule gives the part of '
+                         '`sparsity` that is reached, and the last cut reaches all of it.')
 
 # %% ../../nbs/06a_training.schedules.ipynb #32bec37f
 schedules = ('one_shot','gradual','iterative')
@@ -53,10 +75,9 @@ def check_schedule(
     if schedule!='one_shot' and (callable(sparsity) or pattern):
         raise ValueError('a function of the scores, or a pattern, prunes once: '
                          'schedule="one_shot".')
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds<1:
+    if isinstance(rounds, bool) or not isinstance(rounds, Integral) or rounds<1:
         raise ValueError(f'rounds is {rounds!r}, expected the number of cuts: 1 or more.')
-    for i in range(1, rounds) if callable(schedule) else ():
-        check_sparsity(float(schedule(i/rounds)), f'schedule({i/rounds:g})')
+    if callable(schedule): _check_course(schedule, rounds)
 
 # %% ../../nbs/06a_training.schedules.ipynb #e62815c7
 def kl_schedule(
@@ -78,10 +99,11 @@ def check_warmup(
     cooldown:tuple|None, # `(start, end)`, fractions of training between which it falls to 0
 ) -> None:
     "Refuse what is no part of a training, by a `ValueError`"
-    if not 0 <= warmup <= 1:
-        raise ValueError(f'warmup is {warmup}, expected a fraction of training between 0 and 1.')
-    if cooldown is not None and not (len(cooldown)==2 and 0 <= cooldown[0] < cooldown[1] <= 1):
-        raise ValueError(f'cooldown is {cooldown}, expected (start, end): '
+    if not isinstance(warmup, Real) or not 0 <= warmup <= 1:
+        raise ValueError(f'warmup is {warmup!r}, expected a fraction of training between 0 and 1.')
+    is_pair = isinstance(cooldown, (tuple,list)) and len(cooldown)==2
+    if cooldown is not None and not (is_pair and 0 <= cooldown[0] < cooldown[1] <= 1):
+        raise ValueError(f'cooldown is {cooldown!r}, expected (start, end): '
                          'two rising fractions of training.')
 
 # %% ../../nbs/06a_training.schedules.ipynb #ed5af882

@@ -54,7 +54,7 @@ def check_T(
     if callable(T):
         raise ValueError('T is a schedule, expected a number. A schedule is for the terms that '
                          'soften answers, KD(T=SchedCos(4., 1.)).')
-    try: above_0 = not isinstance(T, str) and 0<float(T)<math.inf
+    try: above_0 = not isinstance(T, (str,bool)) and 0<float(T)<math.inf
     except (TypeError,ValueError): above_0 = False
     if not above_0:
         raise ValueError(f'T is {T!r}, expected a temperature, a number above 0.')
