@@ -136,7 +136,7 @@ class TidyCallback(Attached, QuickCallback):
         self.learn.metrics = self.learn.metrics + self._cols
     def before_train(self) -> None:
         "From now on this is a training. Raises `ValueError` if it has no batch."
-        check_batches(self.learn.dl)
+        check_batches(self.learn.dls.train)
         self._trained = True
     def before_validate(self) -> None:
         "Where nothing is trained, take the columns off again"
