@@ -56,7 +56,7 @@ def other_runs(path):
     vid(teacher='resnet8', student='resnet8', path=path/'vid', epochs=(1,1,1,1), experiments='maps', quick=True, **kwargs)
 
 def _both(folder):
-    signal.alarm(400)     # if they wait for each other in vain
+    signal.alarm(900)     # if they wait for each other in vain
     # forked and not started anew, they need not import what is imported here
     torchrun(['--standalone','--nproc_per_node','2','--start_method','fork','--run_path',__file__,str(folder)])
 
