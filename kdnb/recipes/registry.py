@@ -12,7 +12,6 @@ from collections import ChainMap
 from collections.abc import Callable,Iterator,Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from ..core import did_you_mean
 
 # %% ../../nbs/50a_recipes.registry.ipynb #42d33c1c
 @dataclass
@@ -192,7 +191,9 @@ def find_recipe(
     if callable(where): return where
     module,_,f = where.rpartition(':')
     if not module:
-        raise ValueError(f'there is no recipe {name!r}.{did_you_mean(name, recipes)} There are {", ".join(recipes)}; '
+        from kdnb.core import did_you_mean      # help for the command line does without torch
+        raise ValueError(f'there is no recipe {name!r}.{did_you_mean(name, recipes)} '
+                         f'There are {", ".join(recipes)}; '
                          "one of your own is 'module:function'.")
     if callable(found := getattr(bring(module), f, None)): return found
     raise ValueError(f'there is no recipe {where}: {module} has no function {f!r}.')

@@ -111,7 +111,9 @@ def check_batches(
     dl:object, # Loader of a training set
 ) -> None:
     "Raise `ValueError` if `dl` has no batch at all: fastai would end as it began, without a word"
-    if len(dl): return
+    try:
+        if len(dl): return
+    except TypeError: return      # a stream does not know its length
     n,bs = len(dl.dataset),getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
     raise ValueError(f'nothing is trained: the training set has {n} samples, which make no batch of '
                      f'{bs}, and what is left over is dropped. Take smaller batches, or '
