@@ -225,6 +225,16 @@ def halved(m, shape):
     assert max_difference(small, masked, x)<1e-12
     return small,x
 
+def learns(m, x, lr, n):
+    "Is the loss of `m` on two inputs smaller after `n` steps?"
+    opt,losses = torch.optim.SGD(m.train().parameters(), lr),[]
+    for _ in range(n):
+        losses.append(F.cross_entropy(m(x), torch.tensor([1,2])))
+        losses[-1].backward()
+        opt.step()
+        opt.zero_grad()
+    return losses[-1]<losses[0]
+
 @pytest.mark.parametrize('make,shape,widths,attributes', [
     (Split, IMAGES, dict(a=9, b=2, c=2), {'': {'splits': [1,8]}}),      # of 16 the first 8, but one of each part stays
     (Scales, IMAGES, {'a': 8, 'cs.0': 2, 'cs.2': 2, 'd': 3}, {'': {'width': 2}}),
@@ -430,13 +440,7 @@ def test_half_of_a_vision_transformer_trains_on():
     m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=4, num_classes=5).eval()
     small,x = halved(m, (2,3,32,32))
     assert [(b.attn.num_heads, b.attn.proj.in_features, b.mlp.fc1.out_features) for b in small.blocks]==[(2,12,48)]*2
-    opt,losses = torch.optim.SGD(small.train().parameters(), .1),[]
-    for _ in range(10):
-        losses.append(F.cross_entropy(small(x), torch.tensor([1,2])))
-        losses[-1].backward()
-        opt.step()
-        opt.zero_grad()
-    assert losses[-1]<losses[0]
+    assert learns(small, x, .1, 10)
 
 @pytest.mark.parametrize('batch_first', [True,False])
 def test_open_attention(batch_first):

@@ -4,7 +4,7 @@ import pytest
 from kdnb.all import *
 from kdnb.channels.layers import attributes_of
 from kdnb.layers import kind_of, norms
-from test_kinds import halved
+from test_kinds import halved,learns
 
 class Turned(nn.LayerNorm):
     "Over the channels of maps, as in ConvNeXt"
@@ -147,13 +147,7 @@ def test_networks(make, width, tmp_path):
     assert first.out_channels==width
     again = load_model(save_model(small, tmp_path/'small.safetensors', arch=dict(name='own', kwargs={})), lambda: open_norms(make()).double())
     assert torch.equal(again(x), small(x))
-    opt,losses = torch.optim.SGD(small.train().parameters(), .05),[]
-    for _ in range(6):
-        losses.append(F.cross_entropy(small(x), torch.tensor([1,2])))
-        losses[-1].backward()
-        opt.step()
-        opt.zero_grad()
-    assert losses[-1]<losses[0]
+    assert learns(small, x, .05, 6)
 
 def test_onnx(tmp_path):
     pytest.importorskip('onnxruntime')

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
-from .groups import _removable
+from .groups import _positions,_removable
 from .sizes import output_tensors
 from .trial import constant_draws,_silence,_summing
 from ..core import evaluating
@@ -113,9 +113,7 @@ def _other_inputs(xb):
 # %% ../../nbs/08i_channels.dead.ipynb #7b1d2c03
 def _rows_of(model, p, c):
     "Outputs of the layer of part `p` that are channels of the mask `c` of its group"
-    mask = torch.zeros(n_channels(model.get_submodule(p.path))[0], dtype=torch.bool, device='cpu')
-    mask[p.at[c[p.unit]]] = True
-    return mask
+    return _positions(p, c, n_channels(model.get_submodule(p.path))[0])
 
 # %% ../../nbs/08i_channels.dead.ipynb #efa177ff
 def _randomised(model, rows):

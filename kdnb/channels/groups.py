@@ -21,6 +21,13 @@ Part = namedtuple('Part', 'path at unit')   # a layer, positions on its axis, an
 # makers of one side and of the other, whose products are summed; what is scaled by the root of `length`, in module `path`
 Product = namedtuple('Product', 'left right scaled length path')
 
+# %% ../../nbs/08f_channels.groups.ipynb #5d1c0f01
+def _positions(p, dead, n):
+    "Mask (n,) of the positions at which part `p` has the channels `dead` of its group"
+    mask = torch.zeros(n, dtype=torch.bool, device='cpu')
+    mask[p.at[dead.cpu()[p.unit]]] = True
+    return mask
+
 # %% ../../nbs/08f_channels.groups.ipynb #4c6099a7
 @dataclass(eq=False)
 class ChannelGroup:
@@ -92,12 +99,16 @@ def _partitions(t, model):
         if not (whole and _whole(cls, blocks)): yield cls,blocks,why
 
 # %% ../../nbs/08f_channels.groups.ipynb #fc9db497
-def _widths(m, ls): return ls.split(kind_of(m).widths(m))
+def _made(t):
+    "Labels of what the makers in trace `t` make, of each width of its own"
+    for (kind,path),ls in t.parts.items():
+        if kind!='makers': continue
+        m = t.model.get_submodule(path)
+        yield from ls.split(kind_of(m).widths(m))
 
 def _meeting(t):
     "`{class: number of its component}`: makers whose classes meet are one component"
-    of,made = t.classes,[l for (kind,path),ls in t.parts.items() if kind=='makers'
-                         for l in _widths(t.model.get_submodule(path), ls)]
+    of,made = t.classes,[*_made(t)]
     n = int(of.max())+1
     pairs = [torch.stack([of[l[l>0].long()], torch.full((int((l>0).sum()),), n+i, device='cpu')])
              for i,l in enumerate(made)]
@@ -128,7 +139,7 @@ def _settled(t, model):
         if len(stays)==n: break
     return comp,stays,{c: tuple(i) for cell in cells.values() for c,i in cell.items()}
 
-# %% ../../nbs/08f_channels.groups.ipynb #5d1c0f01
+# %% ../../nbs/08f_channels.groups.ipynb #a33f1e9d
 def _products(t, group, unit):
     "`(number of the group, Product)` of what trace `t` saw multiplied in pairs"
     of = t.classes
@@ -149,8 +160,7 @@ def _collect(t, model):
     "The `ChannelGroup`s of trace `t`; those of a component that stay are a group of their own"
     comp,stays,blocks = _settled(t, model)
     of,members = t.classes,{}
-    made = [of[l.long()].tolist() for (kind,path),ls in t.parts.items() if kind=='makers'
-            for l in _widths(t.model.get_submodule(path), ls) if (l>0).any()]
+    made = [of[l.long()].tolist() for l in _made(t) if (l>0).any()]
     whole = {cs[0] for cs in made if len({*cs})==1}     # all channels of a layer are one: it cannot be emptied
     for cs in made:
         for c in cs:

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from fastcore.basics import patch
-from .groups import ChannelGroup,ChannelGroups,_collect,_others,_remove
+from .groups import ChannelGroup,ChannelGroups,_collect,_others,_positions,_remove
 from .labels import LOST
 from .layers import copy_network,plain_copy
 from .sizes import output_tensors
@@ -121,8 +121,7 @@ def _in_tensor(model, p, dead):
     path,_,name = p.path.rpartition('.')
     if (t := model.get_submodule(path)._parameters.get(name)) is None: return
     d = table_axis(t)
-    mask = torch.zeros(t.shape[d], dtype=torch.bool, device='cpu')
-    mask[p.at[dead.cpu()[p.unit]]] = True
+    mask = _positions(p, dead, t.shape[d])
     yield p.path,mask.view(-1, *[1]*(t.ndim-1-d)).to(t.device)
 
 
@@ -139,8 +138,7 @@ def traces(self:ChannelGroup,
                 if _summing(model, self): yield from _in_tensor(model, p, dead)
                 continue
             m,reads = model.get_submodule(p.path),kind=='readers'
-            mask = torch.zeros(n_channels(m)[reads], dtype=torch.bool, device='cpu')
-            mask[p.at[dead.cpu()[p.unit]]] = True
+            mask = _positions(p, dead, n_channels(m)[reads])
             for name,there in masks_over(m, mask, reads): yield f'{p.path}.{name}'.lstrip('.'),there
 
 
