@@ -35,9 +35,9 @@ def client(nb, fn):
                           resources={'metadata': {'path': fn.parent}})
 
 def run(fn, flags, only=None):
-    """Run the cells of `fn` that `nbdev-test --flags` would, and those of rows, or those marked with the directive `only`; the others
+    """Run the cells of `fn` that `nbdev-test --flags` would, those of rows and long ones, or those marked with the directive `only`; the others
     keep the outputs they have. Returns what tables say that lack rows, if these need no GPU."""
-    skipped = [o for o in get_config().tst_flags.split() if o!='rows']
+    skipped = [o for o in get_config().tst_flags.split() if o not in ('rows','long')]
     todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, skipped, flags)}
     if todo or not only: print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return []

@@ -45,7 +45,7 @@ def test_what_is_refused_before_anything_is_trained(tmp_path, kwargs, said):
     with pytest.raises(ValueError, match=said): budget(few(), 'lenet5', tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_peers_meet_the_same_budget(tmp_path):
     "What Torch-Pruning cuts is as much as fits, trained as ours; the learning rate is chosen on the validation set"
     p = bring(str(Path(__file__).parents[1]/'results/budget/peers.py'))

@@ -169,7 +169,7 @@ def test_families(name):
         assert not [k for k in small.stays if k not in [g.name for g in groups if g.stays]]
         if f is choose and not large: assert n_params(shrink(small, x))==n_params(small)    # nothing is left to remove
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('small,large', [
     (partial(small_vgg, (9,12,20,24,25,16,8,31), 33), small_vgg),
     (partial(cifar_resnet, depth=8), partial(cifar_resnet, depth=8, width=2, stem=32)),
@@ -578,7 +578,7 @@ class SE(nn.Module):
         self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c*e, c//4, 1), nn.SiLU(), nn.Conv2d(c//4, c*e, 1), nn.Sigmoid())
     def forward(self, x): y = self.d(self.a(x)); return x+self.b(y*self.se(y))
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_deep_network_is_tried_in_float64():
     m = nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), *[SE(16) for _ in range(30)], *head(16))
     assert [g.name for g in channel_groups(m, torch.randn(2,3,8,8)) if g.stays]==['34']
@@ -674,7 +674,7 @@ def test_a_training_head_that_still_reads_keeps_the_channel():
     with torch.no_grad(): m.b[0].weight[:,:4] = 0          # the evaluation ignores them, the head does not
     assert shrink(m, x).a[0].out_channels==16
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_googlenet_trains_on():
     x = torch.randn(4,3,64,64)
     s,small = check_shrunken(tvm.googlenet(init_weights=False, num_classes=10), x, .5)
@@ -822,7 +822,7 @@ def test_grouped_query_attention_and_rotary_positions():
     assert channel_groups(m, x)['gate'].stays is None
     assert halved(m, x)[1].up.out_features==43
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_detector():
     m,x = tvm.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval(),([torch.rand(3,320,320)],)
     assert sum(not g.stays for g in channel_groups(m, x))>30

@@ -45,7 +45,7 @@ def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
     assert {f: f.read_bytes() for f in (out/'stages').iterdir()}==before
     for o in ('teacher','small','±','Report: ',f"load_model('{out/'model.safetensors'}')",'means of 2 seeds'): assert o in text
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_network_of_a_run_as_onnx(run, photos, capsys, tmp_path):
     pytest.importorskip('onnxruntime')
     out,file = run[0],tmp_path/'small.onnx'

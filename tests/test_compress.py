@@ -76,7 +76,7 @@ def test_blocks_of_a_grouped_convolution():
     small = compress(learner(Grouped()), params=.6, how='global')
     assert small.widths['after']['a']%2==0 and small.model.b.groups==2
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_milliseconds(monkeypatch):
     "With a clock that counts parameters: what is promised is what was measured"
     noise = random.Random(0)

@@ -287,7 +287,7 @@ def test_in_place_outputs_are_copied():
     quiet(learner(model=s), 1, 1e-3, cbs=KnowledgeDistillation(net(), Negative('1')))
     assert all(seen)
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_student():
     "Also one that has run before it got its hooks"
     def run(model): return quiet(learner(model=model, opt_func=SGD), 1, .01, cbs=KnowledgeDistillation(TEACHER, AT('conv2')*100 + VID('conv2')))

@@ -290,7 +290,7 @@ for net,x,y,grad in torch.load(sys.argv[1], weights_only=False):
 assert 'kdnb' not in sys.modules
 """
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pickle_opens_where_kdnb_is_not_installed(tmp_path):
     "What comes out is plain torch: every family of `create`, shrunken, loaded from a file, and what a variational network becomes"
     rows,x = [],torch.randn(4,3,16,16)

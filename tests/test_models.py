@@ -160,7 +160,7 @@ def test_torchvision_own(base):
     set_seed(3); theirs = getattr(tv, base)(num_classes=4).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k,v in ours.items())
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_small_stem():
     for base in ('resnet50','densenet121','shufflenet_v2_x1_0','mobilenet_v2','efficientnet_b0'):
         small,large = (meta(base, in_shape=(1,32,32), stem=o) for o in ('small','imagenet'))

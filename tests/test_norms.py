@@ -149,7 +149,7 @@ def test_networks(make, width, tmp_path):
     assert torch.equal(again(x), small(x))
     assert learns(small, x, .05, 6)
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_onnx(tmp_path):
     pytest.importorskip('onnxruntime')
     set_seed(0)

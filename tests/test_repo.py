@@ -260,7 +260,7 @@ def test_the_gpu_script_says_that_there_is_no_gpu():
                          capture_output=True, text=True)
     assert run.returncode==1 and 'sees no GPU' in run.stderr
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_builds(copy):
     subprocess.run([sys.executable, '-m', 'build', '--no-isolation'], cwd=copy, check=True)
     wheel, = (copy/'dist').glob('*.whl')

@@ -1081,7 +1081,7 @@ def said_by(f):
         res = f()
     return res,[str(o.message) for o in said if 'weights can ever be cut' in str(o.message) or 'no gates' in str(o.message)]
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name,kw', [('resnet8',{}), ('vgg8',dict(width=.1)), ('mobilenet_v3_small',dict(width=.25))])
 def test_where_there_is_data_convolutions_get_gates_and_else_it_is_said_what_stays(name, kw):
     dls = data()

@@ -34,7 +34,7 @@ def test_tables_are_means_of_their_stages(done):
             assert table.loc['VID-I',column]==f'{np.mean(acc):.2f} ± {np.std(acc, ddof=1):.2f}'
         assert table.equals(vid_table(Record(done.path), experiment))
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_watched_is_there_when_nothing_is_trained(done):
     again = recipe(done.path, experiments=('samples','sizes','maps'), n_per_class=(None,4), students=('resnet14','resnet8'),
                    methods=('VID-I','KD + AT'), seeds=2)
@@ -45,7 +45,7 @@ def test_what_was_watched_is_there_when_nothing_is_trained(done):
     lone,plain = (again.models[k].state_dict() for k in ('Student, read by VID-I','Student, resnet8'))
     assert all(torch.equal(v, plain[k]) for k,v in lone.items())     # only q learns
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_stopped_shows_what_another_shows(tmp_path, monkeypatch):
     def maps(path): return recipe(path, epochs=(1,4,1,1), experiments='maps').exhibits['likelihood'].data
     whole = maps(tmp_path/'whole')
@@ -65,7 +65,7 @@ def test_all_lambdas_are_tried_and_the_best_on_the_validation_set_is_shown(tmp_p
     best = max(tried, key=lambda o: o['valid_accuracy'])
     assert vid_table(run, 'mlp').loc['KD','MLP-8']==f'{100*best["test_accuracy"]:.2f}'
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transfer_from_data_or_from_a_network(tmp_path):
     src,dst = digits(range(6)),digits(range(6,10))
     methods = ('fine-tuning','LwF','VID-LP + VID-I')
@@ -109,7 +109,7 @@ def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_source_may_be_named(tmp_path):
     "As a grid or the command line does it: the same run as with its loaders"
     kwargs = dict(dls=image_dls('digits', bs=32, n_per_class=20, device='cpu'), experiments='transfer', transfer_methods=('VID-I',), n_per_class=5)
