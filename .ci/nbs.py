@@ -47,8 +47,8 @@ def run(fn, flags, only=None):
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
-    said = [o for i in todo for t in nb.cells[i].outputs for o in t.get('text', '').splitlines()]
-    return [o for o in said if o.startswith('not run yet') and 'GPU' not in o]
+    printed = [o for i in todo for t in nb.cells[i].outputs for o in t.get('text', '').splitlines()]
+    return [o for o in printed if o.startswith('not run yet') and 'GPU' not in o]
 
 def readme():
     "`INDEX` as markdown that reads well on a git host: no hidden cells or directives, links from the root"

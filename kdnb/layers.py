@@ -71,7 +71,7 @@ def places(self:LayerKind, m:nn.Module, name:str) -> dict[int,tuple]:
 # %% ../nbs/00a_layers.ipynb #5d1c0001
 @patch
 def outputs(self:LayerKind, m:nn.Module, out:object) -> list[tuple]:
-    "`(tensor, which channels of `m` its numbers are)` of what `m` put out; the latter broadcasts, or is None if it is not to be said"
+    "`(tensor, which channels of `m` its numbers are)` of what `m` put out; the latter broadcasts, or is None if open"
     axis,made = self.axis(m),self.sizes(m)[0]
     def places(o):
         if o.ndim<-axis or o.shape[axis]!=made: return None
@@ -165,33 +165,6 @@ class _GroupNorm(LayerKind):
     def together(self, m): return m.num_channels//m.num_groups
     def holds(self, m): return '{} normalises over them' if m.num_groups==1 else None
     def noted(self, m): return 'num_groups','num_channels'
-
-# %% ../nbs/00a_layers.ipynb #7b94e3d0
-@layer_kind('timm.layers.grn.GlobalResponseNorm')
-class _GlobalResponse(LayerKind):
-    "A channel's norm is divided by the mean of all norms: one of zeros goes if the mean's share is made up for"
-    sums = True
-    def axis(self, m): return m.channel_dim
-    def rescale(self, m, before):
-        m.weight.data.mul_(before/len(m.weight))
-        m.eps *= before/len(m.weight)
-    def noted(self, m): return ('eps',)
-
-# %% ../nbs/00a_layers.ipynb #5d1c0011
-@layer_kind(nn.RMSNorm, 'timm.layers.norm.RmsNorm', 'timm.layers.norm.RmsNorm2d')
-class _RootMeanSquare(LayerKind):
-    "Divides by a mean of squares: a channel of zeros goes if the mean's share is made up for"
-    sums = True
-    def axis(self, m): return 1 if type(m).__name__=='RmsNorm2d' else -1
-    def resize(self, m, made, read): m.normalized_shape = (made,)
-    def rescale(self, m, before):
-        m.weight.data.mul_((before/len(m.weight))**.5)
-        m.eps *= before/len(m.weight)
-    def noted(self, m): return ('eps',)
-    def holds(self, m):
-        if m.weight is None or m.weight.ndim>1: return '{} normalises over them'
-        if m.eps is None: return '{} takes eps from its dtype: give it one, such as 1e-6'
-
 
 # %% ../nbs/00a_layers.ipynb #97d1e046
 def _holding(why, *classes):

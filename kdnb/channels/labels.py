@@ -132,7 +132,7 @@ def hold(self:Trace,
 def join(self:Trace,
     a:torch.Tensor, # Labels
     b:torch.Tensor, # As many others, place by place
-    why:str=WIDTHS, # What is said of those that stay
+    why:str=WIDTHS, # The reason of those that stay
 ) -> None:
     "Labels in the same place become one; those that meet a 0 stay"
     pairs = torch.stack([a.flatten(), b.flatten()])

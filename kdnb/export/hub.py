@@ -32,12 +32,12 @@ def _card(folder, repo, build=False):
     "The card of the network in `folder`, in markdown"
     header = read_header(Path(folder)/NAME)[0]
     lines = load_lines(Path(folder)/NAME, build=build)
-    said = (lines.replace(re.search(r'load_model\((.*?)[,)]', lines)[1], repr(repo))
+    usage = (lines.replace(re.search(r'load_model\((.*?)[,)]', lines)[1], repr(repo))
             .replace('load_model', 'from_pretrained'))
     classes = f"\nIt tells apart: {', '.join(header['classes'])}.\n" if header['classes'] else ''
     return ("---\nlibrary_name: kdnb\ntags: [kdnb, compression]\n---\n\n"
             f"# {header['arch']['name']}, compressed\n{classes}\n"
-            f'```python\n{said}\n```\n')
+            f'```python\n{usage}\n```\n')
 
 # %% ../../nbs/44_export.hub.ipynb #44a0000d
 @lru_cache(None)
