@@ -35,6 +35,7 @@ def test_report_and_record(run):
     for o in ('Channels that stay','What the dense network can do without'): assert o in text
     pd.testing.assert_frame_equal(budget_table(again), budget_table(run))
 
+@pytest.mark.long
 def test_a_finished_run_is_read(run):
     now = budget(few(), 'lenet5', run.path, epochs=(2,1), macs=(.6,'20k'), seeds=2, n=32, update_bn=0, show=False)
     assert [o['test_accuracy'] for o in now.stages]==[o['test_accuracy'] for o in run.stages]

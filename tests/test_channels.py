@@ -12,7 +12,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastai.vision.all import DynamicUnet, OptimWrapper, ResBlock, SGD, Adam, XResNet, create_vision_model
-from common import quiet
+from common import quiet, rest_long
 from kdnb.all import *
 from kdnb.channels.groups import ChannelGroup,_removable
 from kdnb.channels.trial import _silence,_some
@@ -141,7 +141,7 @@ def expected(m, groups, dead):
         for p in g.makers: res[p.path] -= int(dead[g][p.unit].sum())
     return res
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', rest_long(FAMILIES, 'vgg lenet5 resnet_a wrn resnext50 mobilenet_v3 densenet shufflenet vit unet cat_add padded'))
 def test_families(name):
     m,x = build(name)
     groups = channel_groups(m, x)

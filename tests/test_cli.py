@@ -149,6 +149,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path/'own.py').write_text(OWN)
     return tmp_path
 
+@pytest.mark.long
 @pytest.mark.parametrize('how', [['--import','own.py','--recipe','of-mine'], ['--recipe','own.py:of_mine'], ['--recipe','own:of_mine']])
 def test_a_recipe_of_one_s_own(how, own, photos, capsys):
     argv = ['compress',*how,'--data',photos,'--quiet','--out','run']
@@ -177,6 +178,7 @@ def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     recipe('registered')(lambda dls, path: None)                  # in Python, before the command
     assert 'returned NoneType' in said(capsys, 1, *argv, 'registered')
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['Nearness','near-ness'])
 def test_a_term_of_one_s_own_by_name_has_its_usual_weight(name, own, photos, capsys, monkeypatch):
     weights = []

@@ -255,6 +255,7 @@ def test_rooms_import_only_downwards():
     TopologicalSorter(graph).prepare()
 
 
+@pytest.mark.long
 def test_the_gpu_script_says_that_there_is_no_gpu():
     run = subprocess.run(['bash', ROOT/'bench/gpu.sh'], env={**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'KDNB_DEVICE': 'cuda'},
                          capture_output=True, text=True)

@@ -308,6 +308,7 @@ ENDS = {'masks': lambda run: (run.learner(run.network('lenet5_caffe')), [Pruner(
         'SimKD': lambda run: (run.learner(m := run.network('resnet8')), [KnowledgeDistillation(t := run.network('resnet14'), named_term('SimKD', m, t, run.dls))]),
         'heads': lambda run: (run.learner(m := run.network('resnet8')), [KnowledgeDistillation(t := run.network('resnet14'), named_term('VID', m, t, run.dls)), Pruner(.5)])}
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ENDS)
 @pytest.mark.filterwarnings('ignore:this sparsity would empty')
 def test_whatever_a_stage_ended_with_is_read(kind, tmp_path, monkeypatch):

@@ -148,6 +148,7 @@ def test_workers_that_start_together_add_each_trial_once(quick, tmp_path, storag
     all_done_once(g, tmp_path)
     assert len(sw._Worker(Grid(g), *args[1:]).study.trials)==12
 
+@pytest.mark.long
 @storages
 def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage, monkeypatch):
     "Four workers see the same trials as free; each has a folder of its own, so the storage alone decides"

@@ -121,6 +121,7 @@ def test_the_source_may_be_named(tmp_path):
         with pytest.raises(ValueError, match=says): recipe(tmp_path/'c', source=wrong, **kwargs)
     with pytest.raises(ValueError, match='names no image set'): recipe(tmp_path/'c', source=dict(bs=4), **kwargs)
 
+@pytest.mark.long
 def test_all_images_can_be_written_as_text(tmp_path):
     a,b = (recipe(tmp_path/str(n), experiments='samples', methods=('KD',), n_per_class=(n,4)) for n in (None,'all'))
     assert [o['mark'] for o in a.stages]==[o['mark'] for o in b.stages] and list(vid_table(b))==['all','4']
