@@ -39,9 +39,7 @@ class LayerKind:
         return (len(m.weight),)*2
     def resize(self, m:nn.Module, made:int, read:int) -> None: "Note in `m` how many it makes and reads"
     def axis(self, m:nn.Module) -> int: "The axis of channels in what `m` reads and makes"; return 1
-    def together(self, m:nn.Module) -> int:
-        "How many neighbours live and die together"
-        return 1
+    def together(self, m:nn.Module) -> int: "How many neighbours live and die together"; return 1
     def holds(self, m:nn.Module) -> str|None: "Why channels that `m` reads cannot go, with {} for its name; or None"
     def rescale(self, m:nn.Module, before:int) -> None:
         "Make up in `m` for channels of zeros that are gone: there were `before`"
