@@ -34,14 +34,18 @@ class LayerKind:
     reads = True     # Does it read channels at all? An embedding reads numbers of words
     recurs = False   # Does it read, behind its inputs, what it made at the step before?
     def fits(self, m:nn.Module) -> bool: "Is `m`, of a class of this kind, one of them?"; return True
-    def sizes(self, m:nn.Module) -> tuple[int,int]: "Channels that `m` makes and reads"; return (len(m.weight),)*2
+    def sizes(self, m:nn.Module) -> tuple[int,int]:
+        "Channels that `m` makes and reads"
+        return (len(m.weight),)*2
     def resize(self, m:nn.Module, made:int, read:int) -> None: "Note in `m` how many it makes and reads"
     def axis(self, m:nn.Module) -> int: "The axis of channels in what `m` reads and makes"; return 1
     def together(self, m:nn.Module) -> int: "How many neighbours live and die together"; return 1
     def holds(self, m:nn.Module) -> str|None: "Why channels that `m` reads cannot go, with {} for its name; or None"
     def rescale(self, m:nn.Module, before:int) -> None:
         "Make up in `m` for channels of zeros that are gone: there were `before`"
-    def inner(self, m:nn.Module) -> int: "How many of the channels that `m` makes come before those of its output"; return 0
+    def inner(self, m:nn.Module) -> int:
+        "How many of the channels that `m` makes come before those of its output"
+        return 0
     def widths(self, m:nn.Module) -> tuple[int,...]:
         "The channels that `m` makes, in parts of which each is a width of its own"
         return self.sizes(m)[:1]
@@ -231,11 +235,13 @@ def computes_weight(m, x, *args, **kwargs):
     gone = torch.arange(n_channels(m)[1], device='cpu')%3==0
     w = m.weight.detach().clone()
     loud = torch.where(gone.view(-1, *[1]*(-1-channel_axis(m))).to(x.device), x+1, x)
+    def run(x):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return type(m).forward(m, x, *args, **kwargs)
     try:
         m.weight.masked_fill_(over_weight(gone, m, True), 0)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); a = type(m).forward(m, x, *args, **kwargs)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(0); b = type(m).forward(m, loud, *args, **kwargs)
-        return not torch.allclose(a, b, 1e-4, 1e-5)
+        return not torch.allclose(run(x), run(loud), 1e-4, 1e-5)
     except Exception: return True
     finally: m.weight.copy_(w)
 

@@ -37,7 +37,9 @@ def merge(self:Trace,
             fixed.append((there, self._why(t)))      # one of these for all rows, such as the positions in all heads
             continue
         if not there: continue
-        if res is not None: self.join(res, l.expand(res.shape), self._why(t)); l = torch.where(res>0, res, l)
+        if res is not None:
+            self.join(res, l.expand(res.shape), self._why(t))
+            l = torch.where(res>0, res, l)
         res = l
     res = (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
     for dims,why in fixed: res = self.mixed(res, dims, why)

@@ -150,7 +150,9 @@ def _checked(model, xb, data, tol, update_bn):
     xb = first_samples(xb, 16)
     for positions in (True,False):
         small,kept,paths = _shrunken(model, xb, positions)
-        try: _prove(model, small, kept, paths, first_samples(xb, 4), tol); break
+        try:
+            _prove(model, small, kept, paths, first_samples(xb, 4), tol)
+            break
         except Exception:      # the network's code may read a linear layer that has an index layer now
             if not paths: raise
     if update_bn: _estimate_bn(small, data, update_bn)

@@ -50,7 +50,9 @@ def layer_outputs(model, xb):
                 lambda m,x,out,path=path: outs.append((path, output_tensors(out)[0].clone()))))
     try:
         with constant_draws(model), evaluating(model): return outs + [('', o) for o in output_tensors(model(*xb))]
-    except Exception as e: e.where = begun[-1]; raise
+    except Exception as e:
+        e.where = begun[-1]
+        raise
     finally:
         for h in hooks: h.remove()
 
@@ -186,7 +188,7 @@ def _halve(model, xb, groups, until):
         for g in groups: g.stays = found[0]
         return
     i = len(groups)//2
-    _halve(model, xb, groups[:i], until); _halve(model, xb, groups[i:], until)
+    for part in (groups[:i], groups[i:]): _halve(model, xb, part, until)
     if (groups := [g for g in groups if not g.stays]) and (found := _difference(model, xb, groups)):
         for g in groups: g.stays = found[0]
 

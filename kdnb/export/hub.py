@@ -142,7 +142,7 @@ def to_timm(
     name:str|None=None, # What timm calls it; what it notes in its networks if None
     **kwargs, # Arguments that it was built with; the number of classes is known
 ) -> str:
-    """Write a shrunken network as timm loads it; returns what `timm.create_model(…, pretrained=True)` takes
+    """Write a shrunken network as timm loads it. Returns what `timm.create_model(…, pretrained=True)` takes
 
     Raises `ValueError` if timm has no arguments for its widths."""
     import timm
@@ -161,7 +161,7 @@ def to_timm(
 def needs_of(
     path:str|Path, # File of `torch.save` or `learn.export()`
 ) -> list[str]:
-    """What of kdnb a pickle asks for when it is opened, as `module.name`; nothing is run
+    """What of kdnb a pickle asks for when it is opened, as `module.name`. Nothing is run
 
     Raises `ValueError` if `path` is no such file."""
     try:

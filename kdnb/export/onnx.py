@@ -107,7 +107,7 @@ def to_onnx(
 ) -> Exported:
     """Write the network to one file that is proven to compute what torch computes
 
-    Raises `ValueError` if it cannot be written so, differs, or loses more than `max_drop`; then nothing is written."""
+    Raises `ValueError` if it cannot be written so, differs, or loses more than `max_drop`. Then nothing is written."""
     onnx,(path,script) = _onnx()[0],_target(path)
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,still = _data(data),_still(model)

@@ -185,7 +185,7 @@ def prune_then_distill(
     show:bool=True, # Progress bars
     **settings, # Changes to `PruneThenDistillSettings`
 ) -> Run:
-    """Prune a teacher in rounds, then distil it (Park and No 2022); returns the finished `Run`
+    """Prune a teacher in rounds, then distil it (Park and No 2022). Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)
