@@ -129,6 +129,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kdnb.channels.labels._small': ('channels.labels.html#_small', 'kdnb/channels/labels.py'),
                                       'kdnb.channels.labels._spans': ('channels.labels.html#_spans', 'kdnb/channels/labels.py'),
                                       'kdnb.channels.labels.components': ('channels.labels.html#components', 'kdnb/channels/labels.py'),
+                                      'kdnb.channels.labels.distinct_pairs': ( 'channels.labels.html#distinct_pairs',
+                                                                               'kdnb/channels/labels.py'),
                                       'kdnb.channels.labels.labels_of': ('channels.labels.html#labels_of', 'kdnb/channels/labels.py'),
                                       'kdnb.channels.labels.put_labels': ('channels.labels.html#put_labels', 'kdnb/channels/labels.py'),
                                       'kdnb.channels.labels.varies': ('channels.labels.html#varies', 'kdnb/channels/labels.py')},
