@@ -136,7 +136,8 @@ def _loader(data):
     if not isinstance(data, DataLoaders):
         return data if hasattr(data, 'one_batch') or isinstance(data, DataLoader) else None
     has_valid = len(data.loaders)>1 and len(data.valid)
-    return data.valid if has_valid else data.train.new(shuffle=False)
+    if has_valid: return data.valid
+    with no_random(reproducible=False): return data.train.new(shuffle=False)
 
 # %% ../nbs/00_core.ipynb #5853acc7
 def inputs(
