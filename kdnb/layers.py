@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
+from .core import check_eager
 
 # %% ../nbs/00a_layers.ipynb #21812117
 weighted = (nn.Linear, nn.modules.conv._ConvNd)
@@ -285,6 +286,7 @@ def weight_names(
 # %% ../nbs/00a_layers.ipynb #db787c7d
 def _all_weights(model):
     "`(name, layer, name in the layer)` of all weights of the network; what computes them is passed over"
+    check_eager(model)
     inside = {o for m in model.modules() if is_parametrized(m) for o in m.parametrizations.modules()}
     return [(f'{path}.{n}'.lstrip('.'), m, n) for path,m in model.named_modules() if m not in inside
             for n in weight_names(m)]

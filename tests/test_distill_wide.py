@@ -251,7 +251,7 @@ def test_a_teacher_of_stored_logits():
     ('shares is .1, 2, 3., expected 2 numbers', lambda: KnowledgeDistillation([wide(), wide()], shares=[1,2,3])),
     ("teacher is 'first', expected its place", lambda: KD(teacher='first')),
     ('teacher gives 7 outputs, student 10', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)], KD(teacher=1)))),
-    ('a schedule gives -1 at progress 0', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation(wide(), KD(T=lambda p: -1.)))),
+    ('T gives -1 at progress 0', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation(wide(), KD(T=lambda p: -1.)))),
     ("token is 'last'", lambda: RKD('b', token='last')),
     ('teachers 0 and 1 give outputs of shape .64, 10. and .64, 7., which have no mean', lambda: quiet(learner(), 1, cbs=KnowledgeDistillation([wide(), create('lenet5', DLS, c=7).to(DLS.device)]))),
     (r'T is \[4, 1\], expected a temperature', lambda: KD(T=[4,1])),

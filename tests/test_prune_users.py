@@ -245,7 +245,7 @@ def test_attention_with_separate_projections_and_encoder():
 def test_the_number_says_of_what_it_is_a_fraction():
     big = Text()
     for f in (lambda: sparsity(big), lambda: prune_model(big, .5), lambda: quiet(learner(big), 1, 1e-3, cbs=Pruner(.5)), lambda: quiet(learner(big), .6, n_epoch=1, lr=1e-3, fit='iterate')):
-        with pytest.warns(UserWarning, match=r"\d+ % of the parameters of this Text. Embedding, LSTM hold others: layers='all'"): f()
+        with pytest.warns(UserWarning, match=r"\d+ % of the parameters of this Text. Others are in layers of type Embedding, LSTM: layers='all'"): f()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         sparsity(net()); sparsity(big, layers='all'); prune_model(big, .5, layers='all'); prune_model(net(), .5)

@@ -82,7 +82,7 @@ def in_rows(self:Trace,
     dims:list, # Axes over which something is computed
 ) -> bool:
     "Do labels `l` change along other axes than `dims`, too, so that a row of them may go as a whole?"
-    if self._running and self._running[-1][0] in self.inside: return False
+    if self.running_path in self.inside: return False
     # a class token's labels are others than those of the patches, until they are joined
     of = self.classes[_small(l).long()]
     return any(varies(of, d) for d in range(l.ndim) if d not in dims)
@@ -100,7 +100,7 @@ def mixed(self:Trace,
     first = l
     for d in dims: first = first.narrow(d, 0, 1)
     self.join(first.expand(l.shape), l, why)
-    self.rowwise.append((self._running[-1][0] if self._running else '', _small(l).unique()))
+    self.rowwise.append((self.running_path, _small(l).unique()))
     return first.expand(l.shape)
 
 # %% ../../nbs/08d_channels.arithmetic.ipynb #20860d25
@@ -182,7 +182,7 @@ def in_pairs(self:Trace,
         rows.append(first)
     self.join(*torch.broadcast_tensors(*rows), why)
     ids = [tuple(_small(l).unique().tolist()) for l in rows]
-    key = (self._running[-1][0] if self._running else '',*ids)
+    key = (self.running_path,*ids)
     self.products[key] = self.products.get(key) or self.from_shape
     return torch.zeros_like(a),torch.zeros_like(b)
 

@@ -83,6 +83,12 @@ class Trace(TorchDispatchMode):
         self._found,self._marked = (None,None),[]
         self._quiet,self._where = False,''
 
+# %% ../../nbs/08a_channels.labels.ipynb #4b6623bd
+@patch(as_prop=True)
+def running_path(self:Trace) -> str:
+    "The path of the module whose code is running; '' if it is the network's own"
+    return self._running[-1][0] if self._running else ''
+
 # %% ../../nbs/08a_channels.labels.ipynb #38ac45f9
 @patch
 def new_labels(self:Trace,

@@ -74,10 +74,10 @@ def _on_cpu(m):
 # %% ../../nbs/08m_channels.norms.ipynb #12a6e46d
 @torch.no_grad()
 def _same(m, form, shape):
-    "Does the norm `m` compute what `form` does?"
+    "Does the norm `m` compute what `form` does, with random weights? Both are copies of `_on_cpu`."
     g = torch.Generator('cpu').manual_seed(0)
     def drawn(size): return torch.randn(size, generator=g, device='cpu', dtype=torch.double)
-    m,form,x = _on_cpu(m),_on_cpu(form),drawn(shape)
+    x = drawn(shape)
     for n,p in form._parameters.items():
         if p is not None: m._parameters[n].data = p.data = drawn(p.shape)
     try: return torch.allclose(m(x), form(x), 1e-9, 1e-9)
@@ -93,7 +93,8 @@ def _is_held(m):
 # %% ../../nbs/08m_channels.norms.ipynb #07a7046f
 def _opened(m):
     "The norm `m`, open; or None"
-    form = next((f for f,shape in _forms(m) if _same(m, f, shape)), None)
+    copy = _on_cpu(m)
+    form = next((f for f,shape in _forms(m) if _same(copy, _on_cpu(f), shape)), None)
     return _graph_of(form).train(m.training) if isinstance(form, _Norm) else form
 
 # %% ../../nbs/08m_channels.norms.ipynb #7a4e434c

@@ -20,7 +20,8 @@ from .sizes import output_tensors
 from .trace import _sharing
 from .trial import _cast,_first_difference,_groups,layer_outputs
 from .trial import _first_line,relative_difference
-from ..core import constant_draws,evaluating,first_samples,get_layer,inputs,set_layer
+from ..core import as_network,check_eager,check_number,constant_draws,evaluating,first_samples
+from ..core import get_layer,inputs,set_layer,unwrap
 from ..features.capture import layer_shapes
 from ..layers import n_channels
 
@@ -61,6 +62,8 @@ def _shrunken(model, xb, positions=True):
 # %% ../../nbs/08j_channels.shrink.ipynb #27e10433
 def _estimate_bn(model, data, update_bn):
     "Average the BatchNorm statistics of `model` over training batches"
+    if isinstance(update_bn, (str,float)) or update_bn is not True and isinstance(update_bn, int):
+        check_number(update_bn, 'update_bn', 1, whole=True)
     dl = data.train if isinstance(data, DataLoaders) and isinstance(update_bn, (bool,int)) else update_bn
     if isinstance(dl, (bool,int)):
         raise ValueError(f'update_bn={update_bn} counts training batches, but data holds none. '
@@ -139,14 +142,22 @@ def shrink(model, # A network with zeros; masks may be attached
     tol=1e-5, # Largest difference allowed, relative to the largest output; usual are 1e-15
     update_bn=None): # Estimate BatchNorm statistics anew: number of training batches, True for all, or a DataLoader
     "Smaller copy of `model` without its all-zero channels, neurons and inputs; same outputs on `data`, or `ValueError`"
+    model = as_network(model, 'model')
     return _checked(model, inputs(data, model), data, tol, update_bn)[0]
+
+# %% ../../nbs/08j_channels.shrink.ipynb #20d4f2fb
+def _check_ready(model):
+    "Raise if layers of `model` are not there to be cut, or not yet"
+    check_eager(model)
+    for path,m in unwrap(model).named_modules():
+        if why := getattr(m, 'not_yet', None):
+            raise ValueError(f'{type(m).__name__} {path!r} {why}')
 
 # %% ../../nbs/08j_channels.shrink.ipynb #576c1b79
 @torch.inference_mode(False)
 def _checked(model, xb, data, tol, update_bn):
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError('the network is a TorchScript module, whose layers cannot be cut. '
-                         'Shrink it before torch.jit.script or trace.')
+    check_number(tol, 'tol')
+    _check_ready(model)
     xb = first_samples(xb, 16)
     for positions in (True,False):
         small,kept,paths = _shrunken(model, xb, positions)

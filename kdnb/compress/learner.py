@@ -9,7 +9,7 @@ __all__ = ['mix_fresh']
 import inspect,math,re,warnings
 from collections.abc import Callable
 from copy import deepcopy
-from numbers import Integral,Real
+from numbers import Real
 import pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
@@ -19,12 +19,12 @@ from .cut import cut_to
 from .noise import settled,successor,train_gates
 from .order import hows
 from .result import Compressed,_lost,_metric,_percent
-from ..core import check_choice,did_you_mean,inputs,unwrap
-from ..distill.learner import _fit_method
+from ..core import check_choice,check_number,did_you_mean,inputs,unwrap
 from ..export.quantize import check_drop
 from ..measure.counts import latency
 from ..prune.criteria import check_criterion
 from ..prune.sensitivity import check_data,validate_as
+from ..training.callbacks import fit_method
 
 # %% ../../nbs/45e_compress.learner.ipynb #84f0c059
 def _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh):
@@ -33,12 +33,9 @@ def _check_numbers(n_epoch, steps, round_to, tries, n, update_bn, lr, fresh):
                  update_bn=(update_bn,0))
     for k,(v,least) in whole.items():
         if v is None and k in ('round_to','n'): continue
-        if isinstance(v, bool) or not isinstance(v, Integral) or v<least:
-            raise ValueError(f'{k} is {v!r}, expected a whole number, {least} or more.')
-    if lr is not None and not isinstance(lr, slice) and not (isinstance(lr, Real) and lr>0):
-        raise ValueError(f'lr is {lr!r}, expected a learning rate above 0, such as .003.')
-    if isinstance(fresh, bool) or not isinstance(fresh, Real) or not 0<=fresh<=1:
-        raise ValueError(f'fresh is {fresh!r}, expected the part of the weights that is drawn anew, from 0 to 1.')
+        check_number(v, k, least, whole=True)
+    if lr is not None and not isinstance(lr, slice): check_number(lr, 'lr', above=True)
+    check_number(fresh, 'fresh', most=1)
     if fresh and not n_epoch:
         raise ValueError(f'fresh is {fresh:g} and n_epoch 0: fresh weights know nothing before they are trained.')
 
@@ -58,7 +55,7 @@ def _check_way(how, criterion, n_epoch, steps):
 # %% ../../nbs/45e_compress.learner.ipynb #45d00015
 def _check_names(learn, fit, given):
     "Raise if `fit` is no method, or takes one of the arguments `given` no more than `distill` does"
-    methods = _fit_method(learn, fit, {}).func,type(learn).distill,type(learn).compress_to
+    methods = fit_method(learn, fit).func,type(learn).distill,type(learn).compress_to
     takes = {k for o in methods for k in inspect.signature(o).parameters}
     for k in given:
         if k in takes: continue

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from fastai.learner import Learner
-from ..core import described,inputs,undisturbed,unwrap
+from ..core import check_number,described,inputs,undisturbed,unwrap
 from .adapter import TeacherAdapter
 from .checks import check_networks,check_outputs,check_places,check_shares,check_teachers
 from .checks import fit_size,fresh_index,label_mask,named_terms
@@ -73,6 +73,9 @@ def check_arguments(
     if isinstance(task, (Term,Terms)):
         raise ValueError('task is a term, expected the weight of the task loss. Add terms up: '
                          'KD() + AT(...).')
+    if not isinstance(cache, (bool,str,Path)):
+        raise ValueError(f'cache is {described(cache)}, expected True, or a folder for files.')
+    if n_views is not None: check_number(n_views, 'n_views', 1, whole=True)
     if n_views and not cache:
         raise ValueError('n_views is for cache=True: without it every epoch has views of its own.')
     if not named and not by_task:
@@ -380,7 +383,7 @@ def detach(self:KnowledgeDistillation) -> None:
     "Taken from the learner: undo `attach`"
     LossTerm.detach(self)
     for m in (self.model, unwrap(self.model)):
-        if m._modules.get(HEADS) is self.heads: del m._modules[HEADS]
+        if getattr(m, HEADS, None) is self.heads: delattr(m, HEADS)
     self._undo_replace()
 
 # %% ../../nbs/13_distill.callback.ipynb #096942d9

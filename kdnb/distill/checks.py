@@ -10,7 +10,7 @@ from numbers import Number
 import torch
 from torch import nn
 from fastai.torch_core import find_bs
-from ..core import described
+from ..core import check_eager,described
 from ..data.arrays import take_index
 from .terms import Term,Terms
 
@@ -49,6 +49,7 @@ def check_networks(
     if teacher is None:
         raise ValueError('the teacher was left behind when this learner was exported. '
                          'Attach a new KnowledgeDistillation(teacher, ...).')
+    check_eager(student, 'the student', inside=False)
     if teacher is student:
         raise ValueError('teacher and student are the same module. Pass deepcopy(model) as the '
                          'teacher.')

@@ -9,6 +9,7 @@ __all__ = ['ContrastHead', 'CRD']
 import torch, torch.distributed as tdist
 from torch import nn
 from fastcore.basics import patch
+from ..core import check_number
 from .heads import HeadTerm
 from .losses.features import crd,vectors
 from .losses.shared import at_least_float32,check_batch,check_T,in_float32,unit
@@ -128,7 +129,7 @@ def after_backward(self:ContrastHead) -> None:
 class CRD(HeadTerm):
     """Contrastive representation distillation (Tian et al. 2020), on the penultimate vector. Usual weight .8
 
-    Raises `ValueError` if `T` is no temperature."""
+    Raises `ValueError` if `T` is no temperature, and for lengths and numbers below 1."""
     needs_index = True
     usual = .8
     usual_layers = on_both(penultimate)
@@ -143,10 +144,10 @@ class CRD(HeadTerm):
     ):
         super().__init__(layer, teacher_layer, teacher)
         check_T(T)
-        self.dim = dim
-        self.K = K
+        self.dim = check_number(dim, 'dim', 1, whole=True)
+        self.K = K if K is None else check_number(K, 'K', 1, whole=True)
         self.T = T
-        self.momentum = momentum
+        self.momentum = check_number(momentum, 'momentum', most=1)
     def __call__(self, o): return sum(h(*f, o.index) for h,f in zip(o.head, self.features(o)))
 
 # %% ../../nbs/11e_distill.crd.ipynb #97d4c5ce

@@ -163,8 +163,11 @@ class FitNet(HeadTerm):
         f_t:torch.Tensor, # The teacher's
     ) -> torch.Tensor:
         "Mean squared error of the regressor"
+        return mse(*self.both(head, f_s, f_t))
+    def both(self, head, f_s, f_t):
+        "What the regressor gives and the teacher's map, at one size"
         f_s,f_t = map_pair(f_s, f_t)
-        return mse(*same_size(head(f_s), f_t))
+        return same_size(head(f_s), f_t)
 
 # %% ../../nbs/11c_distill.heads.ipynb #f5f8152d
 @patch
@@ -190,6 +193,5 @@ def errors(self:FitNet,
     f_t:torch.Tensor, # The teacher's
 ) -> torch.Tensor:
     "Squared error of the regressor at each place (B, C, H, W)"
-    f_s,f_t = map_pair(f_s, f_t)
-    a,b = at_least_float32(same_size(head(f_s), f_t))
+    a,b = at_least_float32(self.both(head, f_s, f_t))
     return (a-b).square()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
-from ..core import check_choice
+from ..core import check_choice,check_number
 from .losses.features import attention,blank_out,check_whole,nst,pkt,rkd,shared_mask,similarity,vectors
 from .losses.shared import check_batch
 from .seen import Seen
@@ -117,7 +117,9 @@ def stage_pairs(
 
 # %% ../../nbs/11b_distill.layers.ipynb #ab1da61f
 class AT(LayerTerm):
-    "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage. Usual weight 1000"
+    """Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage. Usual weight 1000
+
+    Raises `ValueError` if the power is not above 0."""
     usual = 1000.
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
@@ -127,7 +129,7 @@ class AT(LayerTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        self.p = p
+        self.p = check_number(p, 'p', above=True)
         self.squared = squared
     def compare(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens (B, N, C)
@@ -207,7 +209,9 @@ class PKT(VectorTerm):
 
 # %% ../../nbs/11b_distill.layers.ipynb #5386d0b3
 class RKD(VectorTerm):
-    "Relational distillation (Park et al. 2019), on the penultimate vector. Usual weight 1"
+    """Relational distillation (Park et al. 2019), on the penultimate vector. Usual weight 1
+
+    Raises `ValueError` if a weight is below 0."""
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's
@@ -217,8 +221,8 @@ class RKD(VectorTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, token, teacher)
-        self.distance = distance
-        self.angle = angle
+        self.distance = check_number(distance, 'distance')
+        self.angle = check_number(angle, 'angle')
     def compare(self,
         f_s:torch.Tensor, # The student's features (B, …)
         f_t:torch.Tensor, # The teacher's

@@ -6,10 +6,8 @@
 __all__ = ['check_terms', 'teacher_assistant']
 
 # %% ../../nbs/15_distill.learner.ipynb #5470ce69
-import inspect
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 import torch
@@ -18,25 +16,10 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from ..core import as_network,described,did_you_mean,inputs,undisturbed
+from ..core import as_network,described,inputs,undisturbed
 from .callback import KnowledgeDistillation
 from .terms import Term,Terms
-
-# %% ../../nbs/15_distill.learner.ipynb #5e6970e9
-def _fit_method(learn, name, kwargs):
-    "The method of `learn` called `name`, with `kwargs`; the rate `lr` as it calls it"
-    method = getattr(type(learn), name, None) if isinstance(name, str) else None
-    if method is None:
-        fits = [o for o in dir(type(learn)) if o.startswith('fi')]
-        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the '
-                         f'learner.{did_you_mean(name, fits)}')
-    takes = inspect.signature(method).parameters
-    own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
-    if 'lr' in kwargs and 'lr' not in takes and own:
-        if own in kwargs:
-            raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
-        kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
-    return partial(method, learn, **kwargs)
+from ..training.callbacks import fit_method
 
 # %% ../../nbs/15_distill.learner.ipynb #a668c992
 @patch
@@ -59,7 +42,7 @@ def distill(self:Learner,
     if not isinstance(n_epoch, Integral):
         raise ValueError(f'n_epoch is {described(n_epoch)}, expected a number: distill(teacher, 5, '
                          'KD(T=4)*.9).')
-    train = _fit_method(self, fit, kwargs)
+    train = fit_method(self, fit, kwargs)
     kd = KnowledgeDistillation(teacher, terms, task, cache, n_views, logits, teacher_tfm, shares, mask)
     with self.added_cbs(kd): train(n_epoch, cbs=cbs)
     return kd

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from fastcore.basics import patch
+from ..core import check_number
 from .losses.features import vectors
 from .losses.logits import binary_kd,counted,dist,dkd,kd,logits_mse,lwf
 from .losses.logits import mix_sigmoid,mix_softmax,standardize
@@ -110,7 +111,7 @@ def counted_labels(
 class DKD(LogitTerm):
     """Decoupled distillation (Zhao et al. 2022). Usual weight 1, rising over the first epochs
 
-    Raises `ValueError` if `T` is no number above 0 and no schedule."""
+    Raises `ValueError` if `T` is no number above 0 and no schedule, or if a weight is below 0."""
     softmax = True
     def __init__(self,
         alpha:float=1., # Weight of right class or not
@@ -119,8 +120,8 @@ class DKD(LogitTerm):
         standardize:bool=False, # Standardise the logits
         teacher:int|None=None, # Which of several teachers; the mean of their answers if None
     ):
-        self.alpha = alpha
-        self.beta = beta
+        self.alpha = check_number(alpha, 'alpha')
+        self.beta = check_number(beta, 'beta')
         self.T = check_temperature(T)
         super().__init__(standardize, teacher)
     def __call__(self, o):
@@ -131,7 +132,7 @@ class DKD(LogitTerm):
 class DIST(LogitTerm):
     """Relations between classes and between samples (Huang et al. 2022). Usual weight 1 or 2
 
-    Raises `ValueError` if `T` is no number above 0 and no schedule."""
+    Raises `ValueError` if `T` is no number above 0 and no schedule, or if a weight is below 0."""
     softmax = True
     def __init__(self,
         beta:float=1., # Weight of the relation between classes
@@ -140,8 +141,8 @@ class DIST(LogitTerm):
         standardize:bool=False, # Standardise the logits
         teacher:int|None=None, # Which of several teachers; the mean of their answers if None
     ):
-        self.beta = beta
-        self.gamma = gamma
+        self.beta = check_number(beta, 'beta')
+        self.gamma = check_number(gamma, 'gamma')
         self.T = check_temperature(T)
         super().__init__(standardize, teacher)
     def __call__(self, o): return dist(*self.logits(o), self.beta, self.gamma, self.at(self.T, o))

@@ -65,7 +65,8 @@ def distance(self:MutualLearning,
     other:torch.Tensor, # Logits of the other
 ) -> torch.Tensor:
     "`kd` at this temperature, over the places whose label the loss does not ignore"
-    return kd(counted(z, self._mask), counted(other, self._mask), weight_at(self.T, self.progress))
+    T = weight_at(self.T, self.progress, 'T')
+    return kd(counted(z, self._mask), counted(other, self._mask), T)
 
 # %% ../../nbs/14_distill.mutual.ipynb #b3d5b3d6
 @patch

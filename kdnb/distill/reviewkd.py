@@ -9,6 +9,7 @@ __all__ = ['Fusion', 'context_loss', 'ReviewKD']
 import torch
 import torch.nn.functional as F
 from torch import nn
+from ..core import check_number
 from .heads import batch_norm,HeadTerm,map_pair
 from .losses.features import same_size
 from .losses.shared import in_float32
@@ -62,7 +63,7 @@ def context_loss(
 class ReviewKD(HeadTerm):
     """Knowledge review (Chen et al. 2021): a teacher's map from the student's there and all deeper. Usual weight 1
 
-    Raises `ValueError` if there is only one pair."""
+    Raises `ValueError` if there is only one pair, or no width."""
     whole = True
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's layer}`, early ones first, or names
@@ -71,7 +72,7 @@ class ReviewKD(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        self.width = width
+        self.width = width if width is None else check_number(width, 'width', 1, whole=True)
         if len(self.pairs)<2:
             raise ValueError(f'ReviewKD has one pair, {self.pairs[0]}, expected two or more: '
                              'late layers look at early ones.')

@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
+from ..core import check_number
 from .heads import as_map,batch_norm
 from .layers import stage_pairs
 from .losses.features import check_whole,same_size
@@ -96,8 +97,8 @@ class SemCKD(Term):
         super().__init__(teacher)
         self.student_layers = [p for p,_ in as_pairs(layers)]
         self.teacher_layers = [p for p,_ in as_pairs(teacher_layers)]
-        self.bs = bs
-        self.factor = factor
+        self.bs = bs if bs is None else check_number(bs, 'bs', 1, whole=True)
+        self.factor = check_number(factor, 'factor', 1, whole=True)
 
 # %% ../../nbs/11g_distill.semckd.ipynb #85026ef1
 @patch(cls_method=True)

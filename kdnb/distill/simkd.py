@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 from torch import fx,nn
 from fastcore.basics import patch
-from ..core import evaluating
+from ..core import check_number,evaluating
 from .heads import masked_mean,mse
 from .layers import LayerTerm
 from .losses.features import same_size
@@ -59,7 +59,7 @@ def chain(
 class SimKD(LayerTerm):
     """Reuse the teacher's classifier (Chen et al. 2022). Weight 1, and the weight of the task loss is 0
 
-    Raises `ValueError` if there is more than one pair."""
+    Raises `ValueError` if there is more than one pair, or for a factor below 1."""
     task = 0.
     by_class = True
     usual_layers = on_both(last_map)
@@ -72,7 +72,7 @@ class SimKD(LayerTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layer, teacher_layer, teacher)
-        self.factor = factor
+        self.factor = check_number(factor, 'factor', 1, whole=True)
         self.norm = norm
         if len(self.pairs)>1:
             raise ValueError(f'SimKD has {len(self.pairs)} pairs of layers, expected one: the last '

@@ -165,9 +165,10 @@ def mix(self:Term,
 def at(self:Term,
     value:float|Callable, # A number or a schedule
     o:Seen, # What the term sees of a batch
+    what:str='T', # What it is called
 ) -> float:
-    "`value` at this point of the training"
-    return weight_at(value, getattr(o, 'pct', 0.))
+    "`value` at this point of the training. Raises `ValueError` if a schedule gives none."
+    return weight_at(value, getattr(o, 'pct', 0.), what)
 
 # %% ../../nbs/11_distill.terms.ipynb #887c9a29
 class _UsualWeights(MutableMapping):

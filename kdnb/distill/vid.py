@@ -11,6 +11,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from ..core import check_number
 from .heads import batch_norm,HeadTerm,map_pair
 from .losses.features import same_size,vectors
 from .losses.shared import at_least_float32
@@ -71,7 +72,7 @@ def growing(
 class VID(HeadTerm):
     """Variational information distillation, VID-I (Ahn et al. 2019, eq. 5). Usual weight 10 or 100, task .1 or 1
 
-    Raises `ValueError` for a depth below 1 or a variance that does not lie above `eps`."""
+    Raises `ValueError` for a depth below 1, no width, or a variance that does not lie above `eps`."""
     usual = 10.
     aliases = 'VID-I',
     def __init__(self,
@@ -85,17 +86,11 @@ class VID(HeadTerm):
         teacher:int|None=None, # Which of several teachers
     ):
         super().__init__(layers, teacher_layers, teacher)
-        if depth<1:
-            raise ValueError(f'depth is {depth}, expected the number of convolutions of '
-                             'the mean, 1 or more.')
-        if not 0<eps<variance:
-            raise ValueError(f'variance is {variance} and eps is {eps}, expected a variance above '
-                             'eps, and eps above 0.')
-        self.depth = depth
-        self.hidden = hidden
+        self.depth = check_number(depth, 'depth', 1, whole=True)
+        self.hidden = check_number(hidden, 'hidden', above=True)
         self.norm = norm
-        self.variance = variance
-        self.eps = eps
+        self.eps = check_number(eps, 'eps', above=True)
+        self.variance = check_number(variance, 'variance', eps, above=True)
     def compare(self,
         head:nn.Module, # q(t|s)
         f_s:torch.Tensor, # The student's features (B, …)

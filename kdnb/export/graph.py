@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves,tree_map,tree_map_only
 from ..channels.layers import plain_copy
 from ..channels.sizes import output_tensors
-from ..core import as_network,first_samples,inputs
+from ..core import as_network,check_eager,first_samples,inputs
 from ..features.logits import _fields,find_logits
 
 # %% ../../nbs/41_export.graph.ipynb #848a9ba0
@@ -40,8 +40,7 @@ def _silent():
 def _still(model):
     "A copy of the network as it is to run: on the CPU, in evaluation mode, without masks and hooks"
     model = as_network(model, 'model')
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError('the network is a TorchScript module. Export it before torch.jit.script or trace.')
+    check_eager(model)
     model = _plain_floats(plain_copy(model))
     for path,m in model.named_modules():
         if type(m).__module__.startswith('kdnb.'):

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..channels.layers import copy_network
-from ..core import described,unwrap
+from ..core import check_choice,described,unwrap
 from .graph import _graph,_onnx,_plain_floats,_sample,_still
 from .quantize import check_drop,_check_int8,_in_int8
 from .session import _batches,_header,_prove
@@ -111,6 +111,7 @@ def to_onnx(
     onnx,(path,script) = _onnx()[0],_target(path)
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,still = _data(data),_still(model)
+    check_choice('int8', int8, (True,False))
     check_drop(max_drop)
     if int8: _check_int8(data)
     graph,layers,logits = _graph(still, _sample(data, still), opset, **kwargs)

@@ -12,7 +12,7 @@ import pandas as pd, torch
 from torch import nn
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
-from ..core import evaluating,get_layer,inputs,unwrap
+from ..core import check_eager,evaluating,get_layer,inputs,unwrap
 from .logits import find_logits
 
 # %% ../../nbs/05a_features.capture.ipynb #0994c942
@@ -31,6 +31,7 @@ class Capture:
         xb:tuple|None=None, # Inputs for a trial run, which finds the outputs that a later layer overwrites
     ):
         self.layers = {p: get_layer(model, p) for p in paths}
+        for p,m in self.layers.items(): check_eager(m, f'layer {p!r}', inside=False)
         self.outputs = dict.fromkeys(self.layers)   # its keys never change: compiled code depends on them
         self._copied = set()
         self._hooks = [m.register_forward_hook(partial(self._keep, p)) for p,m in self.layers.items()]
@@ -119,7 +120,8 @@ def layer_calls(
     "Path, module, shapes of first input and of output of every call of a layer, in the order in which they finish"
     xb,model,rows = inputs(data, model),unwrap(model),[]
     def note(m, args, out, path): rows.append((path, m, _shape(args), _shape(out)))
-    hooks = [m.register_forward_hook(partial(note, path=path)) for path,m in model.named_modules() if path]
+    seen = {p: m for p,m in model.named_modules() if p and not isinstance(m, torch.jit.ScriptModule)}
+    hooks = [m.register_forward_hook(partial(note, path=p)) for p,m in seen.items()]
     try:
         with evaluating(model), torch.no_grad(): model(*xb)
     finally:

@@ -9,6 +9,7 @@ __all__ = ['paths_of', 'prunable', 'mask_model', 'raw', 'unmask', 'fold', 'masks
 # %% ../../nbs/07a_masks.model.ipynb #35b0331a
 import warnings
 from fnmatch import fnmatchcase
+from numbers import Number
 import pandas as pd, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -38,7 +39,8 @@ def paths_of(
     "Paths of the modules and weights that `entries` name; `ValueError` for one that is not there"
     model,res = unwrap(model),[]
     there = dict(model.named_modules(remove_duplicate=False))
-    for o in [entries] if isinstance(entries, (str,nn.Module,type)) else list(entries or ()):
+    if isinstance(entries, (str,nn.Module,type,Number)): entries = [entries]
+    for o in entries or ():
         if isinstance(o, str):
             found = [p for p in (*there, *(n for n,_,_ in _all_weights(model)))
                      if fnmatchcase(p, o)]
@@ -234,8 +236,8 @@ def say_share(
     kinds = ', '.join(dict.fromkeys(_plain_class(m).__name__ for m in others))
     warnings.warn('sparsity is a fraction of the weights of linear and convolution layers, '
                   f'{100*n/total:.0f} % of the parameters of this {type(model).__name__}. '
-                  f"{kinds} hold others: layers='all' counts "
-                  'and prunes them, too.', stacklevel=3)
+                  f"Others are in layers of type {kinds}: layers='all' counts and prunes "
+                  'them, too.', stacklevel=3)
 
 # %% ../../nbs/07a_masks.model.ipynb #f457c958
 def sparsity(

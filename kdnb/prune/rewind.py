@@ -9,6 +9,7 @@ __all__ = ['Level', 'Levels', 'iterative_prune', 'sweep_sparsity']
 from collections.abc import Callable,Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Real
 import pandas as pd
 from torch import nn
 from fastcore.basics import patch
@@ -17,10 +18,11 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random,set_seed
-from ..core import check_sparsity,unwrap
+from ..core import check_function,check_learner,check_number,check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,paths_of,say_share
 from .scoring import own_weights,Scoring
 from .select import _check_request,_cut_units,_n_asked,prune_model
+from ..training.callbacks import fit_method
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5c5541ff
 @dataclass
@@ -127,6 +129,9 @@ def cut(self:_Rounds,
 # %% ../../nbs/32a_prune.rewind.ipynb #35d09253
 def _check_rewind(learn, rate, rewind, rewind_to, n_epoch, lr):
     "Refuse what is no way to train again"
+    check_learner(learn)
+    check_number(n_epoch, 'n_epoch', whole=True)
+    check_number(rewind_to, 'rewind_to', whole=True)
     check_sparsity(rate, 'rate')
     if rate==0: raise ValueError('rate is 0: nothing would ever be pruned. '
                                  'Pass the fraction that goes each round, such as .2.')
@@ -181,9 +186,10 @@ def iterative_prune(
     if rewind=='finetune':
         fit = 'fit'
         lr = lr or [float(h['lr']) for h in learn.opt.hypers]
+    fits = fit_method(learn, fit)
     rounds = _Rounds(learn, by, ignore, layers)
     asked = _n_asked(rounds.units(), sparsity, scope, cap)
-    def train(*extra, **kwargs): getattr(learn, fit)(n_epoch, lr, cbs=[*L(cbs), *extra], **kwargs)
+    def train(*extra, **kwargs): fits(n_epoch, lr, cbs=[*L(cbs), *extra], **kwargs)
     start = _Snapshot(rewind_to)
     if rewind=='weights':
         with no_random(reproducible=False): rounds.units(trial=True).worth(criterion)
@@ -206,6 +212,10 @@ def sweep_sparsity(
     **kwargs, # Arguments of `prune_model`: criterion, by, scope, ignore, layers
 ) -> pd.DataFrame:
     "Prune copies of the network to each of `levels`: repeat, sparsity, weights left, metrics of each"
+    check_learner(learn)
+    check_number(repeats, 'repeats', 1, whole=True)
+    check_function(tune, 'tune', 'of the learner')
+    if isinstance(levels, Real): levels = [levels]
     model = learn.model
     opt = learn.opt
     rows = []

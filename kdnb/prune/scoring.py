@@ -100,9 +100,10 @@ def _groups_that_go(self:Scoring, every=None):
     def is_scored(g): return all(f'{p.path}.weight' in self.weights for p in g.makers)
     groups = [g for g in every if g.stays is None and is_scored(g)]
     if groups: return groups
+    besides = ' besides those left out' if any(g.stays is None for g in every) else ''
     why = next((f'{g.name}: {g.stays}' for g in every if g.stays), 'there are no layers in a row')
-    raise ValueError(f'{type(self.model).__name__} has no channels that can be removed, besides '
-                     f'those that `ignore` names ({why}). Prune weights: by="weight".')
+    raise ValueError(f'{type(self.model).__name__} has no channels that can be removed{besides} '
+                     f'({why}). Prune weights: by="weight".')
 
 # %% ../../nbs/30_prune.scoring.ipynb #a24ca81a
 @patch

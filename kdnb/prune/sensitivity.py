@@ -10,6 +10,7 @@ import inspect,sys
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import nn
@@ -25,7 +26,7 @@ from ..files import load_state,save_state
 from .criteria import check_criterion
 from .lowest import least,n_of
 from .scoring import Scoring,_shuffled
-from ..core import check_choice,check_sparsity
+from ..core import check_choice,check_learner,check_number,check_sparsity
 from ..masks.model import paths_of
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #e13e96a1
@@ -141,6 +142,7 @@ def check_data(
 # %% ../../nbs/34_prune.sensitivity.ipynb #2e9063e3
 def _check_levels(levels):
     "The levels as numbers, if they rise between 0 and 1"
+    if isinstance(levels, Real): levels = [levels]
     levels = tuple(float(check_sparsity(o, 'a level')) for o in levels)
     if levels and sorted({*levels})==list(levels) and levels[0]>0 and levels[-1]<1: return levels
     raise ValueError(f'levels are {levels}, expected rising fractions between 0 and 1, '
@@ -186,8 +188,9 @@ def sensitivity(
     check_choice('by', by, tuple(_unit))
     f = check_criterion(criterion, _unit[by])
     levels = _check_levels(levels)
-    if n is not None and n<1:
-        raise ValueError(f'n is {n!r}, expected a number of validation samples, or None for all.')
+    if n is not None: check_number(n, 'n', 1, whole=True)
+    check_number(update_bn, 'update_bn', whole=True)
+    check_learner(learn)
     check_data(learn)
     ignore = paths_of(learn.model, ignore)
     if layers not in (None,'all'): layers = paths_of(learn.model, layers, 'layers')

@@ -16,6 +16,7 @@ from torch import nn
 from ..channels.groups import _removable,_remove
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
+from ..core import check_choice,check_function
 from ..measure.counts import n_params
 from ..layers import weighted
 from ..masks.model import layer_sparsity
@@ -145,9 +146,9 @@ def design_student(
     """An untrained network as deep as `pruned`, with about as many weights a layer as are left there
 
     (Park and No 2022, app. A.) Raises `ValueError` if `rounding` is not known."""
+    check_choice('rounding', rounding, ('floor','eq9'))
+    check_function(init, 'init', 'of the network')
     model = plain_copy(pruned)
-    if rounding not in ('floor','eq9'):
-        raise ValueError(f"rounding is {rounding!r}, expected 'floor' or 'eq9'.")
     widths = _widths(model, channel_groups(model, data), rounding)
     if uniform and widths: widths = _uniform(model, widths)
     student = _narrowed(model, widths).requires_grad_()

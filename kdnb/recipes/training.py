@@ -34,6 +34,7 @@ from ..models.registry import in_shape
 from ..prune.student import design_student
 from .settings import Settings
 from .stage import _made_from,_named_code,set_result,StagedRun
+from ..training.callbacks import fit_method
 from ..training.checkpoint import Checkpoint
 from ..training.fingerprint import bookkeeping,fingerprint,tensors_in
 from ..training.processes import Processes
@@ -163,7 +164,7 @@ def _train(self:TrainingRun, id_, mark, stage, learn, n_epoch, lr, fit, kwargs):
     if self.test_every_epoch: extra.append(tested)
     if self.show: extra.append(StageBar(stage))
     if self.n_processes>1: extra.append(Processes())
-    getattr(learn, fit)(n_epoch, lr, cbs=extra, **kwargs)
+    fit_method(learn, fit, kwargs)(n_epoch, lr, cbs=extra)
     names = learn.recorder.metric_names[1:]
     curves = [{k: float(v) for k,v in zip(names, o)} for o in learn.recorder.values]
     best = dict(best_epoch_test_accuracy=max(tested.test_accuracies)) if self.test_every_epoch else {}

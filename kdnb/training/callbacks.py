@@ -6,13 +6,14 @@
 __all__ = ['is_training', 'is_warmup', 'QuickCallback', 'replace_method', 'restore_method', 'Attached', 'TidyCallback']
 
 # %% ../../nbs/06_training.callbacks.ipynb #0108c6ff
+import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial,wraps
 import fastai.callback.schedule      # brings Learner.fine_tune
 from fastcore.basics import patch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.learner import Learner,ValueMetric
-from ..core import as_network
+from ..core import as_network,described,did_you_mean
 
 # %% ../../nbs/06_training.callbacks.ipynb #615de636
 def is_training(
@@ -42,6 +43,26 @@ def fine_tune(self:Learner, *args, **kwargs) -> None:
     self.unfreeze = unfreeze      # called between the two
     try: return _fine_tune(self, *args, **kwargs)
     finally: vars(self).pop('unfreeze', None)
+
+# %% ../../nbs/06_training.callbacks.ipynb #bca4d26f
+def fit_method(
+    learn:Learner, # Any learner
+    name:str, # Of the method that trains it
+    kwargs:dict={}, # Its arguments; the learning rate is called `lr` here
+) -> Callable:
+    "The method with these arguments. Raises `ValueError` if `name` is none that trains."
+    method = getattr(type(learn), name, None) if isinstance(name, str) else None
+    takes = inspect.signature(method).parameters if callable(method) else {}
+    if not {'cbs','kwargs'} & takes.keys():
+        fits = [o for o in dir(type(learn)) if o.startswith('fi')]
+        raise ValueError(f'fit is {described(name)}, expected the name of a fit method of the '
+                         f'learner.{did_you_mean(name, fits)}')
+    own = next((k for k in ('base_lr','lr_max','max_lr') if k in takes), None)
+    if 'lr' in kwargs and 'lr' not in takes and own:
+        if own in kwargs:
+            raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
+        kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
+    return partial(method, learn, **kwargs)
 
 # %% ../../nbs/06_training.callbacks.ipynb #f7b73deb
 class QuickCallback(Callback):

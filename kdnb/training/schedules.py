@@ -17,6 +17,7 @@ from ..core import check_sparsity,described
 def weight_at(
     w:float|Callable, # Number, or schedule over training progress
     pct:float, # Progress, 0 to 1
+    what:str='a schedule', # What it is called
 ) -> float:
     "Weight `w` at training progress `pct`. Raises `ValueError` if a schedule gives none."
     if not callable(w): return w
@@ -25,7 +26,7 @@ def weight_at(
         raise ValueError(f'{described(w)} is no schedule ({e}). Expected a function from progress '
                          'to a number, such as SchedCos(1., .1).') from e
     if -1e-5 < v < math.inf: return max(v, 0.)      # annealers end beside 0 by rounding
-    raise ValueError(f'a schedule gives {v:g} at progress {pct:.3g}, expected a number that is not '
+    raise ValueError(f'{what} gives {v:g} at progress {pct:.3g}, expected a number that is not '
                      'negative.')
 
 # %% ../../nbs/06a_training.schedules.ipynb #204cd083
@@ -69,7 +70,8 @@ def check_schedule(
     if not callable(schedule) and schedule not in schedules:
         raise ValueError(f'schedule is {schedule!r}, expected one of {", ".join(schedules)}, '
                          'or a function of progress.')
-    if not 0 <= start <= end < 1:
+    for what,v in dict(start=start, end=end).items(): check_sparsity(v, what)
+    if not start <= end < 1:
         raise ValueError(f'start and end are {start} and {end}, expected fractions of training, '
                          'start not after end, and end before 1, so that the last cut is made.')
     if schedule!='one_shot' and (callable(sparsity) or pattern):

@@ -67,6 +67,9 @@ def _sum(self:LossTerm, task, weights, n):
     loss = self._task_loss()
     if task!=1: loss = task*loss if task or not weights else torch.zeros_like(loss)
     for k,v in self.values(weights).items():
+        if not isinstance(v, torch.Tensor) or v.ndim:
+            what = f'numbers of shape {tuple(v.shape)}' if hasattr(v, 'shape') else described(v)
+            raise ValueError(f'the term {k!r} gives {what}, expected a scalar tensor.')
         loss = torch.add(loss, v, alpha=weights[k])
         self._sums[k] = self._sums.get(k, 0) + v.detach()*n
         self._n[k] = self._n.get(k, 0) + n

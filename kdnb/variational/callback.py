@@ -15,7 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper,SGD
 from ..channels.shrink import shrink
-from ..core import check_weight,unwrap
+from ..core import check_number,check_weight,unwrap
 from ..training.callbacks import is_training
 from ..training.schedules import check_warmup,kl_schedule
 from ..training.terms import LossTerm
@@ -73,6 +73,8 @@ class VariationalSparsifier(LossTerm):
             _check_number(w, 'gamma_weight')
         _check_number(theta_weight, 'theta_weight')
         _check_number(gamma_lr, 'gamma_lr')
+        for c in cap.values() if isinstance(cap, dict) else [cap] if cap else []:
+            check_number(c, 'cap', above=True)
         schedule = weight if callable(weight) else partial(kl_schedule, weight, warmup, cooldown)
         super().__init__(self._kl, schedule, name='kl')
         self.gamma_weight = gamma_weight
@@ -110,8 +112,6 @@ def _caps(model, cap):
                          f'{", ".join(layers) or "none"}.')
     res = []
     for n,c in caps.items():
-        if not (isinstance(c, (int,float)) and c>0):
-            raise ValueError(f'cap is {c!r}, expected a standard deviation over 0.')
         ps = layers[n].weight_logvar,layers[n]._parameters.get('bias_logvar')
         res += [(p, 2*math.log(c)) for p in ps if p is not None]
     return res

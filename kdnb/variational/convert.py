@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from ..channels.trial import channel_groups
 from ..channels.layers import plain_copy
 from ..features.capture import layer_shapes
-from ..core import inputs
+from ..core import check_choice,check_eager,inputs
 from ..layers import weighted
 from .gates import Gate,Gates
 from .layers import GroupConv2d,GroupLinear,VDConv2d,VDLinear,variational_layers
@@ -159,13 +159,13 @@ def to_variational(
     """A copy of `model` with gates, or with noise on single weights, that computes what `model` does
 
     Raises `ValueError` if it is variational already, or if there is no layer that could be."""
-    ways = 'neurons','channels','inputs','weights'
-    if groups is not None and groups not in ways:
-        raise ValueError(f'groups is {groups!r}. There are {", ".join(ways)}.')
+    check_choice('groups', groups, (None,'neurons','channels','inputs','weights'))
+    check_choice('noise', noise, ('group','full'))
     if isinstance(model, Learner):
         data = model.dls if data is None else data
         model = model.model
     if isinstance(data, Learner): data = data.dls
+    check_eager(model)
     if variational_layers(model): raise ValueError('this network is variational already.')
     if groups=='channels' and data is None:
         raise ValueError("groups='channels' follows channels through the network: "

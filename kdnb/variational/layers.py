@@ -37,6 +37,9 @@ class AddNoise(torch.autograd.Function):
 # %% ../../nbs/20a_variational.layers.ipynb #69f3bc72
 class NoisyLayer:
     "Mixed into `nn.Linear` and `nn.Conv2d`: `_add_noise` makes one noisy in place, `_settle` plain"
+    # why channels.shrink cannot begin
+    not_yet = ('is variational: what of it is noise is for a threshold to say. Call learn.compress(), '
+               'or shrink(to_deterministic(model), data).')
     def _product(self, x, weight, bias):
         "The plain layer's outputs with these weights"
         if isinstance(self, nn.Linear): return F.linear(x, weight, bias)

@@ -14,6 +14,7 @@ import pandas as pd, torch
 from torch import nn
 from ..channels.layers import plain_copy
 from ..channels.shrink import shrink
+from ..core import check_number
 from ..measure.outputs import accuracy_on
 from ..measure.counts import n_weights
 from ..measure.outputs import split_batch
@@ -177,6 +178,7 @@ def accuracy_threshold(
     n:int=20, # Number of thresholds tried
 ) -> float:
     "The lowest threshold that costs at most `max_drop` of the accuracy that all groups have on `dl`"
+    check_number(max_drop, 'max_drop', most=1)
     curve = threshold_curve(model, dl, n)
     return float(curve.index[curve.accuracy>=curve.accuracy.iloc[-1]-max_drop][0])
 
