@@ -16,6 +16,8 @@ def pytest_sessionstart(session):
     matplotlib.use('Agg')
     torch.set_num_threads(1)
     default_device(DEVICE!='cpu')     # where loaders put their batches, and learners their networks
+    # the first backward pass starts autograd's threads; within torch.compile it starts some that no fork survives
+    torch.ones(1, requires_grad=True).sum().backward()
 
 @pytest.fixture
 def data_dir():

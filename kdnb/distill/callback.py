@@ -383,7 +383,7 @@ def detach(self:KnowledgeDistillation) -> None:
     "Taken from the learner: undo `attach`"
     LossTerm.detach(self)
     for m in (self.model, unwrap(self.model)):
-        if getattr(m, HEADS, None) is self.heads: delattr(m, HEADS)
+        if HEADS in m._modules and m._modules[HEADS] is self.heads: del m._modules[HEADS]
     self._undo_replace()
 
 # %% ../../nbs/13_distill.callback.ipynb #096942d9
