@@ -12,9 +12,9 @@ help:  ## show this list
 demo: $(READY)  ## compress a real network on real images: runs/demo/report.html
 	$(BIN)/kdnb compress --recipe vbgs-kd --data digits --out runs/demo --force
 
-test: $(READY)  ## run every notebook, then pytest; KDNB_DATA=folder adds real MNIST, KDNB_DEVICE=cuda runs pytest on a GPU
-	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(READY)  ## run the notebooks, then pytest; LONG=1: what takes long, papers and tutorials too; KDNB_DATA=folder adds real MNIST, KDNB_DEVICE=cuda runs pytest on a GPU
+	$(BIN)/nbdev-test --n-workers 2 $(if $(LONG),--flags long,--skip-folder-re '^([_.]|papers|tutorials)')
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(LONG),,-m "not long")
 	-@$(BIN)/python .ci/measure.py
 
 lab: $(READY)  ## open JupyterLab on nbs/

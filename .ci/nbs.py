@@ -35,9 +35,9 @@ def client(nb, fn):
                           resources={'metadata': {'path': fn.parent}})
 
 def run(fn, flags, only=None):
-    """Run the cells of `fn` that `nbdev-test --flags` would, and those of rows, or those marked with the directive `only`; the others
+    """Run the cells of `fn` that `nbdev-test --flags` would, those of rows and long ones, or those marked with the directive `only`; the others
     keep the outputs they have. Returns what tables say that lack rows, if these need no GPU."""
-    skipped = [o for o in get_config().tst_flags.split() if o!='rows']
+    skipped = [o for o in get_config().tst_flags.split() if o not in ('rows','long')]
     todo = marked(fn, only) if only else {o.idx_ for o in nb_test_cells(fn, skipped, flags)}
     if todo or not only: print(fn.relative_to(ROOT), '' if todo else 'skipped', flush=True)
     if not todo: return []
@@ -47,8 +47,8 @@ def run(fn, flags, only=None):
     for i in todo: nb.cells[i].outputs = [o for o in nb.cells[i].outputs if keep(o)]
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))  # the wrapper would parse our command line
-    said = [o for i in todo for t in nb.cells[i].outputs for o in t.get('text', '').splitlines()]
-    return [o for o in said if o.startswith('not run yet') and 'GPU' not in o]
+    printed = [o for i in todo for t in nb.cells[i].outputs for o in t.get('text', '').splitlines()]
+    return [o for o in printed if o.startswith('not run yet') and 'GPU' not in o]
 
 def readme():
     "`INDEX` as markdown that reads well on a git host: no hidden cells or directives, links from the root"

@@ -2,6 +2,7 @@
 import importlib,sys,warnings
 from importlib.abc import Loader,MetaPathFinder
 from importlib.machinery import ModuleSpec,PathFinder
+from itertools import chain
 
 MOVED = {'terms': 'training.terms training.params training.optimizer training.callbacks training.schedules core',
          'checkpoint': 'training.checkpoint training.state training.memory training.fingerprint files locks',
@@ -50,7 +51,7 @@ class MovedFinder(MetaPathFinder, Loader):
         places = [f'kdnb.{o}' for o in MOVED[module.__name__[5:]].split()]
         warnings.warn(f'{module.__name__} is {" and ".join(places)} now; the old name goes with the next version.',
                       FutureWarning, stacklevel=2)
-        module.__all__ = [o for m in map(importlib.import_module, places) for o in m.__all__]
+        module.__all__ = [*chain.from_iterable(m.__all__ for m in map(importlib.import_module, places))]
         _finds(module, places)
 
 class SplitFinder(MetaPathFinder):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'get_layer', 'set_layer', 'described', 'as_network', 'n_inputs', 'inputs', 'first_samples', 'class_names',
-           'evaluating', 'undisturbed', 'check_choice', 'did_you_mean', 'check_sparsity', 'check_weight']
+           'evaluating', 'undisturbed', 'constant_draws', 'check_choice', 'did_you_mean', 'check_sparsity',
+           'check_weight']
 
 # %% ../nbs/00_core.ipynb #077aa1f1
 import math,random
@@ -16,6 +17,7 @@ from numbers import Real
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from fastcore.basics import tuplify
 from fastai.data.core import DataLoaders
@@ -167,6 +169,36 @@ def undisturbed(
     with torch.random.fork_rng(list(devices)):
         try: yield
         finally: random.setstate(state)
+
+# %% ../nbs/00_core.ipynb #1b9eeb51
+def _undropped(func, args, kwargs):
+    "`func`, attention or a recurrent layer, without its dropout"
+    for i,o in enumerate(func._schema.arguments):
+        if o.name not in ('dropout_p','dropout'): continue
+        if i<len(args): args = *args[:i],0.,*args[i+1:]
+        else: kwargs = {**kwargs, o.name: 0.}
+    return func(*args, **kwargs)
+
+# %% ../nbs/00_core.ipynb #c42f8fcf
+class _Constant(TorchDispatchMode):
+    "Random numbers are all one half, and dropout drops nothing"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs,name = kwargs or {},func.overloadpacket.__name__
+        if torch.Tag.nondeterministic_seeded not in func.tags: return func(*args, **kwargs)
+        if 'attention' in name or 'rnn' in name or '_sdp_' in name: return _undropped(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if name=='native_dropout': return args[0].clone(),torch.ones_like(args[0], dtype=torch.bool)
+        if name=='randperm': return out.sort().values
+        return tree_map_only(torch.Tensor, lambda o: o.fill_(.5 if o.is_floating_point() else 0), out)
+
+# %% ../nbs/00_core.ipynb #f722e68b
+@contextmanager
+def constant_draws(
+    model:nn.Module, # Network whose devices are looked after, too
+) -> Iterator[None]:
+    "All random numbers that are drawn inside are one half, and the generators are left as they were"
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(list(devices)), _Constant(): yield
 
 # %% ../nbs/00_core.ipynb #093205aa
 def check_choice(

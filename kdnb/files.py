@@ -21,9 +21,9 @@ def atomic_write(
     path:str|Path, # File to write
     data:bytes|str|Callable, # What it is to hold, or a function that is given a path and writes there
 ) -> Path:
-    """Write `data` to `path` so that no reader and no crash ever finds half of it; returns the path
+    """Write `data` to `path` so that no reader and no crash ever finds half of it. Returns the path
 
-    Raises `OSError` if it could not be written; what was there before still is."""
+    Raises `OSError` if it could not be written. What was there before still is."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')

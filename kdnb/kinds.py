@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from .layers import ConvKind,kind_of,layer_kind,makers,MakesKind,over_weight,weighted
+from .layers import ConvKind,kind_of,layer_kind,LayerKind,makers,MakesKind,over_weight,weighted
 
 # %% ../nbs/00b_kinds.ipynb #19dad9be
 @layer_kind(nn.RNNBase, nn.RNNCellBase)
@@ -113,6 +113,33 @@ def _plain_class(m):
         return next(c for c in type(m).__mro__ if c.__module__.startswith('torch.nn'))
     from timm.layers import Conv2dSame
     return Conv2dSame
+
+# %% ../nbs/00b_kinds.ipynb #7b94e3d0
+@layer_kind('timm.layers.grn.GlobalResponseNorm')
+class _GlobalResponse(LayerKind):
+    "A channel's norm is divided by the mean of all norms: one of zeros goes if the mean's share is made up for"
+    sums = True
+    def axis(self, m): return m.channel_dim
+    def rescale(self, m, before):
+        m.weight.data.mul_(before/len(m.weight))
+        m.eps *= before/len(m.weight)
+    def noted(self, m): return ('eps',)
+
+# %% ../nbs/00b_kinds.ipynb #5d1c0011
+@layer_kind(nn.RMSNorm, 'timm.layers.norm.RmsNorm', 'timm.layers.norm.RmsNorm2d')
+class _RootMeanSquare(LayerKind):
+    "Divides by a mean of squares: a channel of zeros goes if the mean's share is made up for"
+    sums = True
+    def axis(self, m): return 1 if type(m).__name__=='RmsNorm2d' else -1
+    def resize(self, m, made, read): m.normalized_shape = (made,)
+    def rescale(self, m, before):
+        m.weight.data.mul_((before/len(m.weight))**.5)
+        m.eps *= before/len(m.weight)
+    def noted(self, m): return ('eps',)
+    def holds(self, m):
+        if m.weight is None or m.weight.ndim>1: return '{} normalises over them'
+        if m.eps is None: return '{} takes eps from its dtype: give it one, such as 1e-6'
+
 
 # %% ../nbs/00b_kinds.ipynb #0e10c574
 def masks_over(

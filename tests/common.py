@@ -33,6 +33,12 @@ def still(model):
         if n.endswith('logvar'): p.fill_(-200.)
     return model
 
+def rest_long(names, quick):
+    "All `names` for `parametrize`, those that are not in `quick` marked long"
+    quick = quick.split()
+    assert {*quick}<={*names}, quick
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.long) for n in names]
+
 class Two(nn.Module):
     "A network of two inputs"
     def __init__(self): super().__init__(); self.l = nn.Linear(2,3)

@@ -35,6 +35,7 @@ def test_report_and_record(run):
     for o in ('Channels that stay','What the dense network can do without'): assert o in text
     pd.testing.assert_frame_equal(budget_table(again), budget_table(run))
 
+@pytest.mark.long
 def test_a_finished_run_is_read(run):
     now = budget(few(), 'lenet5', run.path, epochs=(2,1), macs=(.6,'20k'), seeds=2, n=32, update_bn=0, show=False)
     assert [o['test_accuracy'] for o in now.stages]==[o['test_accuracy'] for o in run.stages]
@@ -45,6 +46,7 @@ def test_what_is_refused_before_anything_is_trained(tmp_path, kwargs, said):
     with pytest.raises(ValueError, match=said): budget(few(), 'lenet5', tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
 
+@pytest.mark.long
 def test_peers_meet_the_same_budget(tmp_path):
     "What Torch-Pruning cuts is as much as fits, trained as ours; the learning rate is chosen on the validation set"
     p = bring(str(Path(__file__).parents[1]/'results/budget/peers.py'))

@@ -12,7 +12,7 @@ from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastai.vision.all import DynamicUnet, OptimWrapper, ResBlock, SGD, Adam, XResNet, create_vision_model
-from common import quiet
+from common import quiet, rest_long
 from kdnb.all import *
 from kdnb.channels.groups import ChannelGroup,_removable
 from kdnb.channels.trial import _silence,_some
@@ -141,7 +141,7 @@ def expected(m, groups, dead):
         for p in g.makers: res[p.path] -= int(dead[g][p.unit].sum())
     return res
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', rest_long(FAMILIES, 'vgg lenet5 resnet_a wrn resnext50 mobilenet_v3 densenet shufflenet vit unet cat_add padded'))
 def test_families(name):
     m,x = build(name)
     groups = channel_groups(m, x)
@@ -169,6 +169,7 @@ def test_families(name):
         assert not [k for k in small.stays if k not in [g.name for g in groups if g.stays]]
         if f is choose and not large: assert n_params(shrink(small, x))==n_params(small)    # nothing is left to remove
 
+@pytest.mark.long
 @pytest.mark.parametrize('small,large', [
     (partial(small_vgg, (9,12,20,24,25,16,8,31), 33), small_vgg),
     (partial(cifar_resnet, depth=8), partial(cifar_resnet, depth=8, width=2, stem=32)),
@@ -577,6 +578,7 @@ class SE(nn.Module):
         self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c*e, c//4, 1), nn.SiLU(), nn.Conv2d(c//4, c*e, 1), nn.Sigmoid())
     def forward(self, x): y = self.d(self.a(x)); return x+self.b(y*self.se(y))
 
+@pytest.mark.long
 def test_a_deep_network_is_tried_in_float64():
     m = nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), *[SE(16) for _ in range(30)], *head(16))
     assert [g.name for g in channel_groups(m, torch.randn(2,3,8,8)) if g.stays]==['34']
@@ -672,6 +674,7 @@ def test_a_training_head_that_still_reads_keeps_the_channel():
     with torch.no_grad(): m.b[0].weight[:,:4] = 0          # the evaluation ignores them, the head does not
     assert shrink(m, x).a[0].out_channels==16
 
+@pytest.mark.long
 def test_googlenet_trains_on():
     x = torch.randn(4,3,64,64)
     s,small = check_shrunken(tvm.googlenet(init_weights=False, num_classes=10), x, .5)
@@ -819,6 +822,7 @@ def test_grouped_query_attention_and_rotary_positions():
     assert channel_groups(m, x)['gate'].stays is None
     assert halved(m, x)[1].up.out_features==43
 
+@pytest.mark.long
 def test_a_detector():
     m,x = tvm.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval(),([torch.rand(3,320,320)],)
     assert sum(not g.stays for g in channel_groups(m, x))>30

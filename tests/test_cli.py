@@ -45,6 +45,7 @@ def test_a_folder_of_images_from_end_to_end(run, photos, capsys):
     assert {f: f.read_bytes() for f in (out/'stages').iterdir()}==before
     for o in ('teacher','small','±','Report: ',f"load_model('{out/'model.safetensors'}')",'means of 2 seeds'): assert o in text
 
+@pytest.mark.long
 def test_the_network_of_a_run_as_onnx(run, photos, capsys, tmp_path):
     pytest.importorskip('onnxruntime')
     out,file = run[0],tmp_path/'small.onnx'
@@ -148,6 +149,7 @@ def own(tmp_path, monkeypatch):
     (tmp_path/'own.py').write_text(OWN)
     return tmp_path
 
+@pytest.mark.long
 @pytest.mark.parametrize('how', [['--import','own.py','--recipe','of-mine'], ['--recipe','own.py:of_mine'], ['--recipe','own:of_mine']])
 def test_a_recipe_of_one_s_own(how, own, photos, capsys):
     argv = ['compress',*how,'--data',photos,'--quiet','--out','run']
@@ -176,6 +178,7 @@ def test_an_own_recipe_says_what_it_takes(own, photos, capsys):
     recipe('registered')(lambda dls, path: None)                  # in Python, before the command
     assert 'returned NoneType' in said(capsys, 1, *argv, 'registered')
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', ['Nearness','near-ness'])
 def test_a_term_of_one_s_own_by_name_has_its_usual_weight(name, own, photos, capsys, monkeypatch):
     weights = []

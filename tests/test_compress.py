@@ -76,6 +76,7 @@ def test_blocks_of_a_grouped_convolution():
     small = compress(learner(Grouped()), params=.6, how='global')
     assert small.widths['after']['a']%2==0 and small.model.b.groups==2
 
+@pytest.mark.long
 def test_milliseconds(monkeypatch):
     "With a clock that counts parameters: what is promised is what was measured"
     noise = random.Random(0)
@@ -93,7 +94,7 @@ def test_milliseconds_of_onnxruntime(monkeypatch):
     learn = learner('lenet5')
     small = compress(learn, ms=.5, runtime='onnx', how='uniform')
     assert small.table.ms['cut']<=.5*small.table.ms['dense']==.5*n_params(learn.model)/1e4 and sum(m is ready[0] for m in ready)==1
-    assert f' ms for a batch of {len(inputs(learn.dls)[0])} in onnxruntime on one thread' in small.said
+    assert f' ms for a batch of {len(inputs(learn.dls)[0])} in onnxruntime on one thread' in small.summary
     for kwargs,said in ((dict(macs=.5, runtime='onnx'), 'ms is no limit here'), (dict(ms=.5, runtime='tflite'), "tflite")):
         with pytest.raises(ValueError, match=said): compress(learn, **kwargs)
 
@@ -212,8 +213,8 @@ def test_what_is_said():
     learn = learner(n_epoch=1)
     small = compress(learn, macs=.5, n_epoch=1)
     t = small.table.accuracy
-    assert small.said.startswith(f'{small.table.macs["cut"]:,} of 763,520 MACs (4') and f'{100*t["dense"]:.2f} % → {100*t["distilled"]:.2f} %' in small.said
-    assert small.said in repr(small) and small.said in small._repr_html_()
+    assert small.summary.startswith(f'{small.table.macs["cut"]:,} of 763,520 MACs (4') and f'{100*t["dense"]:.2f} % → {100*t["distilled"]:.2f} %' in small.summary
+    assert small.summary in repr(small) and small.summary in small._repr_html_()
     assert len(small.plot())==2
 
 
@@ -239,7 +240,7 @@ def test_of_an_error_more_is_worse():
     learn.metrics = L(AvgMetric(error_rate))
     small = compress(learn, params=.5, how='uniform')
     small.table['error_rate'] = [.1,.15]
-    assert '10.00 % → 15.00 %, 5.00 points lost' in small.said
+    assert '10.00 % → 15.00 %, 5.00 points lost' in small.summary
 
 def test_metrics_keep_their_units(monkeypatch):
     "A mean absolute error is no percentage, and what it may lose is in its unit"
@@ -247,7 +248,7 @@ def test_metrics_keep_their_units(monkeypatch):
     small = compress(learn, params=.5, how='uniform')
     for name,says in dict(mae='mae on the validation set 0.31 → 0.35, 0.04 worse', r2_score='0.31 → 0.35, 0.04 better', dice='31.00 % → 35.00 %, 4.00 points won').items():
         small.table = small.table.iloc[:,:5].assign(**{name: [.31,.35]})
-        assert says in small.said and '%,' not in small.said.split('mae on')[-1][:30]
+        assert says in small.summary and '%,' not in small.summary.split('mae on')[-1][:30]
     learn.metrics = L(AvgMetric(mae))
     monkeypatch.setattr(compressing, '_compressed', lambda learn, limits, **kw: SimpleNamespace(
         table=pd.DataFrame(dict(macs=[1000,int(1000*limits['macs'])], valid_loss=[0,0], mae=[4.,4+2*(limits['macs']<.3)])), f=limits['macs']))

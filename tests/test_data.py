@@ -158,6 +158,7 @@ def test_processes_started_at_once_decode_once(tmp_path, cache, monkeypatch):
     decoded.get(timeout=9)
     with pytest.raises(queue.Empty): decoded.get(timeout=.5)
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_the_exact_images_are_those_of_the_test_set(data_dir):
     dls = image_dls('cifar10_jpeg', n_per_class=10)

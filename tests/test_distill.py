@@ -41,7 +41,9 @@ def hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) f
                          ids=['mixup','accumulation','bf16'])
 def test_with_other_callbacks(name, cbs):
     before = [p.clone() for p in TEACHER.parameters()]
-    learn = quiet(learner(), 2, 1e-3, cbs=[KnowledgeDistillation(TEACHER, TERMS[name]), *cbs()])
+    cbs = cbs()
+    few = from_arrays(X[:8], Y[:8], bs=4, valid=(X[:8],Y[:8])) if isinstance(cbs[0], CPUAutocast) else None   # bf16 is slow on a CPU
+    learn = quiet(learner(few), 2, 1e-3, cbs=[KnowledgeDistillation(TEACHER, TERMS[name]), *cbs])
     assert flat(learn.model).isfinite().all() and learn.recorder.values[-1][-1]>0
     assert all(torch.equal(p, q) and p.grad is None for p,q in zip(TEACHER.parameters(), before)) and not hooks(TEACHER, learn.model)
 
@@ -285,6 +287,7 @@ def test_in_place_outputs_are_copied():
     quiet(learner(model=s), 1, 1e-3, cbs=KnowledgeDistillation(net(), Negative('1')))
     assert all(seen)
 
+@pytest.mark.long
 def test_compiled_student():
     "Also one that has run before it got its hooks"
     def run(model): return quiet(learner(model=model, opt_func=SGD), 1, .01, cbs=KnowledgeDistillation(TEACHER, AT('conv2')*100 + VID('conv2')))
@@ -307,7 +310,7 @@ def test_cached_equals_uncached(name, where, tmp_path):
                 def before_train(self): self.dls.train.dataset = views[self.epoch % 2]
             learn.add_cb(Turn())
         cb = KnowledgeDistillation(TEACHER, TERMS[name], cache=cache and (tmp_path if where=='file' else True), n_views=2 if cache and where=='views' else None)
-        return flat(quiet(learn, 3, 1e-3, cbs=cb).model)
+        return flat(quiet(learn, 3 if where=='views' else 2, 1e-3, cbs=cb).model)     # the third epoch has the first view again
     assert torch.allclose(run(True), run(False), atol=1e-5)
 
 def test_cache_is_asked_once_and_notices_a_changed_teacher(tmp_path):

@@ -459,6 +459,7 @@ def test_transforms_that_are_none():
     for tfm,said in ((16, 'teacher_tfm is 16, expected a function'), (lambda x: None, 'teacher_tfm gives None'), (lambda x: x.cpu().numpy(), 'gives ndarray')):
         with pytest.raises(ValueError, match=said): quiet(learn, conv_net(), 1, fit='distill', teacher_tfm=tfm)
 
+@pytest.mark.long
 def test_a_compiled_teacher_is_fed_and_left_as_it_was():
     compiled = torch.compile(conv_net(), backend='eager')
     x = torch.randn(2,1,16,16, device=X.device)

@@ -53,6 +53,7 @@ def test_rows_are_made_once_and_know_where_they_come_from(folder, tmp_path):
     work_through(path, tmp_path/'elsewhere', show=False)     # a fresh clone: no runs, but rows
     assert rows_file('p', path).read_bytes()==before and not (tmp_path/'elsewhere'/'p'/'a').exists()
 
+@pytest.mark.long
 def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
     path = folder('a', [.1,.2,.3,.4], steps=5)
     a,b = (start(work_through, path, tmp_path/'runs', show=False) for _ in range(2))
@@ -65,6 +66,7 @@ def test_two_at_once_share_the_work_and_one_is_killed(folder, tmp_path):
     rows = stored_rows('p', path)
     assert len({(o['key'], o['cell']) for o in rows})==len(rows) and len({o['key'] for o in rows})==8
 
+@pytest.mark.long
 def test_it_stops_when_the_time_is_over_and_goes_on(folder, tmp_path):
     path = folder('a', [.1,.2], steps=400)      # of .05 s each: a trial takes 20 s
     start = time.time()
@@ -112,6 +114,7 @@ def test_what_a_grid_asks_for_may_change_while_its_runs_stay(folder, tmp_path):
     work_through(path, tmp_path/'runs', show=False)
     assert len(read_rows('p', 'a', path))==4 and len(stored_rows('p', path))==8
 
+@pytest.mark.long
 def test_a_folder_copied_in_the_middle_of_a_trial_goes_on(folder, tmp_path, monkeypatch):
     "Nobody runs the trial here, and its lock is not the one that the journal knows"
     path = folder('a', [.1], steps=40)

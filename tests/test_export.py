@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import models as tv
 from torchvision.models.regnet import BlockParams, RegNet
 from kdnb.all import *
-from common import same
+from common import rest_long, same
 from test_channels import FAMILIES, Aux
 
 @pytest.fixture(scope='module')
@@ -227,7 +227,7 @@ def quieted(m):
                 if p is not None: p[:len(p)//4] = 0
     return m.eval()
 
-@pytest.mark.parametrize('name', ZOO)
+@pytest.mark.parametrize('name', rest_long(ZOO, 'mobilenet_v3 swin unet padded'))
 def test_what_shrinks_trains_copies_pickles_saves_and_loads(name, tmp_path):
     build,side = ZOO[name]
     m,x = quieted(build()),torch.randn(4,3,side,side)
@@ -290,6 +290,7 @@ for net,x,y,grad in torch.load(sys.argv[1], weights_only=False):
 assert 'kdnb' not in sys.modules
 """
 
+@pytest.mark.long
 def test_a_pickle_opens_where_kdnb_is_not_installed(tmp_path):
     "What comes out is plain torch: every family of `create`, shrunken, loaded from a file, and what a variational network becomes"
     rows,x = [],torch.randn(4,3,16,16)

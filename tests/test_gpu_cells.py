@@ -49,6 +49,7 @@ def _texts(fn): return [''.join(o.text for o in c.outputs if 'text' in o) for c 
 
 IMPORT,OTHER,A,B = 'from math import *','1/0','#| gpu\nx = pi\nprint("a")','#| gpu\nprint(round(x, 2))'
 
+@pytest.mark.long
 def test_a_run_is_stored_below_its_line_and_not_repeated(runner, tmp_path, capfd):
     fn = _notebook(tmp_path/'a.ipynb', IMPORT, OTHER, A, OTHER, B)
     assert len(runner.lacking(fn))==2 and runner.run([fn], 'H100', 1, 2) and not runner.lacking(fn)
@@ -69,6 +70,7 @@ def test_a_run_is_stored_below_its_line_and_not_repeated(runner, tmp_path, capfd
     runner.execute(fn, None)
     assert _texts(fn)==texts[:4]+['not run yet\n']
 
+@pytest.mark.long
 def test_in_small_nothing_is_stored_and_faults_are_faults(runner, tmp_path, capfd):
     good,bad = _notebook(tmp_path/'good.ipynb', IMPORT, A, B),_notebook(tmp_path/'bad.ipynb', A)
     assert not runner.run([good,bad], None, 5, 2)
@@ -76,6 +78,7 @@ def test_in_small_nothing_is_stored_and_faults_are_faults(runner, tmp_path, capf
     out,err = capfd.readouterr()
     assert 'good.ipynb run in' in out and 'in small' in out and 'bad.ipynb FAILED' in out and "name 'pi' is not defined" in err
 
+@pytest.mark.long
 def test_it_stops_when_the_time_is_over(runner, tmp_path, capfd):
     first,second = (_notebook(tmp_path/f'{o}.ipynb', '#| gpu\nimport time; time.sleep(60)') for o in 'ab')
     before,start = [o.read_bytes() for o in (first,second)],time.perf_counter()

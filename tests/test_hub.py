@@ -68,6 +68,7 @@ def half(m):
 
 def uneven(m): m.blocks[0].mlp.fc2.weight[:,:50] = 0
 
+@pytest.mark.long
 def test_timm_alone_loads_what_its_arguments_say(tmp_path):
     small,x = narrowed('test_vit', half)
     where = to_timm(small, tmp_path/'vit')
@@ -94,6 +95,7 @@ from fastai.learner import load_learner
 learn = load_learner(sys.argv[1])
 import torch; print(learn.model(torch.ones(1,1,8,8)).argmax().item())
 """
+@pytest.mark.long
 def test_an_exported_learner_says_what_it_needs(tmp_path):
     with pytest.warns(UserWarning, match='opens only where kdnb is installed: it holds kdnb.data'):
         learn = learner()

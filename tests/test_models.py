@@ -6,6 +6,7 @@ import pytest
 import torch.nn.functional as F
 from torchvision import models as tv
 
+from common import rest_long
 from kdnb.all import *
 
 CIFAR,TINY,IMAGENET = dict(c=100), dict(c=200, in_shape=(3,64,64)), dict(c=1000, in_shape=(3,224,224))
@@ -60,7 +61,9 @@ def test_printed_but_not_these():
     first = sum(m.weight.numel() for k,m in net.named_modules() if k.startswith('layer') and k.endswith('conv1'))
     assert n_params(net) == 23_389_704 and n_params(net) - first*31//32 == 15_001_352
 
-@pytest.mark.parametrize('name', [o for o in architectures if o!='simkd_student'])     # which takes two others
+NETWORKS = [o for o in architectures if o!='simkd_student']     # which takes two others
+ONE_EACH = 'lenet5 mlp cifar_resnet resnet20 wrn_16_2 vgg8 torchvision_net resnet18 densenet121 efficientnet_b0 shufflenet_v2_x1_0 mobilenet_v3_small resnext50'
+@pytest.mark.parametrize('name', rest_long(NETWORKS, ONE_EACH))
 def test_every_network(name):
     "Runs on 8 × 8 grey pixels; on larger images too, and its `arch` builds the same network after a trip through JSON"
     net = create(name, c=7, in_shape=(1,8,8))
@@ -160,6 +163,7 @@ def test_torchvision_own(base):
     set_seed(3); theirs = getattr(tv, base)(num_classes=4).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k,v in ours.items())
 
+@pytest.mark.long
 def test_small_stem():
     for base in ('resnet50','densenet121','shufflenet_v2_x1_0','mobilenet_v2','efficientnet_b0'):
         small,large = (meta(base, in_shape=(1,32,32), stem=o) for o in ('small','imagenet'))

@@ -50,6 +50,7 @@ def randomised(m):
         for p in m.parameters(): p.copy_(torch.randn_like(p))
     return m.double().eval()
 
+@pytest.mark.long
 @pytest.mark.parametrize('norm', [Turned, ByHand, partial(nn.GroupNorm, 1), partial(Turned, bias=False)])
 def test_maps(norm, tmp_path):
     set_seed(0)
@@ -149,6 +150,7 @@ def test_networks(make, width, tmp_path):
     assert torch.equal(again(x), small(x))
     assert learns(small, x, .05, 6)
 
+@pytest.mark.long
 def test_onnx(tmp_path):
     pytest.importorskip('onnxruntime')
     set_seed(0)

@@ -232,6 +232,7 @@ def test_without_openvino_it_is_no_row_unless_it_is_asked_for(learn, monkeypatch
     r = runtimes(learn, which=['openvino'], batches=[1], rounds=1)
     assert r.table.note['openvino']=='cannot run here: openvino is not installed: pip install openvino (ValueError)' and 'Take eager' in r.advice
 
+@pytest.mark.long
 def test_runtimes(learn, monkeypatch):
     def none(net, xb): raise RuntimeError('no compiler\nand much more')
     monkeypatch.setattr(speed, '_compiled', none)
@@ -259,6 +260,7 @@ def test_advice(ms, same, says):
     t['same'],t['note'] = [1.]*(len(t)-1)+[same],''
     assert Runtimes(t, (1,64), 3).advice==says
 
+@pytest.mark.long
 def test_forms_are_written_down_beside_the_run(learn, tmp_path):
     net = learn.model
     export_form(tmp_path, net, learn.dls, rounds=2)

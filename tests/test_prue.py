@@ -122,6 +122,7 @@ def test_refused(tmp_path, monkeypatch, words, kwargs):
     forbid(monkeypatch)
     with pytest.raises(ValueError, match=words): recipe(tmp_path/'run', **kwargs)
 
+@pytest.mark.long
 @pytest.mark.parametrize('layers,names', [('conv', ['conv1.weight','conv2.weight']), (['conv2','fc'], ['conv2.weight','fc.weight'])])
 def test_only_some_layers_are_pruned(tmp_path, layers, names):
     "The part that goes is one of their weights; all others stay"

@@ -890,12 +890,14 @@ def mnist_learners():
         return quiet(learn, 5, 4e-3, fit='fit_one_cycle')
     return [trained(seed) for seed in range(2)]
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_prue_softens_a_teacher(data_dir, mnist_learners):
     for learn in mnist_learners:
         pruned = prune_model(deepcopy(learn.model), .5, 'prue', learn.dls)
         assert uncertainty(pruned, learn.dls.train) > 1.1*uncertainty(learn.model, learn.dls.train)
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_rewinding_the_rate_keeps_the_accuracy(data_dir, mnist_learners):
     "79 % of the weights in seven rounds, each with a schedule of its own"

@@ -255,11 +255,13 @@ def test_rooms_import_only_downwards():
     TopologicalSorter(graph).prepare()
 
 
+@pytest.mark.long
 def test_the_gpu_script_says_that_there_is_no_gpu():
     run = subprocess.run(['bash', ROOT/'bench/gpu.sh'], env={**os.environ, 'PYTHON': sys.executable, 'CUDA_VISIBLE_DEVICES': '', 'KDNB_DEVICE': 'cuda'},
                          capture_output=True, text=True)
     assert run.returncode==1 and 'sees no GPU' in run.stderr
 
+@pytest.mark.long
 def test_builds(copy):
     subprocess.run([sys.executable, '-m', 'build', '--no-isolation'], cwd=copy, check=True)
     wheel, = (copy/'dist').glob('*.whl')

@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def page(folder): return (folder/'report.html').read_text(encoding='utf-8')
 
+@pytest.mark.long
 @in_browser
 @pytest.mark.parametrize('width,dark', [(390,False), (390,True), (1280,False)])
 def test_in_a_browser(page, width, dark, tmp_path):
@@ -177,6 +178,7 @@ SHOWN = '''<!doctype html><iframe style="width:{width}px;height:844px;border:0" 
     lefts: facts.map(o => [o.textContent, Math.round((() => {{ const r = doc.createRange(); r.selectNodeContents(o); return r.getClientRects().length }})())]),
     hint: win.getComputedStyle(wide).backgroundImage.includes('gradient'), scrolls: wide.scrollWidth > wide.clientWidth}}) }}</script>'''
 
+@pytest.mark.long
 @in_browser
 @pytest.mark.parametrize('width', [390,1280])
 def test_settings_keep_their_names_whole_and_tables_show_that_they_scroll(width, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ def content(path):
         res[str(f.relative_to(path))] = text.replace(str(path), 'run') if isinstance(text, str) else text
     return res
 
+@pytest.mark.long
 def test_killed_in_every_stage_again_and_again(tmp_path):
     kills = elsewhere(killed.kills, tmp_path, 0)
     assert sum(kills.values())>=12 and kills.keys()=={*killed.STAGES}, kills
@@ -307,6 +308,7 @@ ENDS = {'masks': lambda run: (run.learner(run.network('lenet5_caffe')), [Pruner(
         'SimKD': lambda run: (run.learner(m := run.network('resnet8')), [KnowledgeDistillation(t := run.network('resnet14'), named_term('SimKD', m, t, run.dls))]),
         'heads': lambda run: (run.learner(m := run.network('resnet8')), [KnowledgeDistillation(t := run.network('resnet14'), named_term('VID', m, t, run.dls)), Pruner(.5)])}
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ENDS)
 @pytest.mark.filterwarnings('ignore:this sparsity would empty')
 def test_whatever_a_stage_ended_with_is_read(kind, tmp_path, monkeypatch):
@@ -509,6 +511,7 @@ def test_state_is_plain_and_exact(tmp_path):
         try: load_state(tmp_path/'x')
         except ValueError: pass           # and nothing else
 
+@pytest.mark.long
 def test_two_processes_give_the_table_of_one(two_processes, tmp_path):
     ddp.sparse_run(tmp_path/'one')
     one,two = Record(tmp_path/'one'),Record(two_processes/'vbgs_kd')

@@ -45,6 +45,7 @@ def test_data_that_says_which_sample_is_which(tmp_path):
     a,b = (vbgs_kd(image_dls('digits', index=i, n_per_class=20), path=tmp_path/str(i), epochs=(1,1,2), show=False).models['sparse'] for i in (False,True))
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_network(tmp_path):
     dls = image_dls('digits', n_per_class=20)
     a,b,c = (vbgs_kd(dls, path=tmp_path/str(i), epochs=(2,2,10), seeds=(s,), show=False).models['sparse'] for i,s in enumerate((0,0,1)))
@@ -83,6 +84,7 @@ def test_help_is_quick_and_mistakes_are_sentences(capsys):
     code = "import sys; from kdnb.cli import main\ntry: main(['compress','--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_mnist_is_within_reach(data_dir, tmp_path):
     "The real thing: a few epochs on 3,000 MNIST images already remove most of the student, which is no worse for it"
@@ -92,6 +94,7 @@ def test_mnist_is_within_reach(data_dir, tmp_path):
     assert stages['small']['weights_kept']<.35 and stages['small']['test_accuracy']>max(.88, stages['student']['test_accuracy'])
     assert stages['small']['test_accuracy']==stages['sparse']['test_accuracy']
 
+@pytest.mark.long
 def test_single_weights_last(tmp_path):
     dls = image_dls('digits', n_per_class=40)
     with pytest.raises(ValueError, match='single_weights is -1'): vbgs_kd(dls, path=tmp_path/'run', single_weights=-1, show=False)

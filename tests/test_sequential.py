@@ -51,11 +51,13 @@ def test_a_changed_setting_runs_what_follows(done, tmp_path):
     same = {k for k,v in took.items() if v and v==next(o['seconds'] for o in run.stages if (o['name'],o['seed'])==k)}
     assert same=={('teacher',0),('SimKD',0),('SimKD',1)}
 
+@pytest.mark.long
 def test_nothing_to_prune_is_no_error(tmp_path):
     "Where every level costs too much, the breakpoint is the whole network"
     run = recipe(tmp_path/'run', levels=(0,.4,.8), criterion='random')
     assert rows(run, 'tuned')[0]['sparsity']==0 and rows(run, 'small')[0]['weights']==rows(run, 'SimKD')[0]['weights']
 
+@pytest.mark.long
 def test_a_trained_teacher_several_methods_and_data_without_a_test_set(tmp_path):
     x,y = image_dls('digits').test.dataset[torch.arange(200)]
     items = [(TensorImage(a.float()/255),TensorCategory(b)) for a,b in zip(x, y)]
@@ -86,6 +88,7 @@ def test_two_processes_come_to_an_end(two_processes):
     assert [o['name'] for o in a.stages][-1]=='small' and len(a.exhibits['curves'].data['student'])==2
     assert [o['name'] for o in b.stages]==['Teacher','Student, resnet8','VID-I, resnet8','Student, read by VID-I'] and 'likelihood' in b.exhibits
 
+@pytest.mark.long
 def test_the_defaults_pass_the_checks_on_digits(tmp_path, monkeypatch):
     "ResNet-101 teaches ResNet-18 by SimKD: on 8 × 8 pixels, too, the first training begins"
     class Begun(Exception): pass
@@ -113,6 +116,7 @@ def test_the_record_holds_the_curve_of_every_seed(done):
     assert len(rows(done, 'teacher tuned'))==1 and len(rows(done, 'tuned'))==2
     assert json.loads((done.path/'stages'/'tuned-seed1.json').read_text())['curve_accuracy']==rows(done, 'tuned')[1]['curve_accuracy']
 
+@pytest.mark.long
 def test_repeats_differ_and_each_is_kept(tmp_path, monkeypatch):
     "Last layers are tuned in another order each time; a sweep that was stopped goes on at its repeat"
     import kdnb.recipes.sequential as module

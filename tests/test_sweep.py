@@ -65,6 +65,7 @@ def all_done_once(g, out, twice=()):
 
 storages = pytest.mark.parametrize('storage', ['{}/journal.log','sqlite:///{}/sweep.db'], ids=['journal','sqlite'])
 
+@pytest.mark.long
 @storages
 def test_two_workers_share_and_one_is_killed(quick, tmp_path, storage):
     g,args = grid(),(grid(), storage.format(tmp_path), tmp_path)
@@ -136,6 +137,7 @@ def test_a_worker_that_dies_as_soon_as_it_has_its_trial(quick, tmp_path, monkeyp
     assert p.exitcode==0
     all_done_once(g, tmp_path)
 
+@pytest.mark.long
 @storages
 def test_workers_that_start_together_add_each_trial_once(quick, tmp_path, storage):
     g = grid(lams=[i/100 for i in range(12)], seeds=(0,), pause=0.)
@@ -146,6 +148,7 @@ def test_workers_that_start_together_add_each_trial_once(quick, tmp_path, storag
     all_done_once(g, tmp_path)
     assert len(sw._Worker(Grid(g), *args[1:]).study.trials)==12
 
+@pytest.mark.long
 @storages
 def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage, monkeypatch):
     "Four workers see the same trials as free; each has a folder of its own, so the storage alone decides"
@@ -161,6 +164,7 @@ def test_a_trial_is_taken_by_one_only_without_any_lock(quick, tmp_path, storage,
     ends = Counter(o[0] for i in range(4) for o in log(tmp_path/str(i)) if o[1]=='end')
     assert ends==dict.fromkeys(names(g), 1)
 
+@pytest.mark.long
 def test_another_machine_waits_for_the_count_to_stand_still(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, '_every', .1)
     monkeypatch.setattr(sw, '_patience', 2.)
@@ -316,6 +320,7 @@ def test_the_first_of_a_sweep_are_all_of_the_first_seed(quick, tmp_path):
     r = sweep(grid(pause=0.), tmp_path/'journal.log', tmp_path, show=False, first=5)
     assert [*r.trials.state]==['finished']*5+['left']*3 and [*r.trials.seeds]==['0']*4+['1']*4
 
+@pytest.mark.long
 def test_a_sweep_stops_when_the_time_is_over_and_goes_on(quick, tmp_path):
     g = grid([.1,.2], [0], steps=60)      # 3 s each
     r = sweep(g, tmp_path/'journal.log', tmp_path, show=False, minutes=1.5/60)
@@ -375,6 +380,7 @@ def test_pareto_is_exact(seed):
     want = [not b.isna().any() and not any(beats(a, b) for a in rows) for b in rows]
     assert pareto(df).tolist()==want
 
+@pytest.mark.long
 def test_processes_of_their_own_train_and_one_is_killed(tmp_path, monkeypatch, capsys):
     "Those of which one is killed are forks, which need not import anything; then one begins as `kdnb sweep` starts it"
     started,spawn = [],sw._Worker.spawn

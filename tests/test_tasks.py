@@ -199,6 +199,7 @@ def hf_bert(width=24, seed=0):
 
 def loss_of(out, y): return F.cross_entropy(getattr(out, 'logits', out), y)
 
+@pytest.mark.long
 def test_a_vit_of_hugging_face(tmp_path):
     dls = from_arrays(*[o[:96] for o in (digits().train.dataset.x, digits().train.dataset.y)])
     learn = Learner(dls, hf_vit(), loss_of, opt_func=SGD)

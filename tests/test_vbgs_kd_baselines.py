@@ -48,6 +48,7 @@ def test_budget():
     for budget,level in ((.1,.25), (.2,.75), (.4,.75)): test_eq(b.within_budget(model, data, cut, budget+1e-6, .25).level, level)
     assert b.within_budget(model, data, cut, 0., .25) is model
 
+@pytest.mark.long
 def test_rows(dls, tmp_path):
     run = b.baselines(dls, 'lenet300', 'lenet5', tmp_path/'run', (1,1,1), show=False, budget=.5, step=.3)
     test_eq([o['name'] for o in run.stages], ['teacher','plain','KD','KD + magnitude','KD + group magnitude','student','L1','KD + L1',

@@ -34,6 +34,7 @@ def test_tables_are_means_of_their_stages(done):
             assert table.loc['VID-I',column]==f'{np.mean(acc):.2f} ± {np.std(acc, ddof=1):.2f}'
         assert table.equals(vid_table(Record(done.path), experiment))
 
+@pytest.mark.long
 def test_what_was_watched_is_there_when_nothing_is_trained(done):
     again = recipe(done.path, experiments=('samples','sizes','maps'), n_per_class=(None,4), students=('resnet14','resnet8'),
                    methods=('VID-I','KD + AT'), seeds=2)
@@ -44,6 +45,7 @@ def test_what_was_watched_is_there_when_nothing_is_trained(done):
     lone,plain = (again.models[k].state_dict() for k in ('Student, read by VID-I','Student, resnet8'))
     assert all(torch.equal(v, plain[k]) for k,v in lone.items())     # only q learns
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_shows_what_another_shows(tmp_path, monkeypatch):
     def maps(path): return recipe(path, epochs=(1,4,1,1), experiments='maps').exhibits['likelihood'].data
     whole = maps(tmp_path/'whole')
@@ -63,6 +65,7 @@ def test_all_lambdas_are_tried_and_the_best_on_the_validation_set_is_shown(tmp_p
     best = max(tried, key=lambda o: o['valid_accuracy'])
     assert vid_table(run, 'mlp').loc['KD','MLP-8']==f'{100*best["test_accuracy"]:.2f}'
 
+@pytest.mark.long
 def test_transfer_from_data_or_from_a_network(tmp_path):
     src,dst = digits(range(6)),digits(range(6,10))
     methods = ('fine-tuning','LwF','VID-LP + VID-I')
@@ -106,6 +109,7 @@ def test_mistakes_are_said_before_anything_is_trained(says, kwargs, tmp_path):
     with pytest.raises(ValueError, match=says): recipe(tmp_path/'run', **kwargs)
     assert not (tmp_path/'run').exists()
 
+@pytest.mark.long
 def test_the_source_may_be_named(tmp_path):
     "As a grid or the command line does it: the same run as with its loaders"
     kwargs = dict(dls=image_dls('digits', bs=32, n_per_class=20, device='cpu'), experiments='transfer', transfer_methods=('VID-I',), n_per_class=5)
@@ -117,6 +121,7 @@ def test_the_source_may_be_named(tmp_path):
         with pytest.raises(ValueError, match=says): recipe(tmp_path/'c', source=wrong, **kwargs)
     with pytest.raises(ValueError, match='names no image set'): recipe(tmp_path/'c', source=dict(bs=4), **kwargs)
 
+@pytest.mark.long
 def test_all_images_can_be_written_as_text(tmp_path):
     a,b = (recipe(tmp_path/str(n), experiments='samples', methods=('KD',), n_per_class=(n,4)) for n in (None,'all'))
     assert [o['mark'] for o in a.stages]==[o['mark'] for o in b.stages] and list(vid_table(b))==['all','4']

@@ -82,7 +82,7 @@ def sizes(name, model):
     config = getattr(model, 'default_cfg', None) or getattr(model, 'pretrained_cfg', None) or {}
     usual = config.get('input_size', (3,224,224))[-1]
     fixed = config.get('fixed_input_size') or hasattr(model, 'image_size')
-    return [usual] if fixed else sorted({64,96,128,192,usual})
+    return [usual] if fixed else sorted({64,96,128,192,usual,299})     # Inception's side heads need 299
 
 @torch.no_grad()
 def batch(name, model, n=2):

@@ -37,7 +37,9 @@ def merge(self:Trace,
             fixed.append((there, self._why(t)))      # one of these for all rows, such as the positions in all heads
             continue
         if not there: continue
-        if res is not None: self.join(res, l.expand(res.shape), self._why(t)); l = torch.where(res>0, res, l)
+        if res is not None:
+            self.join(res, l.expand(res.shape), self._why(t))
+            l = torch.where(res>0, res, l)
         res = l
     res = (torch.zeros((), dtype=torch.int32, device='cpu') if res is None else res).expand(out.shape)
     for dims,why in fixed: res = self.mixed(res, dims, why)
@@ -90,7 +92,7 @@ def in_rows(self:Trace,
 def mixed(self:Trace,
     l:torch.Tensor, # Labels of a tensor, of its shape
     dims:list, # Axes over which something is computed
-    why:str, # What is said of those that stay
+    why:str, # The reason of those that stay
 ) -> torch.Tensor:
     "Labels `l` after a sum over `dims`: where other axes have labels too, rows live and die as a whole; else they stay"
     if not (dims := [d for d in dims if varies(l, d)]): return l
@@ -155,7 +157,7 @@ def _pad(trace, func, named, out):
 @patch
 def paired(self:Trace,
     *ls:torch.Tensor, # Labels of tensors whose last two axes are multiplied, of their shapes
-    why:str=WIDTHS, # What is said of those that stay
+    why:str=WIDTHS, # The reason of those that stay
 ) -> torch.Tensor:
     "Labels (…, 1, 1) of products: what is paired in one batch, such as a head, lives and dies together"
     rows = [self.mixed(l, [l.ndim-2,l.ndim-1], why).narrow(-1, 0, 1).narrow(-2, 0, 1) for l in ls]
@@ -170,7 +172,7 @@ def paired(self:Trace,
 def in_pairs(self:Trace,
     a:torch.Tensor, # Labels of a tensor (…, L, n)
     b:torch.Tensor, # Labels of a tensor (…, S, n)
-    why:str, # What is said of those that stay
+    why:str, # The reason of those that stay
 ) -> tuple[torch.Tensor,torch.Tensor]:
     "No labels are left of `a` and `b` when their products are summed over the last axis: they live and die in pairs"
     rows = []
@@ -190,7 +192,7 @@ def in_pairs(self:Trace,
 def summed(self:Trace,
     a:torch.Tensor, # Labels of a tensor (…, L, n)
     b:torch.Tensor, # Labels of a tensor (…, S, n)
-    why:str, # What is said of those that stay
+    why:str, # The reason of those that stay
 ) -> tuple[torch.Tensor,torch.Tensor]:
     "Labels `a` and `b` when their products are summed over the last axis: by rows, such as heads, or in pairs"
     last = [l.ndim-1 for l in (a,b)]

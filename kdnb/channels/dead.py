@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 from .groups import _positions,_removable
 from .sizes import output_tensors
-from .trial import constant_draws,_silence,_summing
-from ..core import evaluating
+from .trial import _silence,_summing
+from ..core import constant_draws,evaluating
 from ..kinds import masks_over
 from ..layers import channel_axis,kind_of,makers,n_channels,norms,weighted
 

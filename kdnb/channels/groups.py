@@ -55,8 +55,8 @@ class ChannelGroup:
     def n_blocks(self): return 1 if self.blocks is None else len(self.blocks.unique())
     def __repr__(self):
         kinds = dict(makers=self.makers, norms=self.norms, readers=self.readers, tensors=self.tensors)
-        said = [f'{k} {", ".join(p.path for p in ps)}' for k,ps in kinds.items() if ps]
-        return '; '.join([f'{self.name}: {self.n} channels', *said,
+        places = [f'{k} {", ".join(p.path for p in ps)}' for k,ps in kinds.items() if ps]
+        return '; '.join([f'{self.name}: {self.n} channels', *places,
                           *([f'stays: {self.stays}'] if self.stays else [])])
 
 # %% ../../nbs/08f_channels.groups.ipynb #4b5b023d
@@ -184,17 +184,6 @@ def _collect(t, model):
         elif all(found := [blocks.get(c) for c in cs]):
             g.blocks = torch.tensor([sorted({*found}).index(b) for b in found], device='cpu')
     return groups
-
-# %% ../../nbs/08f_channels.groups.ipynb #ea432c4e
-def _others(groups, model, layers, why):
-    "A group for what `layers` make that is in none of `groups`; it stays"
-    for path in layers:
-        made = [p.at for g in groups for p in g.makers if p.path==path]
-        n = n_channels(model.get_submodule(path))[0]
-        at = torch.arange(n, device='cpu')
-        if made: at = at[~torch.isin(at, torch.cat(made))]
-        if len(at): yield ChannelGroup(path, len(at), [Part(path, at, torch.arange(len(at), device='cpu'))], [], [],
-                                       why if n>1 else 'it is the only one')
 
 # %% ../../nbs/08f_channels.groups.ipynb #bd9e7f91
 def _removable(g, found, first=None):

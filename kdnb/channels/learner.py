@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/08k_channels.learner.ipynb #5da4b013
 import re
 from copy import deepcopy
+from itertools import chain
 import torch
 from torch.nn.utils.prune import BasePruningMethod,custom_from_mask
 from fastcore.basics import patch
@@ -55,7 +56,7 @@ def _carry_state(old, new, # Optimisers
                     else deepcopy(t))
         for a,b in states:
             if p in a: b[target] = {k: cut(v) for k,v in a[p].items()}
-    for p in (p for ps in new.param_lists for p in ps):        # of others than the network, such as a loss term
+    for p in chain(*new.param_lists):        # of others than the network, such as a loss term
         for a,b in states:
             if p in a: b[p] = a[p]
 

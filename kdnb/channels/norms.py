@@ -65,11 +65,13 @@ def _forms(m):
     rms.weight = nn.Parameter(m.weight.detach().clone(), m.weight.requires_grad)
     if getattr(m, 'bias', None) is None: yield rms,(2,3,4,n)
 
+# %% ../../nbs/08m_channels.norms.ipynb #3169576d
 def _on_cpu(m):
     "A copy in float64, with memory of its own also if `m` has none (it is built on the meta device)"
     m = deepcopy(m)
     return (m.to_empty(device='cpu') if m.weight.is_meta else m.cpu()).double()
 
+# %% ../../nbs/08m_channels.norms.ipynb #12a6e46d
 @torch.no_grad()
 def _same(m, form, shape):
     "Does the norm `m` compute what `form` does?"
@@ -88,11 +90,13 @@ def _is_held(m):
     own = w is not None and w.ndim==1 and m._parameters.keys()<={'weight','bias'} and not m._modules
     return own and isinstance(_eps(m), float) and (kind is None or bool(kind.holds(m)))
 
+# %% ../../nbs/08m_channels.norms.ipynb #07a7046f
 def _opened(m):
     "The norm `m`, open; or None"
     form = next((f for f,shape in _forms(m) if _same(m, f, shape)), None)
     return _graph_of(form).train(m.training) if isinstance(form, _Norm) else form
 
+# %% ../../nbs/08m_channels.norms.ipynb #7a4e434c
 def open_norms(
     model:nn.Module, # Any network
 ) -> nn.Module:
@@ -106,4 +110,3 @@ def open_norms(
         if not path: return new[m]
         set_layer(model, path, new[m])
     return model
-

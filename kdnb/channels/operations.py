@@ -20,7 +20,9 @@ def follows(
     *names:str, # Names of operations, as `torch.ops.aten` has them; '*pool' is all with pool in their name
 ) -> Callable:
     "The rule of the operations `names`"
-    def put(f): _rules.update(dict.fromkeys(names, f)); return f
+    def put(f):
+        _rules.update(dict.fromkeys(names, f))
+        return f
     return put
 
 # %% ../../nbs/08c_channels.operations.ipynb #c915b352
@@ -110,7 +112,9 @@ def _sliced(trace, l, dim, new, name, named={}):
     "The parts of labels `l` along `dim` that are `new`"
     dim %= max(l.ndim, 1)
     if not varies(l, dim) or sum(varies(l, d) for d in range(l.ndim))>1: return
-    if name in ('select','unbind'): trace.hold(l, 'the code picks them by number'); return
+    if name in ('select','unbind'):
+        trace.hold(l, 'the code picks them by number')
+        return
     if trace.by_size(l, dim, name, named): return
     sizes = {o.shape[dim] for o in tree_leaves(new)}
     if name=='split_with_sizes' or len(sizes)>1 or (size := min(sizes)) in (0,l.shape[dim]) or l.shape[dim]%size:

@@ -18,9 +18,9 @@ from .groups import _remove
 from .layers import index_layer,keep_inputs,plain_copy
 from .sizes import output_tensors
 from .trace import _sharing
-from .trial import _cast,constant_draws,_first_difference,_groups,layer_outputs
+from .trial import _cast,_first_difference,_groups,layer_outputs
 from .trial import _first_line,relative_difference
-from ..core import evaluating,first_samples,get_layer,inputs,set_layer
+from ..core import constant_draws,evaluating,first_samples,get_layer,inputs,set_layer
 from ..features.capture import layer_shapes
 from ..layers import n_channels
 
@@ -125,9 +125,9 @@ def _check_training(model, small, xb):
 def _prove(model, small, kept, paths, xb, tol):
     "Raise if `small` does not do what `model` does, layer by layer"
     with _no_tf32(): (a,x,first),(b,_,second) = _exact(model, xb, layer_outputs),_exact(small, xb, layer_outputs)
-    said = first,second
-    if (where := _first_difference(*said, a, kept, tol, paths)) is None: return _check_training(a, b, x)
-    ends = [[o for k,o in s if not k] for s in said]
+    outs = first,second
+    if (where := _first_difference(*outs, a, kept, tol, paths)) is None: return _check_training(a, b, x)
+    ends = [[o for k,o in s if not k] for s in outs]
     diff = max([relative_difference(p, q) for p,q in zip(*ends) if p.shape==q.shape], default=math.nan)
     raise ValueError(f'the shrunken network differs from the masked one by {diff:.2g} (allowed: {tol:g}), first at '
                      f'{where or "its output"}. Please report the architecture; '
@@ -150,7 +150,9 @@ def _checked(model, xb, data, tol, update_bn):
     xb = first_samples(xb, 16)
     for positions in (True,False):
         small,kept,paths = _shrunken(model, xb, positions)
-        try: _prove(model, small, kept, paths, first_samples(xb, 4), tol); break
+        try:
+            _prove(model, small, kept, paths, first_samples(xb, 4), tol)
+            break
         except Exception:      # the network's code may read a linear layer that has an index layer now
             if not paths: raise
     if update_bn: _estimate_bn(small, data, update_bn)

@@ -69,7 +69,8 @@ def by_size(self:Trace,
     "Does the code cut labels `l` at lengths that attributes hold, so that they can follow?"
     n = l.shape[dim]
     if name=='split':
-        self.sized(l.narrow(dim, 0, min(n, named['split_size'])), dim); self.sized(l, dim)
+        self.sized(l.narrow(dim, 0, min(n, named['split_size'])), dim)
+        self.sized(l, dim)
         return False
     if name=='split_with_sizes':
         parts = l.split(named['split_sizes'], dim)
@@ -127,7 +128,9 @@ class _Named(int): "A number that knows its name; what is computed from it does 
 
 class _Shapes(TorchFunctionMode):
     "Keeps where shapes were asked for with a `_Named` number: `{name: {(length of the shape, axis)}}`, None for other uses"
-    def __init__(self): self.seen = {}; super().__init__()
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs,name = kwargs or {},getattr(func, '__name__', '')
         out = func(*args, **kwargs)

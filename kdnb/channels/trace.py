@@ -31,6 +31,7 @@ def came(self:Trace, kind, x, axis, read):
     self.hold(found, WIDTHS)
     return zeros
 
+# %% ../../nbs/08e_channels.trace.ipynb #40048f52
 @patch
 def again(self:Trace, kind, m, came, labels, given):
     "What a recurrent layer reads: what came in, and what it made before; states that are given are that, too"
@@ -121,7 +122,9 @@ def label_tensors(self:Trace) -> None:
 # %% ../../nbs/08e_channels.trace.ipynb #5d1c0e02
 class _Scaling(TorchFunctionMode):
     "Notes in a trace, while attention runs, the length by whose root it divides"
-    def __init__(self, trace): self.trace = trace; super().__init__()
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and kwargs.get('scale') is None:
@@ -206,7 +209,9 @@ def trace_channels(
         t.label_tensors()
         t.run(xb)
         for few,training in ((1,False), (2,True)):
-            try: t.run(first_samples(xb, few), training); ran = not training
+            try:
+                t.run(first_samples(xb, few), training)
+                ran = not training
             except Exception: ran = False        # it may need more samples, or targets to train on
             if not ran: t._uses.pop()
     finally: t.clear()

@@ -103,7 +103,7 @@ def compress(
 def write_report(
     args:argparse.Namespace, # Words of the command, parsed
 ) -> int:
-    """Write the report of a run, or compare several; returns the exit status
+    """Write the report of a run, or compare several. Returns the exit status
 
     Raises `FileNotFoundError` if a folder holds no run."""
     from kdnb.recipes.record import Record
@@ -160,7 +160,7 @@ def run_sweep(
 def export_run(
     args:argparse.Namespace, # Words of the command, parsed
 ) -> int:
-    """Write the small network of a run as an ONNX file, and its report anew; returns the exit status
+    """Write the small network of a run as an ONNX file, and its report anew. Returns the exit status
 
     Raises `ValueError` if nothing says where the images of the run are."""
     from kdnb.data.sets import image_dls,image_sets

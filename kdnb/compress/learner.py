@@ -143,7 +143,7 @@ def compress_to(self:Learner,
     show:bool|None=None, # Progress bar of `sensitivity`; if None as the learner
     **kwargs, # Passed on to `distill`, such as `cache=True` for the teacher's answers
 ) -> Compressed:
-    """Remove channels until the limits hold, and distil from the dense network; the learner stays as it is
+    """Remove channels until the limits hold, and distil from the dense network. The learner stays as it is
 
     Raises `ValueError` if a limit is none or cannot be reached, or if no channel may go, and `TypeError` for a name
     that is unknown."""

@@ -65,7 +65,7 @@ def _change(metric, a, b):
 
 # %% ../../nbs/45d_compress.result.ipynb #45d0000b
 @patch(as_prop=True)
-def said(self:Compressed) -> str:
+def summary(self:Compressed) -> str:
     "What was saved, and what was lost"
     t = self.table
     metric = _metric(t)
@@ -80,13 +80,16 @@ def said(self:Compressed) -> str:
     return (f'{", ".join(map(part, shown))}; {metric} on the validation set '
             f'{_shown(metric, a)} → {_shown(metric, b)}{_change(metric, a, b)}{after}.')
 
+# %% ../../nbs/45d_compress.result.ipynb #a0e1b6ca
+Compressed.said = Compressed.summary     # it goes with the next version
+
 # %% ../../nbs/45d_compress.result.ipynb #e2d34e79
 @patch
-def __repr__(self:Compressed): return f'{self.said}\n{self.table.to_string()}'
+def __repr__(self:Compressed): return f'{self.summary}\n{self.table.to_string()}'
 
 # %% ../../nbs/45d_compress.result.ipynb #45d0000d
 @patch
-def _repr_html_(self:Compressed): return f'<p>{self.said}</p>{self.table.to_html()}'
+def _repr_html_(self:Compressed): return f'<p>{self.summary}</p>{self.table.to_html()}'
 
 # %% ../../nbs/45d_compress.result.ipynb #c9445d03
 @patch

@@ -164,7 +164,8 @@ def _tiny_imagenet_lists(z):
     train = sorted(o for o in z.namelist() if o.startswith(f'{root}/train/') and o.endswith('.JPEG'))
     test = {f'{root}/val/images/{f}': c for f,c,*_ in table('val/val_annotations.txt')}
     words = dict(table('words.txt'))
-    return train,test,{c: words[c] for c in sorted(c for c, in table('wnids.txt'))}
+    wnids = sorted(c for c, in table('wnids.txt'))
+    return train,test,{c: words[c] for c in wnids}
 
 # %% ../../nbs/02c_data.readers.ipynb #8342b222
 def _tiny_imagenet(path):

@@ -43,7 +43,7 @@ def class_order(
     names:list|None, # Names of the student's classes, or None
     known:list|None, # Names of the teacher's classes, or None
 ) -> list[int]|None:
-    """Where the teacher's outputs for the student's classes stand; None if they are in order, or unknown
+    """Where the teacher's outputs for the student's classes stand, or None if they are in order, or unknown
 
     Raises `ValueError` if the teacher does not know a class of the student."""
     if not names or not known or names==known: return

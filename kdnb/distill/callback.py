@@ -445,7 +445,7 @@ def _store(self:KnowledgeDistillation):
 # %% ../../nbs/13_distill.callback.ipynb #77d0f27a
 @patch
 def before_train(self:KnowledgeDistillation) -> None:
-    """Begin a fit in its first epoch; in every epoch: the next of the fixed views
+    """Begin a fit in its first epoch. In every epoch: the next of the fixed views
 
     Raises `ValueError` if the task is not certain."""
     LossTerm.before_train(self)

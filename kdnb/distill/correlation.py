@@ -34,7 +34,7 @@ def congruence(
 
 # %% ../../nbs/11m_distill.correlation.ipynb #20739506
 class CC(VectorTerm):
-    """Correlation congruence (Peng et al. 2019), on the layer before the last; usual weight 100
+    """Correlation congruence (Peng et al. 2019), on the layer before the last. Usual weight 100
 
     The weight is ours: kernels differ by hundredths."""
     usual = 100.
@@ -67,7 +67,7 @@ def channel_correlation(
 
 # %% ../../nbs/11m_distill.correlation.ipynb #4fcec761
 class ICKD(HeadTerm):
-    "Inter-channel correlation (Liu et al. 2021), on the last map or block of tokens; usual weight 2.5"
+    "Inter-channel correlation (Liu et al. 2021), on the last map or block of tokens. Usual weight 2.5"
     usual = 2.5
     whole = True
     usual_layers = on_both(last_features)

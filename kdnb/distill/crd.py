@@ -126,7 +126,7 @@ def after_backward(self:ContrastHead) -> None:
 
 # %% ../../nbs/11e_distill.crd.ipynb #6ea5e154
 class CRD(HeadTerm):
-    """Contrastive representation distillation (Tian et al. 2020), on the penultimate vector; usual weight .8
+    """Contrastive representation distillation (Tian et al. 2020), on the penultimate vector. Usual weight .8
 
     Raises `ValueError` if `T` is no temperature."""
     needs_index = True

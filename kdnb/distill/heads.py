@@ -145,7 +145,7 @@ def resizing(
 
 # %% ../../nbs/11c_distill.heads.ipynb #c31b3e13
 class FitNet(HeadTerm):
-    "Regress the teacher's features (Romero et al. 2015); usual weight 100"
+    "Regress the teacher's features (Romero et al. 2015). Usual weight 100"
     usual = 100.
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's

@@ -136,7 +136,7 @@ def input_codes(
 ) -> dict[str,list]:
     """What numbers in inputs of `dls` stand for
 
-    Columns, categories and scales of a table, tokens of a text; {} of others."""
+    Columns, categories and scales of a table, tokens of a text, and {} of others."""
     v,to = getattr(dls, 'vocab', None),getattr(getattr(dls, 'train', None), 'dataset', None)
     if not hasattr(to, 'cont_names'):
         several = isinstance(v, (tuple,list,L)) and len(v)>1 and not isinstance(v[0], (str,CategoryMap))

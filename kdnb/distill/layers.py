@@ -117,7 +117,7 @@ def stage_pairs(
 
 # %% ../../nbs/11b_distill.layers.ipynb #ab1da61f
 class AT(LayerTerm):
-    "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage; usual weight 1000"
+    "Attention transfer (Zagoruyko and Komodakis 2017), on the last map of each stage. Usual weight 1000"
     usual = 1000.
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
@@ -148,7 +148,7 @@ def __call__(self:AT, o):
 
 # %% ../../nbs/11b_distill.layers.ipynb #786980b6
 class NST(LayerTerm):
-    "Neuron selectivity transfer (Huang and Wang 2017); usual weight 50"
+    "Neuron selectivity transfer (Huang and Wang 2017). Usual weight 50"
     usual = 50.
     def compare(self,
         f_s:torch.Tensor, # The student's maps (B, C, H, W), or tokens (B, N, C)
@@ -159,7 +159,7 @@ class NST(LayerTerm):
 
 # %% ../../nbs/11b_distill.layers.ipynb #6bc85587
 class SP(LayerTerm):
-    "Similarity preserving (Tung and Mori 2019), on the last map; usual weight 3000"
+    "Similarity preserving (Tung and Mori 2019), on the last map. Usual weight 3000"
     usual = 3000.
     aliases = 'similarity',
     usual_layers = on_both(last_features)
@@ -196,7 +196,7 @@ class VectorTerm(LayerTerm, abstract=True):
 
 # %% ../../nbs/11b_distill.layers.ipynb #1790133e
 class PKT(VectorTerm):
-    "Probabilistic knowledge transfer (Passalis and Tefas 2018), on the penultimate vector; usual weight 30000"
+    "Probabilistic knowledge transfer (Passalis and Tefas 2018), on the penultimate vector. Usual weight 30000"
     usual = 30000.
     def compare(self,
         f_s:torch.Tensor, # The student's features (B, …)
@@ -207,7 +207,7 @@ class PKT(VectorTerm):
 
 # %% ../../nbs/11b_distill.layers.ipynb #5386d0b3
 class RKD(VectorTerm):
-    "Relational distillation (Park et al. 2019), on the penultimate vector; usual weight 1"
+    "Relational distillation (Park et al. 2019), on the penultimate vector. Usual weight 1"
     def __init__(self,
         layers:dict|list|tuple|str, # `{student's layer: teacher's}`, or the name(s) of the student's
         teacher_layers:list|tuple|str|None=None, # Name(s) of the teacher's

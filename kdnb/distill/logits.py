@@ -61,7 +61,7 @@ def mix(self:LogitTerm,
 
 # %% ../../nbs/11a_distill.logits.ipynb #8f60f2fe
 class KD(LogitTerm):
-    """Soft targets at temperature `T` (Ming et al. 2020, eq. 2); usual weight .9, task .1
+    """Soft targets at temperature `T` (Ming et al. 2020, eq. 2). Usual weight .9, task .1
 
     Raises `ValueError` if `T` is no number above 0 and no schedule."""
     usual = .9
@@ -77,7 +77,7 @@ class KD(LogitTerm):
 
 # %% ../../nbs/11a_distill.logits.ipynb #0e093a59
 class BinaryKD(LogitTerm):
-    """Soft targets of each label at temperature `T`, for several labels a sample; usual weight .9, task .1
+    """Soft targets of each label at temperature `T`, for several labels a sample. Usual weight .9, task .1
 
     Raises `ValueError` if `T` is no number above 0 and no schedule."""
     usual = .9
@@ -108,7 +108,7 @@ def counted_labels(
 
 # %% ../../nbs/11a_distill.logits.ipynb #91bda042
 class DKD(LogitTerm):
-    """Decoupled distillation (Zhao et al. 2022); usual weight 1, rising over the first epochs
+    """Decoupled distillation (Zhao et al. 2022). Usual weight 1, rising over the first epochs
 
     Raises `ValueError` if `T` is no number above 0 and no schedule."""
     softmax = True
@@ -129,7 +129,7 @@ class DKD(LogitTerm):
 
 # %% ../../nbs/11a_distill.logits.ipynb #aafa9c46
 class DIST(LogitTerm):
-    """Relations between classes and between samples (Huang et al. 2022); usual weight 1 or 2
+    """Relations between classes and between samples (Huang et al. 2022). Usual weight 1 or 2
 
     Raises `ValueError` if `T` is no number above 0 and no schedule."""
     softmax = True

@@ -70,7 +70,7 @@ def distance(self:MutualLearning,
 # %% ../../nbs/14_distill.mutual.ipynb #b3d5b3d6
 @patch
 def _teach(self:MutualLearning):
-    """One step of the peer, with the labels and the answers of this learner; in `lr_find` its answers alone
+    """One step of the peer, with the labels and the answers of this learner, or in `lr_find` its answers alone
 
     Raises `ValueError` if their outputs are not of one shape."""
     learn,peer = self.learn,self.peer

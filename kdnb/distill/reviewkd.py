@@ -60,7 +60,7 @@ def context_loss(
 
 # %% ../../nbs/11l_distill.reviewkd.ipynb #6a72803a
 class ReviewKD(HeadTerm):
-    """Knowledge review (Chen et al. 2021): a teacher's map from the student's there and all deeper; usual weight 1
+    """Knowledge review (Chen et al. 2021): a teacher's map from the student's there and all deeper. Usual weight 1
 
     Raises `ValueError` if there is only one pair."""
     whole = True

@@ -84,7 +84,7 @@ def forward(self:CrossLayerHead,
 
 # %% ../../nbs/11g_distill.semckd.ipynb #e0bb137f
 class SemCKD(Term):
-    "Semantic calibration across layers (Chen et al. 2021), on the ends of the stages; usual weight 400"
+    "Semantic calibration across layers (Chen et al. 2021), on the ends of the stages. Usual weight 400"
     usual = 400.
     def __init__(self,
         layers:list|str, # Layers of the student

@@ -57,7 +57,7 @@ def chain(
 
 # %% ../../nbs/11h_distill.simkd.ipynb #e298d79a
 class SimKD(LayerTerm):
-    """Reuse the teacher's classifier (Chen et al. 2022); weight 1, and the weight of the task loss is 0
+    """Reuse the teacher's classifier (Chen et al. 2022). Weight 1, and the weight of the task loss is 0
 
     Raises `ValueError` if there is more than one pair."""
     task = 0.

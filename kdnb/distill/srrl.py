@@ -68,7 +68,7 @@ def rest_of(
 
 # %% ../../nbs/11f_distill.srrl.ipynb #95f12ba5
 class SRRL(HeadTerm):
-    "Softmax regression representation learning (Yang et al. 2021), on the last map or block of tokens; usual weight 1"
+    "Softmax regression representation learning (Yang et al. 2021), on the last map or block of tokens. Usual weight 1"
     usual_layers = on_both(last_features)
     def __init__(self,
         layer:dict|str, # The student's last map, or `{student's: teacher's}`

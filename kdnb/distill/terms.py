@@ -192,7 +192,7 @@ def term(
     usual:float|None=None, # Its usual weight; that of the class, or 1, if None
     aliases:tuple=(), # Other names
 ) -> type:
-    """Make a term of `f`, known by its name everywhere; a decorator
+    """Make a term of `f`, known by its name everywhere. A decorator
 
     Raises `ValueError` if `f` is no function and no term."""
     if f is None: return partial(term, usual=usual, aliases=aliases)

@@ -69,7 +69,7 @@ def growing(
 
 # %% ../../nbs/11d_distill.vid.ipynb #5ca75892
 class VID(HeadTerm):
-    """Variational information distillation, VID-I (Ahn et al. 2019, eq. 5); usual weight 10 or 100, task .1 or 1
+    """Variational information distillation, VID-I (Ahn et al. 2019, eq. 5). Usual weight 10 or 100, task .1 or 1
 
     Raises `ValueError` for a depth below 1 or a variance that does not lie above `eps`."""
     usual = 10.

@@ -126,7 +126,7 @@ def gather(
     path:str|Path|None=None, # Folder of results
     out:str|Path='runs/evidence', # Folder of the runs
 ) -> pd.DataFrame:
-    """Go on with the grids in `results`, the most important first; what has failed is tried again
+    """Go on with the grids in `results`, the most important first. What has failed is tried again
 
     Returns `state_of`. Raises `ValueError` for a wrong number, `FileNotFoundError` without a grid."""
     path,out = results_folder(path).resolve(),Path(out).resolve()

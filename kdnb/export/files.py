@@ -130,7 +130,7 @@ def load_model(
     path:str|Path, # File from `save_model`
     build:Callable|None=None, # Builds the dense network of the header's arguments; the registered one if None
 ) -> nn.Module:
-    """The saved network, on the CPU, in evaluation mode, to use or to train; `preprocess` makes its batches of images
+    """The saved network, on the CPU, in evaluation mode, to use or to train. `preprocess` makes its batches of images
 
     Raises `ValueError` if the file is corrupt, or if the network cannot be built as it says."""
     header,shapes = read_header(path)

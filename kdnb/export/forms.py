@@ -74,7 +74,7 @@ def form_rows(
     """A row for each exported file: form, file, bytes, validation accuracy, ms and speed-up at one sample and 64
 
     Accuracy is there if it was measured.
-    Raises `ValueError` if what is written down is damaged; there are no rows if nothing was exported."""
+    Raises `ValueError` if what is written down is damaged. There are no rows if nothing was exported."""
     rows = []
     for o in _noted(folder):
         row = {k: o.get(k) for k in ('form','file','bytes','accuracy')}

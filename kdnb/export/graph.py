@@ -151,8 +151,8 @@ def _chain(error): return [error, *(_chain(error.__cause__) if error.__cause__ e
 def _cause(error):
     "What began it, in one line"
     e = _chain(error)[-1]
-    said = (str(e).strip().splitlines() or [''])[0]
-    return f'{said[:200]} ({type(e).__name__})'
+    message = (str(e).strip().splitlines() or [''])[0]
+    return f'{message[:200]} ({type(e).__name__})'
 
 # %% ../../nbs/41_export.graph.ipynb #3f96e8e5
 def _bare(o):

@@ -32,12 +32,12 @@ def _card(folder, repo, build=False):
     "The card of the network in `folder`, in markdown"
     header = read_header(Path(folder)/NAME)[0]
     lines = load_lines(Path(folder)/NAME, build=build)
-    said = (lines.replace(re.search(r'load_model\((.*?)[,)]', lines)[1], repr(repo))
+    usage = (lines.replace(re.search(r'load_model\((.*?)[,)]', lines)[1], repr(repo))
             .replace('load_model', 'from_pretrained'))
     classes = f"\nIt tells apart: {', '.join(header['classes'])}.\n" if header['classes'] else ''
     return ("---\nlibrary_name: kdnb\ntags: [kdnb, compression]\n---\n\n"
             f"# {header['arch']['name']}, compressed\n{classes}\n"
-            f'```python\n{said}\n```\n')
+            f'```python\n{usage}\n```\n')
 
 # %% ../../nbs/44_export.hub.ipynb #44a0000d
 @lru_cache(None)
@@ -142,7 +142,7 @@ def to_timm(
     name:str|None=None, # What timm calls it; what it notes in its networks if None
     **kwargs, # Arguments that it was built with; the number of classes is known
 ) -> str:
-    """Write a shrunken network as timm loads it; returns what `timm.create_model(…, pretrained=True)` takes
+    """Write a shrunken network as timm loads it. Returns what `timm.create_model(…, pretrained=True)` takes
 
     Raises `ValueError` if timm has no arguments for its widths."""
     import timm
@@ -161,7 +161,7 @@ def to_timm(
 def needs_of(
     path:str|Path, # File of `torch.save` or `learn.export()`
 ) -> list[str]:
-    """What of kdnb a pickle asks for when it is opened, as `module.name`; nothing is run
+    """What of kdnb a pickle asks for when it is opened, as `module.name`. Nothing is run
 
     Raises `ValueError` if `path` is no such file."""
     try:

@@ -32,8 +32,8 @@ def _script(header):
         takes = f'predict({"floats" if header["div"]==1 else "bytes"} (N, {", ".join(map(str, header["input"]))}))'
     else: takes = 'predict(arrays like the inputs of training)'
     feed = "{'input': x}" if images else '{o.name: x for o,x in zip(net.get_inputs(), xs)}'
-    said = f'net.run(None, {feed})' if at is None else f'net.run(None, {feed})[{at}].argmax(1)'
-    if len(header['output'])==1 and header['classes']: said = f"[note['classes'][i] for i in {said}]"
+    result = f'net.run(None, {feed})' if at is None else f'net.run(None, {feed})[{at}].argmax(1)'
+    if len(header['output'])==1 and header['classes']: result = f"[note['classes'][i] for i in {result}]"
     scale = "mean,std = np.float32(note['stats'])[..., None, None]; " if images and header['stats'] else ''
     ready = ((scale and "x = (np.float32(x)/note['div'] - mean)/std; ")
              or (images and "x = np.float32(x)/note['div']; ") or '')
@@ -41,7 +41,7 @@ def _script(header):
             'import json, pathlib, numpy as np, onnxruntime as ort\n'
             "net = ort.InferenceSession(pathlib.Path(__file__).with_suffix('.onnx')); "
             "note = json.loads(net.get_modelmeta().custom_metadata_map['kdnb'])\n"
-            f'def predict({"x" if images else "*xs"}): {scale}{ready}return {said}\n')
+            f'def predict({"x" if images else "*xs"}): {scale}{ready}return {result}\n')
 
 # %% ../../nbs/43_export.onnx.ipynb #d806a9af
 def _target(path):
@@ -85,10 +85,10 @@ class Exported:
     def __repr__(self):
         int8,kept = self.accuracy is not None,f'{self.same} of them get the same class'
         if self.same==self.samples: kept = 'equal predictions'
-        said = [f'largest difference {self.difference:.1g} of the largest output{" in float" if int8 else ""}']
-        if self.same is not None: said += [f'{kept}{" in int8" if int8 else ""}']
+        found = [f'largest difference {self.difference:.1g} of the largest output{" in float" if int8 else ""}']
+        if self.same is not None: found += [f'{kept}{" in int8" if int8 else ""}']
         lines = [f'{self.path.name}: {self.bytes:,} bytes, opset {self.opset}, batches of any size',
-                 f'onnxruntime against torch on {self.samples} samples: {", ".join(said)}']
+                 f'onnxruntime against torch on {self.samples} samples: {", ".join(found)}']
         if int8:
             lines += [f'accuracy on the validation set: {100*self.before:.2f} % in float, '
                       f'{100*self.accuracy:.2f} % in int8']
@@ -107,7 +107,7 @@ def to_onnx(
 ) -> Exported:
     """Write the network to one file that is proven to compute what torch computes
 
-    Raises `ValueError` if it cannot be written so, differs, or loses more than `max_drop`; then nothing is written."""
+    Raises `ValueError` if it cannot be written so, differs, or loses more than `max_drop`. Then nothing is written."""
     onnx,(path,script) = _onnx()[0],_target(path)
     if isinstance(model, Learner): model,data = model.model,data if data is not None else model.dls
     data,still = _data(data),_still(model)

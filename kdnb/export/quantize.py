@@ -20,7 +20,7 @@ from ..measure.outputs import accuracy_on,in_order
 def check_drop(
     max_drop:float, # Of the validation accuracy, what may be lost
 ) -> float:
-    """`max_drop`, if it is a fraction; from a half on with a warning
+    """`max_drop`, if it is a fraction, from a half on with a warning
 
     Raises `ValueError` if it is none."""
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not max_drop>=0 or math.isinf(max_drop):

@@ -25,10 +25,10 @@ from ..measure.outputs import in_order
 def _header(data, xb, graph, logits, int8):
     "What the file says of itself"
     first = next(o for o in tree_leaves(xb) if isinstance(o, torch.Tensor))
-    said = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
-    classes = class_names(data, said[0]) or [] if said else []
+    shape = [] if logits is None else [d.dim_value for d in graph.graph.output[logits].type.tensor_type.shape.dim[1:]]
+    classes = class_names(data, shape[0]) or [] if shape else []
     return dict(format='kdnb-onnx-1', classes=classes, input=list(first.shape[1:]), **_pixels(data),
-                inputs=[o.name for o in graph.graph.input], logits=logits, output=said, int8=int8)
+                inputs=[o.name for o in graph.graph.input], logits=logits, output=shape, int8=int8)
 
 # %% ../../nbs/41a_export.session.ipynb #07c8e9a0
 @contextmanager

@@ -58,7 +58,7 @@ class Capture:
 # %% ../../nbs/05a_features.capture.ipynb #fc077cee
 @patch
 def take(self:Capture) -> dict[str,torch.Tensor]:
-    """`{path: tensor (B, …)}` in the order of `paths`; nothing is kept
+    """`{path: tensor (B, …)}` in the order of `paths`, of which nothing is kept
 
     Raises `ValueError` if a layer did not run or gave no tensor."""
     outputs = dict(self.outputs)

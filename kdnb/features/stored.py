@@ -144,7 +144,7 @@ def activations(
     folder:str|Path|None=None, # Where to keep them as memory-mapped files; in memory, on the model's device, if None
     logits:str|int|Callable|None=None, # Where the logits are in what the network returns, see `as_logits`
 ) -> dict[str,torch.Tensor]:
-    """`{'': logits (N, …), path: outputs of that layer (N, …)}` for all samples of `dl`; no `''` if none are known
+    """`{'': logits (N, …), path: outputs of that layer (N, …)}` for all samples of `dl`, without `''` if none are known
 
     Raises `ValueError` if samples have no numbers, or if `folder` holds other outputs."""
     if not is_numbered(dl): raise ValueError(unnumbered.format('activations', type(dl).__name__)+'.')

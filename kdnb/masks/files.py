@@ -45,7 +45,7 @@ def load(self:Learner,
     device:object=None, # As in fastai
     **kwargs,
 ) -> Learner:
-    """As fastai's; masks in the file are put on where the network has none
+    """As fastai's, and masks in the file are put on where the network has none
 
     Raises `ValueError` if the file lacks masks that the network has."""
     def bring(model, state, prefix, *_):

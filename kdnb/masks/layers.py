@@ -43,6 +43,19 @@ def _leaf(v):
     if type(v) is list: return [_leaf(o) for o in v]
     return v.detach() if isinstance(v, torch.Tensor) and not v.is_leaf else v
 
+# %% ../../nbs/07_masks.layers.ipynb #67917d3e
+def _plain_class(m):
+    "The class that layer `m` has without masks"
+    return type(m).__bases__[1] if isinstance(m, Masked) else type(m)
+
+# %% ../../nbs/07_masks.layers.ipynb #61330995
+def _computed(m, name):
+    "The tensor `name` of layer `m` as a parametrization or hook has computed it"
+    o = getattr(_plain_class(m), name, None)
+    if isinstance(o, property): return o.fget(m)
+    if name in m.__dict__: return m.__dict__[name]
+    raise AttributeError(f'{type(m).__name__} has no attribute {name}')
+
 # %% ../../nbs/07_masks.layers.ipynb #840c4520
 def _masked(name):
     "The property `name` of a layer: a parameter, or what computes it has computed, times its mask"
@@ -59,19 +72,6 @@ def _masked(name):
         if isinstance(o, property): o.fset(self, v)
         else: self.__dict__[name] = v
     return property(get, put, lambda self: self.__dict__.pop(name))
-
-# %% ../../nbs/07_masks.layers.ipynb #67917d3e
-def _plain_class(m):
-    "The class that layer `m` has without masks"
-    return type(m).__bases__[1] if isinstance(m, Masked) else type(m)
-
-# %% ../../nbs/07_masks.layers.ipynb #61330995
-def _computed(m, name):
-    "The tensor `name` of layer `m` as a parametrization or hook has computed it"
-    o = getattr(_plain_class(m), name, None)
-    if isinstance(o, property): return o.fget(m)
-    if name in m.__dict__: return m.__dict__[name]
-    raise AttributeError(f'{type(m).__name__} has no attribute {name}')
 
 # %% ../../nbs/07_masks.layers.ipynb #d82160a1
 @cache

@@ -66,7 +66,7 @@ def median_ms(
 ) -> list[Milliseconds]:
     """Median `Milliseconds` of each of `fs`, in turn, on one thread
 
-    Processor time; on a GPU the time until it is done."""
+    Processor time. On a GPU the time until it is done."""
     def once(f):
         start = _clock()
         f()

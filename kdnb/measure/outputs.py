@@ -132,7 +132,7 @@ def smoothness(
     regularized:nn.Module, # The same, trained with a regulariser or pruned
     dl:Iterable, # `DataLoader` or iterable of `(inputs, labels)`
 ) -> float:
-    """Mean log-ratio of the true class's probabilities; above 0 `regularized` is smoother
+    """Mean log-ratio of the true class's probabilities. Above 0 `regularized` is smoother
 
     (Park and No 2022, equation 7)"""
     ratio, = predictions((teacher, regularized), dl,

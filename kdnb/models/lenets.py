@@ -73,7 +73,7 @@ def mlp(
 ) -> nn.Sequential:
     """MLP-`hidden` with three bottleneck layers (Ahn et al. 2019)
 
-    Raises `ValueError` for sizes that are none; `hidden` is at least 4."""
+    Raises `ValueError` for sizes that are none. `hidden` is at least 4."""
     check_sizes(None, in_shape=in_shape)
     check_sizes(hidden=hidden, c=c)
     if hidden<4: raise ValueError(f'hidden is {hidden}, and a bottleneck has a quarter of it: 4 or more.')

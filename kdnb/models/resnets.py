@@ -139,4 +139,4 @@ for d in (8,32): architecture(cifar_resnet, f'resnet{d}x4', depth=d, width=4, st
 for d,w in [(16,1), (16,2), (28,10), (40,1), (40,2)]:
     architecture(cifar_resnet, f'wrn_{d}_{w}', kind='preact', depth=d, width=w)
 
-architecture(cifar_resnet, 'resnet164', kind='bottleneck', depth=164);
+architecture(cifar_resnet, 'resnet164', kind='bottleneck', depth=164)

@@ -79,4 +79,4 @@ for base in _tv_nets: architecture(torchvision_net, base, base=base)
 for name,base in dict(resnext50='resnext50_32x4d', shufflenet_v2='shufflenet_v2_x1_0').items():
     architecture(torchvision_net, name, base=base)
 
-architecture(torchvision_net, 'resnet18dbl', base='resnet18', width=2);
+architecture(torchvision_net, 'resnet18dbl', base='resnet18', width=2)

@@ -69,7 +69,7 @@ def block_changes(
     model:nn.Module|Learner, # Network, or the `Learner` that holds it
     data:object=None, # `DataLoaders` or a batch of inputs; the learner's
 ) -> pd.DataFrame:
-    """Blocks that can be left out: how much each changes what it reads, a fraction; its parameters
+    """Blocks that can be left out: how much each changes what it reads, a fraction, and its parameters
 
     The least change first. Raises `ValueError` if there is no such block."""
     model,data = _network_and_data(model, data)

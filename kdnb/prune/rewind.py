@@ -113,7 +113,7 @@ def cut(self:_Rounds,
     cap:float|dict|None, # Fraction of each layer that goes at most
     round_to:int|None, # What stays of a layer's channels is a multiple of this
 ) -> bool:
-    """Prune one round; False where widths in multiples allow no more
+    """Prune one round. False where widths in multiples allow no more
 
     Raises `ValueError` if nothing has gone where something had to."""
     before,n = self.gone()

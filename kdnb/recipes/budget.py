@@ -105,7 +105,7 @@ def budget(
     show:bool=True, # Progress bars
     **settings, # Changes to `budget_defaults`
 ) -> Run:
-    """Cut a dense network to budgets in several ways, and distil; returns the finished `Run`
+    """Cut a dense network to budgets in several ways, and distil. Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)

@@ -208,7 +208,7 @@ def prue(
     show:bool=True, # Progress bars
     **settings, # Changes to `PrueSettings`
 ) -> Run:
-    """Prune a teacher for uncertainty, then distil it (Wang et al. 2022); returns the finished `Run`
+    """Prune a teacher for uncertainty, then distil it (Wang et al. 2022). Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)

@@ -146,8 +146,8 @@ def _refuse_students(dls, teacher, student, terms):
 
 # %% ../../nbs/52a_recipes.prune_then_distill.ipynb #944b7b0d
 def _lesson(dl, student, taught_by, teacher_sparsity, teacher, model):
-    said = dict(agreement=agreement(model, teacher, dl)) if teacher else {}
-    return dict(student=student, taught_by=taught_by or 'nobody', teacher_sparsity=teacher_sparsity) | said
+    more = dict(agreement=agreement(model, teacher, dl)) if teacher else {}
+    return dict(student=student, taught_by=taught_by or 'nobody', teacher_sparsity=teacher_sparsity) | more
 
 # %% ../../nbs/52a_recipes.prune_then_distill.ipynb #0ce76792
 def _teach(run, name, net, teachers, t, n_epoch, s):
@@ -185,7 +185,7 @@ def prune_then_distill(
     show:bool=True, # Progress bars
     **settings, # Changes to `PruneThenDistillSettings`
 ) -> Run:
-    """Prune a teacher in rounds, then distil it (Park and No 2022); returns the finished `Run`
+    """Prune a teacher in rounds, then distil it (Park and No 2022). Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)

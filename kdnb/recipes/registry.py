@@ -147,22 +147,6 @@ def recipe(
         return f
     return register
 
-# %% ../../nbs/50a_recipes.registry.ipynb #0f555a98
-def bring(
-    module:str|Path, # Name of a module that can be imported from here, or the path of a Python file
-) -> object:
-    "Import code of the user's own, once. Raises `ValueError` if it cannot be imported."
-    path = Path(module)
-    name,is_file = (path.stem,True) if path.suffix=='.py' else (str(module),False)
-    def known(): return name in sys.modules and (not is_file or _is_from(sys.modules[name], path))
-    if is_file and name in sys.modules and not known():     # another module of that name
-        name += f'_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}'
-    if known(): return sys.modules[name]
-    try: return _run_file(name, path) if is_file else _import_here(name)
-    except Exception as e:
-        sys.modules.pop(name, None)
-        raise ValueError(f'{module} could not be imported: {type(e).__name__}: {e}') from e
-
 # %% ../../nbs/50a_recipes.registry.ipynb #4f4d1417
 def _is_from(module, path):
     "Was `module` read from the file `path`?"
@@ -181,6 +165,22 @@ def _import_here(name):
     sys.path.insert(0, str(Path.cwd()))
     try: return importlib.import_module(name)
     finally: sys.path.remove(str(Path.cwd()))
+
+# %% ../../nbs/50a_recipes.registry.ipynb #0f555a98
+def bring(
+    module:str|Path, # Name of a module that can be imported from here, or the path of a Python file
+) -> object:
+    "Import code of the user's own, once. Raises `ValueError` if it cannot be imported."
+    path = Path(module)
+    name,is_file = (path.stem,True) if path.suffix=='.py' else (str(module),False)
+    def known(): return name in sys.modules and (not is_file or _is_from(sys.modules[name], path))
+    if is_file and name in sys.modules and not known():     # another module of that name
+        name += f'_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}'
+    if known(): return sys.modules[name]
+    try: return _run_file(name, path) if is_file else _import_here(name)
+    except Exception as e:
+        sys.modules.pop(name, None)
+        raise ValueError(f'{module} could not be imported: {type(e).__name__}: {e}') from e
 
 # %% ../../nbs/50a_recipes.registry.ipynb #626db7ba
 def find_recipe(

@@ -114,7 +114,7 @@ def finish(self:Run,
     model:nn.Module, # The network that the run has made; of the first seed
     of:nn.Module|None=None, # The dense network it was made of
 ) -> Run:
-    """Save `model`, measure the first seed's stages against each other, write `summary.json`; returns the run
+    """Save `model`, measure the first seed's stages against each other, write `summary.json`. Returns the run
 
     Raises `ValueError` if a finished run kept another stage."""
     self.ends = [next((k for k,m in self.models.items() if m is o), None) for o in (of, model)]

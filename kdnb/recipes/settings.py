@@ -67,7 +67,7 @@ def check_settings(
     settings:dict, # What was asked for
     defaults:type|Settings|dict, # What there is: a subclass of `Settings`, one with other defaults, or a dict
 ) -> Settings|dict:
-    """`defaults` of the recipe `name`, changed by `settings`; one value stands for a tuple of one
+    """`defaults` of the recipe `name`, changed by `settings`. One value stands for a tuple of one
 
     Raises `ValueError` if there is no such setting, or if a value is of another kind."""
     whole = defaults() if isinstance(defaults, type) else copy(defaults)

@@ -152,7 +152,7 @@ def _measure(self:StagedRun, model, of, dls=None):
 # %% ../../nbs/50d_recipes.stage.ipynb #741e15ae
 @patch
 def _known_stage(self:StagedRun, id_, mark, stage, parts):
-    """The record of the stage, if it was made from the same things; else None, with a warning that says what differs
+    """The record of the stage, if it was made from the same things, else None, with a warning that says what differs
 
     Raises `ValueError` if it belongs to a finished run."""
     try: o = json.loads((self.path/'stages'/f'{id_}.json').read_text())
@@ -194,7 +194,7 @@ def enter(self:StagedRun,
     of:nn.Module|None=None, # The dense network of which `weights_kept` is a fraction; `model` itself if None
     **more, # Anything else for the record; plain data
 ) -> nn.Module:
-    """Measure `model` on the test set and write the stage down; returns it
+    """Measure `model` on the test set and write the stage down. Returns it
 
     Raises `ValueError` if there is a stage of that name, or a finished run would be overwritten."""
     id_,mark = self._id(stage),fingerprint(model, of and n_weights(of), more, self.test, self.dls.valid)

@@ -197,7 +197,7 @@ def fit(self:TrainingRun,
     more:dict|Callable|None=None, # For the record: a dict of plain data, or a function of the network that gives one
     **kwargs, # More arguments for the fit method
 ) -> nn.Module:
-    """Train `learn`, or go on where training stopped, or read the result; measure it; returns the network
+    """Train `learn`, or go on where training stopped, or read the result, and measure it. Returns the network
 
     Raises `ValueError` if there is a stage of that name, or a finished run would be overwritten."""
     id_,cbs = self._id(stage),list(L(cbs))

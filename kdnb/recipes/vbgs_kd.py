@@ -140,7 +140,7 @@ def vbgs_kd(
     show:bool=True, # Progress bars
     **settings, # Changes to `VbgsKdSettings`
 ) -> Run:
-    """Distil, sparsify variationally, shrink (Ming et al. 2020); returns the finished `Run`
+    """Distil, sparsify variationally, shrink (Ming et al. 2020). Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     check_classes(dls)

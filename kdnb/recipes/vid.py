@@ -242,7 +242,7 @@ def vid(
     show:bool=True, # Progress bars
     **settings, # Changes to `VidSettings`
 ) -> Run:
-    """Compare VID with other ways to distil (Ahn et al. 2019); returns the finished `Run`
+    """Compare VID with other ways to distil (Ahn et al. 2019). Returns the finished `Run`
 
     Raises `ValueError` for settings that do not exist or do not fit, and if a finished run would be overwritten."""
     found = _source(dls, source)

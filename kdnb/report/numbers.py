@@ -121,9 +121,9 @@ _costs = {'macs': ('more multiplications','fewer multiplications','as many multi
 
 def _savings(of, rows):
     "What `rows` need less, or more, than `of`, in words"
-    said = [_times(_mean(of, k), _mean(rows, k), *words) for k,words in _costs.items()]
-    said.append(_time(of, rows, 'more time', 'less time', 'as much time'))
-    return [o for o in said if o]
+    phrases = [_times(_mean(of, k), _mean(rows, k), *words) for k,words in _costs.items()]
+    phrases.append(_time(of, rows, 'more time', 'less time', 'as much time'))
+    return [o for o in phrases if o]
 
 # %% ../../nbs/60_report.numbers.ipynb #e0622cee
 def verdict(

@@ -20,6 +20,17 @@ from .trial import _counting,_result,made_by
 # %% ../../nbs/61d_sweep.worker.ipynb #36ea86db
 _patience = 300     # seconds after which a count that stands still means death
 
+# %% ../../nbs/61d_sweep.worker.ipynb #075194e8
+def _check_study(study, grid, where):
+    "Raise `ValueError` if `study` is that of another recipe or of other data"
+    was = study.user_attrs.get('sweep')
+    want = dict(recipe=grid.recipe, data=grid.data)
+    if was is None: study.set_user_attr('sweep', want)
+    elif was!=want:
+        raise ValueError(f'{where} holds a sweep {grid.name!r} of {was["recipe"]} on '
+                         f'{was["data"]}, this one is of {want["recipe"]} on {want["data"]}. '
+                         'Use another storage, or give the grid another `name`.')
+
 # %% ../../nbs/61d_sweep.worker.ipynb #b1623245
 _nap = 1.     # seconds between two looks at what the others do
 
@@ -56,7 +67,7 @@ class _Worker:
             self.storage = _open(storage)
             self.study = optuna.create_study(storage=self.storage, study_name=grid.name,
                                              direction='maximize', load_if_exists=True)
-            self._check_study()
+            _check_study(self.study, grid, self.where)
 
     def lock(self, name='sweep', **kwargs): return _Lock(self.out/'.locks'/name, **kwargs)
 
@@ -67,18 +78,6 @@ class _Worker:
         "The storage's own number of `trial`"
         study = self.storage.get_study_id_from_name(self.grid.name)
         return self.storage.get_trial_id_from_study_id_trial_number(study, trial.number)
-
-# %% ../../nbs/61d_sweep.worker.ipynb #075194e8
-@patch
-def _check_study(self:_Worker):
-    "Raise `ValueError` if the study is that of another recipe or of other data"
-    was = self.study.user_attrs.get('sweep')
-    want = dict(recipe=self.grid.recipe, data=self.grid.data)
-    if was is None: self.study.set_user_attr('sweep', want)
-    elif was!=want:
-        raise ValueError(f'{self.where} holds a sweep {self.grid.name!r} of {was["recipe"]} on '
-                         f'{was["data"]}, this one is of {want["recipe"]} on {want["data"]}. '
-                         'Use another storage, or give the grid another `name`.')
 
 # %% ../../nbs/61d_sweep.worker.ipynb #b5cd9655
 @patch

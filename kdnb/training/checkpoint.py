@@ -61,7 +61,7 @@ def _newest(self:Checkpoint):
 # %% ../../nbs/06h_training.checkpoint.ipynb #76849dba
 @patch
 def _take_up(self:Checkpoint):
-    """Set the newest state, if any; returns the epoch that comes next
+    """Set the newest state, if any. Returns the epoch that comes next
 
     Raises `ValueError` if it is of another training."""
     state = self._newest()

@@ -8,6 +8,7 @@ __all__ = ['bookkeeping', 'tensors_in', 'fingerprint']
 # %% ../../nbs/06e_training.fingerprint.ipynb #e6a06f2e
 import dis,hashlib,math,random,re,sys
 from functools import partial,singledispatch
+from itertools import chain
 from pathlib import Path
 from sysconfig import get_path
 from types import BuiltinFunctionType,CodeType,FunctionType,MethodType,NoneType
@@ -90,7 +91,7 @@ def _parts(o):
 
 # %% ../../nbs/06e_training.fingerprint.ipynb #88cd137d
 @_parts.register(dict)
-def _(o): return [len(o), *(x for kv in o.items() for x in kv)]
+def _(o): return [len(o), *chain(*o.items())]
 
 @_parts.register(set)
 @_parts.register(frozenset)

@@ -79,7 +79,7 @@ def regroup(
 ) -> dict|None:
     """Let `opt` hold `groups`, one less than before or one more, at place `i`
 
-    Returns the hyperparameters of the group that goes; `own` are those of the one that comes."""
+    Returns the hyperparameters of the group that goes. `own` are those of the one that comes."""
     old = opt.param_lists
     inner = _innermost(opt)
     slow = {}

@@ -65,7 +65,7 @@ def place_mask(
     f:torch.Tensor, # Features (B, C, h, w) or (B, N, C)
     mask:torch.Tensor, # (B, H, W) or (B, N), or None
 ):
-    """`mask` at the places of `f`: (B, N) of tokens, (B, h, w) of maps; None if `f` has no places, or all count
+    """`mask` at the places of `f`: (B, N) of tokens, (B, h, w) of maps, or None if `f` has no places, or all count
 
     Raises `ValueError` if it is of other places."""
     if mask is None or f.ndim not in (3,4): return
@@ -186,7 +186,7 @@ def vectors(
     token:str='mean', # Of tokens: 'mean', or the 'class' token, which is the first
     mask:torch.Tensor|None=None, # True for places that count in the mean, (B, N) or (B, H, W); None: all
 ) -> torch.Tensor:
-    """A vector per sample (B, D): maps averaged over space, tokens too, or their first; anything else flattened
+    """A vector per sample (B, D): maps averaged over space, tokens too, or their first, and anything else flattened
 
     Raises `ValueError` if `mask` is of other places."""
     if f.ndim not in (3,4): return f.flatten(1)
