@@ -17,7 +17,7 @@ from .sizes import output_tensors
 from .trial import _silence,_summing
 from ..core import constant_draws,evaluating
 from ..kinds import masks_over
-from ..layers import channel_axis,kind_of,makers,n_channels,norms,weighted
+from ..layers import channel_axis,kind_of,makers,n_channels,weighted
 
 # %% ../../nbs/08i_channels.dead.ipynb #f6281c6e
 def _nonzero(m, reads=False):
