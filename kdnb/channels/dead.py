@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from .groups import _positions,_removable
 from .sizes import output_tensors
 from .trial import _silence,_summing
-from ..core import constant_draws,evaluating
+from ..core import evaluating
+from ..features.capture import constant_draws
 from ..kinds import masks_over
 from ..layers import channel_axis,kind_of,makers,n_channels,weighted
 

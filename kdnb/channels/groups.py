@@ -10,7 +10,7 @@ from collections import Counter,namedtuple
 from dataclasses import dataclass,field
 import pandas as pd, torch
 from .layers import _narrow_layer,_narrow_tensor,note_attributes,_tensor_length
-from .labels import components
+from .labels import components,distinct_pairs
 from .sizes import _resize
 from ..kinds import masks_over
 from ..layers import is_depthwise,is_spread,kind_of,n_channels
@@ -81,7 +81,7 @@ def _in_all(cls, blocks):
 # %% ../../nbs/08f_channels.groups.ipynb #b7d30f1e
 def _whole(cls, blocks):
     "Is each block of one class, so that it goes as a whole?"
-    return len(torch.stack([cls, blocks]).unique(dim=1)[0])==len(blocks.unique())
+    return len(distinct_pairs(torch.stack([cls, blocks]))[0])==len(blocks.unique())
 
 # %% ../../nbs/08f_channels.groups.ipynb #b8800f8f
 def _partitions(t, model):

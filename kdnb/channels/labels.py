@@ -135,7 +135,7 @@ def hold(self:Trace,
 
 # %% ../../nbs/08a_channels.labels.ipynb #08a1ab02
 def distinct_pairs(
-    pairs:torch.Tensor, # Whole numbers from 0 on (2, k)
+    pairs:torch.Tensor, # Whole numbers (2, k), those of the second row from 0 on
 ) -> torch.Tensor:
     "Each column of `pairs` once, in order: what `unique(dim=1)` gives, ten times as fast"
     a,b = pairs.long()

@@ -20,9 +20,9 @@ from .sizes import output_tensors
 from .trace import _sharing
 from .trial import _cast,_first_difference,_groups,layer_outputs
 from .trial import _first_line,relative_difference
-from ..core import as_network,check_eager,check_number,constant_draws,evaluating,first_samples
-from ..core import get_layer,inputs,set_layer,unwrap
-from ..features.capture import layer_shapes
+from ..core import as_network,check_eager,check_number,evaluating,first_samples,get_layer,inputs
+from ..core import set_layer,unwrap
+from ..features.capture import constant_draws,layer_shapes
 from ..layers import n_channels
 
 # %% ../../nbs/08j_channels.shrink.ipynb #18c7ffe9
@@ -62,8 +62,6 @@ def _shrunken(model, xb, positions=True):
 # %% ../../nbs/08j_channels.shrink.ipynb #27e10433
 def _estimate_bn(model, data, update_bn):
     "Average the BatchNorm statistics of `model` over training batches"
-    if isinstance(update_bn, (str,float)) or update_bn is not True and isinstance(update_bn, int):
-        check_number(update_bn, 'update_bn', 1, whole=True)
     dl = data.train if isinstance(data, DataLoaders) and isinstance(update_bn, (bool,int)) else update_bn
     if isinstance(dl, (bool,int)):
         raise ValueError(f'update_bn={update_bn} counts training batches, but data holds none. '
@@ -157,6 +155,8 @@ def _check_ready(model):
 @torch.inference_mode(False)
 def _checked(model, xb, data, tol, update_bn):
     check_number(tol, 'tol')
+    if isinstance(update_bn, (int,float,str)) and not isinstance(update_bn, bool):
+        check_number(update_bn, 'update_bn', whole=True)
     _check_ready(model)
     xb = first_samples(xb, 16)
     for positions in (True,False):

@@ -17,7 +17,8 @@ from .labels import LOST
 from .layers import copy_network,plain_copy
 from .sizes import output_tensors
 from .trace import _hold_odd,trace_channels
-from ..core import constant_draws,evaluating,first_samples,inputs
+from ..core import evaluating,first_samples,inputs
+from ..features.capture import constant_draws
 from ..kinds import masks_over,table_axis
 from ..layers import channel_axis,kind_of,makers,n_channels,norms
 

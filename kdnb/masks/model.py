@@ -9,7 +9,6 @@ __all__ = ['paths_of', 'prunable', 'mask_model', 'raw', 'unmask', 'fold', 'masks
 # %% ../../nbs/07a_masks.model.ipynb #35b0331a
 import warnings
 from fnmatch import fnmatchcase
-from numbers import Number
 import pandas as pd, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -39,11 +38,10 @@ def paths_of(
     "Paths of the modules and weights that `entries` name; `ValueError` for one that is not there"
     model,res = unwrap(model),[]
     there = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(entries, (str,nn.Module,type,Number)): entries = [entries]
+    if isinstance(entries, (str,nn.Module,type,int,float)): entries = [entries]
     for o in entries or ():
         if isinstance(o, str):
-            found = [p for p in (*there, *(n for n,_,_ in _all_weights(model)))
-                     if fnmatchcase(p, o)]
+            found = [p for p in (*there, *(n for n,_,_ in _all_weights(model))) if fnmatchcase(p, o)]
             if not found: get_layer(model, o)      # raises, with the nearest names
         elif isinstance(o, nn.Module): found = [p for p,m in there.items() if m is unwrap(o)]
         elif isinstance(o, type): found = [p for p,m in there.items() if isinstance(m, o)]

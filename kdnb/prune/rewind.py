@@ -18,11 +18,11 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import *
 from fastai.learner import Learner
 from fastai.torch_core import no_random,set_seed
-from ..core import check_function,check_learner,check_number,check_sparsity,unwrap
+from ..core import check_function,check_number,check_sparsity,unwrap
 from ..masks.model import fraction_zero,mask_model,masks,paths_of,say_share
 from .scoring import own_weights,Scoring
 from .select import _check_request,_cut_units,_n_asked,prune_model
-from ..training.callbacks import fit_method
+from ..training.callbacks import check_learner,fit_method
 
 # %% ../../nbs/32a_prune.rewind.ipynb #5c5541ff
 @dataclass

@@ -26,8 +26,9 @@ from ..files import load_state,save_state
 from .criteria import check_criterion
 from .lowest import least,n_of
 from .scoring import Scoring,_shuffled
-from ..core import check_choice,check_learner,check_number,check_sparsity
+from ..core import check_choice,check_number,check_sparsity
 from ..masks.model import paths_of
+from ..training.callbacks import check_learner
 
 # %% ../../nbs/34_prune.sensitivity.ipynb #e13e96a1
 @torch.no_grad()

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial,wraps
 import fastai.callback.schedule      # brings Learner.fine_tune
+from torch import nn
 from fastcore.basics import patch
 from fastai.callback.core import Callback,CancelFitException
 from fastai.learner import Learner,ValueMetric
@@ -63,6 +64,16 @@ def fit_method(
             raise ValueError(f'lr and {own} are both given, and {name} has one learning rate.')
         kwargs = {own if k=='lr' else k: v for k,v in kwargs.items()}
     return partial(method, learn, **kwargs)
+
+# %% ../../nbs/06_training.callbacks.ipynb #0569e155
+def check_learner(
+    o:object, # What was given as a learner
+    what:str='learn', # What it is called
+) -> None:
+    "Raise `ValueError` if `o` is no `Learner`"
+    if isinstance(o, Learner): return
+    do = ': Learner(dls, model, ...)' if isinstance(o, nn.Module) else ''
+    raise ValueError(f'{what} is {described(o)}, expected a Learner{do}.')
 
 # %% ../../nbs/06_training.callbacks.ipynb #f7b73deb
 class QuickCallback(Callback):
